@@ -1,0 +1,250 @@
+"""Graphs: which token may turn into which, as closed forms (Lou et al. 2023, sections 3.3 and 4).
+
+A graph is a rate matrix Q over `num_states` states whose columns sum to 0; p(xt | x0) is column x0 of exp(sigma Q). Every
+function works position by position: tokens are [B, L], sigma is [B] (one noise level a sequence), scores are [B, L, V].
+`score[..., y]` is p(y) / p(xt), so it is 1 at the current token.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+class ScoreSummary(NamedTuple):
+    """The three numbers per position that score entropy needs, so that nothing of shape [B, L, V] has to exist.
+
+    Attributes:
+        logsumexp: log of the sum of the score over all y != xt.
+        mean: mean over all V states of log score, the current token counting 0.
+        at_x0: log score of the clean token.
+    """
+
+    logsumexp: Float[Array, "B L"]
+    mean: Float[Array, "B L"]
+    at_x0: Float[Array, "B L"]
+
+
+def summarize(log_score: Float[Array, "B L V"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]) -> ScoreSummary:
+    """Computes a `ScoreSummary` from the whole array, for vocabularies small enough to hold it."""
+    current = _is_state(xt, log_score.shape[-1])
+    others = jnp.where(current, -jnp.inf, log_score)
+    return ScoreSummary(
+        logsumexp=jax.nn.logsumexp(others, axis=-1),
+        mean=jnp.where(current, 0.0, log_score).sum(-1) / log_score.shape[-1],
+        at_x0=jnp.take_along_axis(log_score, x0[..., None], axis=-1)[..., 0],
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Absorbing:
+    """Every token turns into the mask at rate 1 and stays there.
+
+    Attributes:
+        vocab_size: number N of real tokens.
+        mask_id: id of the mask, anywhere in 0..N.
+    """
+
+    vocab_size: int
+    mask_id: int
+
+    @property
+    def num_states(self) -> int:
+        return self.vocab_size + 1
+
+    def rate_column(self, x: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """Column x of Q: the rates out of x."""
+        return self._one_hot(jnp.full_like(x, self.mask_id)) - self._one_hot(x)
+
+    def rate_row(self, x: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """Row x of Q: the rates into x."""
+        return jnp.where((x == self.mask_id)[..., None], 1.0, 0.0) - self._one_hot(x)
+
+    def transition_column(self, x0: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
+        """p(xt | x0) for every xt: column x0 of exp(sigma Q)."""
+        move_prob = -jnp.expm1(-sigma)[:, None, None]
+        mask = self._one_hot(jnp.full_like(x0, self.mask_id))
+        return (1 - move_prob) * self._one_hot(x0) + move_prob * mask
+
+    def transition_row(self, xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
+        """p(xt | x0) for every x0: row xt of exp(sigma Q)."""
+        sigma = sigma[:, None, None]
+        into_mask = jnp.where((xt == self.mask_id)[..., None], -jnp.expm1(-sigma), 0.0)
+        return jnp.exp(-sigma) * self._one_hot(xt) + into_mask
+
+    def sample_transition(
+        self, key: Key[Array, ""], x0: Int[Array, "B L"], sigma: Float[Array, "B"]
+    ) -> Int[Array, "B L"]:
+        """Draws xt given x0: each token becomes the mask with probability 1 - e^-sigma."""
+        move = jax.random.uniform(key, x0.shape) < -jnp.expm1(-sigma)[:, None]
+        return jnp.where(move, self.mask_id, x0)
+
+    def sample_limit(self, key: Key[Array, ""], shape: tuple[int, int]) -> Int[Array, "B L"]:
+        """Draws from the limit of infinite noise: all masks."""
+        del key  # The limit is a single state.
+        return jnp.full(shape, self.mask_id, dtype=jnp.int32)
+
+    def staggered_score(self, score: Float[Array, "B L V"], delta_sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
+        """exp(-delta_sigma Q) score: the ratios p_{sigma - delta_sigma}(y) / p_sigma(xt) (equation 19)."""
+        delta_sigma = delta_sigma[:, None, None]
+        mask = jnp.arange(self.num_states) == self.mask_id
+        total = score.sum(-1, keepdims=True)
+        return jnp.exp(delta_sigma) * score - jnp.where(mask, jnp.expm1(delta_sigma) * total, 0.0)
+
+    def tweedie_weights(
+        self, score: Float[Array, "B L V"], xt: Int[Array, "B L"], delta_sigma: Float[Array, "B"]
+    ) -> Float[Array, "B L V"]:
+        """Weights of the Tweedie step, [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19).
+
+        From the mask, y gets (e^d - 1) score_y and the mask what is left of 1; a token that is not the mask stays. The weight of
+        the mask is negative where an imperfect network promises more than there is.
+        """
+        growth = jnp.expm1(delta_sigma)[:, None, None]
+        mask = jnp.arange(self.num_states) == self.mask_id
+        total = jnp.where(mask, 0.0, score).sum(-1, keepdims=True)
+        from_mask = jnp.where(mask, 1 - growth * total, growth * score)
+        return jnp.where((xt == self.mask_id)[..., None], from_mask, self._one_hot(xt))
+
+    def denoise_weights(
+        self, score: Float[Array, "B L V"], xt: Int[Array, "B L"], sigma: Float[Array, "B"]
+    ) -> Float[Array, "B L V"]:
+        """Weights of the last Tweedie step, all the way to sigma = 0, with no mask among the outcomes."""
+        del sigma  # Among tokens the weights are in proportion to the score, whatever the noise.
+        mask = jnp.arange(self.num_states) == self.mask_id
+        from_mask = jnp.where(mask, 0.0, score)
+        return jnp.where((xt == self.mask_id)[..., None], from_mask, self._one_hot(xt))
+
+    def score_entropy(
+        self, summary: ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
+    ) -> Float[Array, "B L"]:
+        """Score entropy per position (definition 3.1), 0 where xt is not the mask.
+
+        With a = e^sigma - 1 the true ratio of x0 to the mask is 1/a and that of any other token 0:
+        sum_y s_y - (1/a) log s_x0 + (1/a)(log(1/a) - 1).
+        """
+        a = jnp.expm1(sigma)[:, None]
+        masked = self.is_noise(xt)
+        excess = summary.at_x0 + jnp.log(a)
+        value = jnp.exp(jnp.where(masked, summary.logsumexp, 0.0)) - (jnp.where(masked, excess, 0.0) + 1) / a
+        return jnp.where(masked, value, 0.0)
+
+    def cross_entropy(
+        self, summary: ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"]
+    ) -> Float[Array, "B L"]:
+        """The tighter bound at the same noise: (1/a) CE(softmax of log score, x0), 0 where xt is not the mask.
+
+        The true ratios out of the mask sum to 1/a, so rescaling the score to that sum can only lower score entropy; what is
+        left is a cross-entropy.
+        """
+        masked = self.is_noise(xt)
+        value = jnp.where(masked, summary.logsumexp - summary.at_x0, 0.0)
+        return value / jnp.expm1(sigma)[:, None]
+
+    def is_noise(self, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+        """Where a position carries loss: at the masks."""
+        return xt == self.mask_id
+
+    def _one_hot(self, x: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        return jax.nn.one_hot(x, self.num_states)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """Every token turns into every token at rate 1/N: Q = 1/N - identity.
+
+    Attributes:
+        vocab_size: number N of real tokens, all of the states.
+    """
+
+    vocab_size: int
+
+    @property
+    def num_states(self) -> int:
+        return self.vocab_size
+
+    def rate_column(self, x: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """Column x of Q: the rates out of x."""
+        return jnp.where(_is_state(x, self.num_states), 1 / self.num_states - 1, 1 / self.num_states)
+
+    def rate_row(self, x: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """Row x of Q: the rates into x. Q is symmetric."""
+        return self.rate_column(x)
+
+    def transition_column(self, x0: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
+        """p(xt | x0) for every xt: column x0 of exp(sigma Q)."""
+        redraw_prob = -jnp.expm1(-sigma)[:, None, None]
+        stay = 1 - redraw_prob * ((self.num_states - 1) / self.num_states)
+        return jnp.where(_is_state(x0, self.num_states), stay, redraw_prob / self.num_states)
+
+    def transition_row(self, xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
+        """p(xt | x0) for every x0: row xt of exp(sigma Q), which is symmetric."""
+        return self.transition_column(xt, sigma)
+
+    def sample_transition(
+        self, key: Key[Array, ""], x0: Int[Array, "B L"], sigma: Float[Array, "B"]
+    ) -> Int[Array, "B L"]:
+        """Draws xt given x0: with probability 1 - e^-sigma a token is redrawn from all N, itself included."""
+        key_move, key_token = jax.random.split(key)
+        move = jax.random.uniform(key_move, x0.shape) < -jnp.expm1(-sigma)[:, None]
+        return jnp.where(move, jax.random.randint(key_token, x0.shape, 0, self.num_states, x0.dtype), x0)
+
+    def sample_limit(self, key: Key[Array, ""], shape: tuple[int, int]) -> Int[Array, "B L"]:
+        """Draws from the limit of infinite noise: uniform tokens."""
+        return jax.random.randint(key, shape, 0, self.num_states, jnp.int32)
+
+    def staggered_score(self, score: Float[Array, "B L V"], delta_sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
+        """exp(-delta_sigma Q) score: the ratios p_{sigma - delta_sigma}(y) / p_sigma(xt) (equation 19)."""
+        delta_sigma = delta_sigma[:, None, None]
+        return jnp.exp(delta_sigma) * score - jnp.expm1(delta_sigma) * score.mean(-1, keepdims=True)
+
+    def tweedie_weights(
+        self, score: Float[Array, "B L V"], xt: Int[Array, "B L"], delta_sigma: Float[Array, "B"]
+    ) -> Float[Array, "B L V"]:
+        """Weights of the Tweedie step, [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19)."""
+        return self.staggered_score(score, delta_sigma) * self.transition_row(xt, delta_sigma)
+
+    def denoise_weights(
+        self, score: Float[Array, "B L V"], xt: Int[Array, "B L"], sigma: Float[Array, "B"]
+    ) -> Float[Array, "B L V"]:
+        """Weights of the last Tweedie step, all the way to sigma = 0."""
+        return self.tweedie_weights(score, xt, sigma)
+
+    def score_entropy(
+        self, summary: ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
+    ) -> Float[Array, "B L"]:
+        """Score entropy per position (definition 3.1), for every sigma > 0 that float32 holds.
+
+        With a = e^sigma - 1 and r = a / (a + N): where xt = x0 the true ratios are r, elsewhere 1/r at x0 and 1 at the rest.
+        Published as 1 - N / (a + N), r is 0 in float32 for small sigma; here it is never formed by a difference.
+        """
+        a, n = jnp.expm1(sigma)[:, None], self.num_states
+        log_r = jnp.log(a) - jnp.log(a + n)
+        r = jnp.exp(log_r)
+        others = jnp.exp(summary.logsumexp) / n
+        unmoved = others - r * summary.mean + (n - 1) / n * r * (log_r - 1)
+        # The two large terms, -log s_x0 / a and -log r / a, are joined before they are divided by a small a.
+        moved = others - summary.mean - (summary.at_x0 + log_r + 1) / a - (log_r + 1) / n - (n - 2) / n
+        return jnp.where(xt == x0, unmoved, moved)
+
+    def is_noise(self, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+        """Where a position carries loss: everywhere."""
+        return jnp.ones_like(xt, dtype=bool)
+
+
+def reverse_rate(
+    graph: "Absorbing | Uniform", score: Float[Array, "B L V"], xt: Int[Array, "B L"]
+) -> Float[Array, "B L V"]:
+    """Rates of the reverse process out of xt (equation 4): Q(xt, y) score_y, and minus their sum at y = xt."""
+    current = _is_state(xt, graph.num_states)
+    rates = jnp.where(current, 0.0, graph.rate_row(xt) * score)
+    return jnp.where(current, -rates.sum(-1, keepdims=True), rates)
+
+
+def _is_state(x: Int[Array, "B L"], num_states: int) -> Bool[Array, "B L V"]:
+    return x[..., None] == jnp.arange(num_states)
+
+
+Graph = Absorbing | Uniform
+GRAPHS = {"absorb": Absorbing, "uniform": Uniform}

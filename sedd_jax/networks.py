@@ -1,0 +1,228 @@
+"""The score network: the diffusion transformer of Lou et al. 2023 (appendix C.2), as a pure function of its parameters.
+
+`ScoreNetwork(config).apply({"params": params}, xt, sigma)` gives features; `score_heads` turns them into scores, so that the array
+over the vocabulary need not exist.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+
+from sedd_jax import sharding
+
+Params = dict[str, Any]
+VOCAB_MULTIPLE = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Sizes of the network.
+
+    Attributes:
+        num_states: tokens, and the mask where the graph has one.
+        hidden_size: width D of the residual stream.
+        num_layers: number of blocks.
+        num_heads: attention heads; hidden_size / num_heads must be even.
+        cond_dim: width of the embedding of sigma.
+        mlp_ratio: width of the MLP over hidden_size.
+        dropout: probability of dropping a branch's output, while training.
+        scale_by_sigma: whether the head's output is divided by (e^sigma - 1) N (absorbing graph only).
+        dtype: dtype of the matrix products, "float32" or "bfloat16"; everything else is float32.
+        remat: whether the backward pass recomputes each block instead of storing it.
+    """
+
+    num_states: int
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    cond_dim: int = 128
+    mlp_ratio: int = 4
+    dropout: float = 0.1
+    scale_by_sigma: bool = True
+    dtype: str = "bfloat16"
+    remat: bool = False
+
+    @property
+    def padded_states(self) -> int:
+        """num_states rounded up, so that the vocabulary axis shards and fills matrix units."""
+        return -(-self.num_states // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def flops_per_token(self, length: int) -> float:
+        """Floating-point operations of one training step per token: 6 a weight in matrix products, 12 N D L for attention.
+
+        The head counts at every position and recomputation does not count, so that utilisation compares across programs.
+        """
+        d = self.hidden_size
+        weights = self.num_layers * (4 + 2 * self.mlp_ratio) * d * d + d * self.num_states
+        return 6.0 * weights + 12.0 * self.num_layers * d * length
+
+
+class ScoreNetwork(nn.Module):
+    """Tokens and noise level in, features out."""
+
+    config: NetworkConfig
+
+    @nn.compact
+    def __call__(
+        self, xt: Int[Array, "B L"], sigma: Float[Array, "B"], dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B L D"]:
+        """Computes features of noised tokens.
+
+        Args:
+            xt: noised tokens.
+            sigma: total noise of each sequence.
+            dropout_key: key of this call's dropout; None turns dropout off.
+
+        Returns:
+            Features in the compute dtype, the input of the head's matrix product.
+        """
+        config = self.config
+        embedding = self.param("embedding", _uniform_init(config.hidden_size), (config.padded_states, config.hidden_size))
+        # A gather from a table sharded on its features makes XLA rematerialise the result: gather the table first.
+        x = sharding.constrain(sharding.replicate(embedding)[xt], "batch", None, None)
+        condition = nn.silu(SigmaEmbedding(config.cond_dim, name="sigma_embedding")(sigma))
+        keys = None if dropout_key is None or config.dropout == 0 else jax.random.split(dropout_key, config.num_layers)
+        block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=config.num_layers,
+            in_axes=(nn.broadcast, 0),
+            unroll=_scan_unroll(config),
+        )
+        x, _ = blocks(config, name="blocks")(x, condition, keys)
+        shift, scale = jnp.split(_modulation(2, config, "final_modulation")(condition)[:, None], 2, axis=-1)
+        x = _layer_norm(self, "final_norm", x) * (1 + scale) + shift
+        # The head's weights live here with the others; `score_heads` applies them.
+        self.param("head_kernel", nn.initializers.zeros, (config.hidden_size, config.padded_states))
+        self.param("head_bias", nn.initializers.zeros, (config.padded_states,))
+        return x.astype(config.dtype)
+
+
+class SigmaEmbedding(nn.Module):
+    """Embeds the noise level: 256 sinusoids (cosines first), then a two-layer MLP."""
+
+    cond_dim: int
+
+    @nn.compact
+    def __call__(self, sigma: Float[Array, "B"]) -> Float[Array, "B C"]:
+        half = 128
+        frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
+        angles = sigma[:, None] * frequencies[None]
+        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        x = nn.silu(_dense(self.cond_dim, 2 * half, "float32", "in")(x))
+        return _dense(self.cond_dim, self.cond_dim, "float32", "out")(x)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with adaptive LayerNorm and a gate driven by the noise level."""
+
+    config: NetworkConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L D"], condition: Float[Array, "B C"], key: Key[Array, ""] | None
+    ) -> tuple[Float[Array, "B L D"], None]:
+        config = self.config
+        key_attention, key_mlp = (None, None) if key is None else jax.random.split(key)
+        modulation = _modulation(6, config, "modulation")(condition)[:, None]
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
+
+        h = _layer_norm(self, "attention_norm", x) * (1 + scale_attention) + shift_attention
+        qkv = _dense(3 * config.hidden_size, config.hidden_size, config.dtype, "qkv", use_bias=False)(h)
+        h = attend(qkv, config.num_heads)
+        h = _dense(config.hidden_size, config.hidden_size, config.dtype, "attention_out", use_bias=False)(h)
+        x = x + gate_attention * _dropout(key_attention, config.dropout, h)
+
+        h = _layer_norm(self, "mlp_norm", x) * (1 + scale_mlp) + shift_mlp
+        h = _dense(config.mlp_ratio * config.hidden_size, config.hidden_size, config.dtype, "mlp_in")(h)
+        h = nn.gelu(h, approximate=True)
+        h = _dense(config.hidden_size, config.mlp_ratio * config.hidden_size, config.dtype, "mlp_out")(h)
+        x = x + gate_mlp * _dropout(key_mlp, config.dropout, h)
+        return sharding.constrain(x, "batch", None, None), None
+
+
+def attend(qkv: Float[Array, "B L 3D"], num_heads: int) -> Float[Array, "B L D"]:
+    """Full attention with rotary positions on queries and keys; the softmax is float32.
+
+    The products are laid out as [B, H, L, K], which XLA's CPU backend multiplies several times faster than [B, L, H, K].
+    """
+    batch, length, width = qkv.shape
+    qkv = qkv.reshape(batch, length, 3, num_heads, width // (3 * num_heads)).transpose(2, 0, 3, 1, 4)
+    q_BHLK, k_BHLK, v_BHLK = rotate(qkv[0]), rotate(qkv[1]), qkv[2]
+    scores = jnp.einsum("bhqk,bhsk->bhqs", q_BHLK, k_BHLK, preferred_element_type=jnp.float32)
+    probs = jax.nn.softmax(scores / math.sqrt(q_BHLK.shape[-1]), axis=-1).astype(qkv.dtype)
+    return jnp.einsum("bhqs,bhsk->bhqk", probs, v_BHLK).transpose(0, 2, 1, 3).reshape(batch, length, width // 3)
+
+
+def rotate(x: Float[Array, "B H L K"]) -> Float[Array, "B H L K"]:
+    """Rotary positions (Su et al. 2021), pairing feature j with j + K/2, base 10000."""
+    length, size = x.shape[-2:]
+    inverse_frequency = 1.0 / (10_000 ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size))
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * inverse_frequency[None]
+    cos, sin = jnp.cos(angles).astype(x.dtype)[None, None], jnp.sin(angles).astype(x.dtype)[None, None]
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def init(key: PRNGKeyArray, config: NetworkConfig) -> Params:
+    """Fresh parameters: linear layers as PyTorch initialises them, modulations and head zero."""
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    return ScoreNetwork(config).init(key, tokens, jnp.ones((1,)))["params"]
+
+
+def apply(
+    config: NetworkConfig,
+    params: Params,
+    xt: Int[Array, "B L"],
+    sigma: Float[Array, "B"],
+    dropout_key: Key[Array, ""] | None = None,
+) -> Float[Array, "B L D"]:
+    """Features of noised tokens, see `ScoreNetwork`."""
+    return ScoreNetwork(config).apply({"params": params}, xt, sigma, dropout_key)  # pyrefly: ignore[bad-return]
+
+
+def _dense(features: int, fan_in: int, dtype: str, name: str, *, use_bias: bool = True) -> nn.Dense:
+    init = _uniform_init(fan_in)
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, bias_init=init, name=name)
+
+
+def _modulation(chunks: int, config: NetworkConfig, name: str) -> nn.Dense:
+    zeros = nn.initializers.zeros
+    return nn.Dense(chunks * config.hidden_size, dtype=jnp.float32, kernel_init=zeros, bias_init=zeros, name=name)
+
+
+def _uniform_init(fan_in: int):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear layers, and the published embedding's."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _layer_norm(module: nn.Module, name: str, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    scale = module.param(name, nn.initializers.ones, (x.shape[-1],))
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * scale[None, None]
+
+
+def _dropout(key: Key[Array, ""] | None, rate: float, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """Inverted dropout, back in float32 for the residual stream."""
+    x = x.astype(jnp.float32)
+    if key is None:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0.0)
+
+
+def _scan_unroll(config: NetworkConfig) -> int:
+    # XLA's CPU backend runs a scan's body a third slower than the same layers unrolled.
+    return config.num_layers if jax.default_backend() == "cpu" else 1

@@ -1,0 +1,94 @@
+"""The device mesh and the one table that says how every array lies on it.
+
+Axes: "data" (copies of the model), "fsdp" (the model's arrays are split and gathered where they are used) and "tensor" (heads, MLP
+columns and vocabulary are split). A batch is split over data and fsdp together.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Path of a parameter -> axes of its last dimensions. EMA and Adam moments carry the same paths inside theirs. The leading
+# axis of everything under "blocks" is the layer and is never split.
+RULES = (
+    (r"embedding$", ("tensor", "fsdp")),
+    (r"head_kernel$", ("fsdp", "tensor")),
+    (r"head_bias$", ("tensor",)),
+    (r"blocks/qkv/kernel$", ("fsdp", "tensor")),
+    (r"blocks/attention_out/kernel$", ("tensor", "fsdp")),
+    (r"blocks/mlp_in/kernel$", ("fsdp", "tensor")),
+    (r"blocks/mlp_in/bias$", ("tensor",)),
+    (r"blocks/mlp_out/kernel$", ("tensor", "fsdp")),
+    (r"(modulation|final_modulation|sigma_embedding/(in|out))/kernel$", (None, "fsdp")),
+    (r"(norm|bias|count|step)$", ()),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of all devices (or of those given) in the shape the config asks for.
+
+    Raises:
+        ValueError: where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh sizes (data, fsdp, tensor) = {tuple(sizes)} must be positive, with at most one -1")
+    known = math.prod(size for size in sizes if size != -1)
+    shape = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} does not fill {len(devices)} devices: set mesh.data=-1 or change a size"
+        )
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of every leaf of params, EMA, optimizer state or a whole train state.
+
+    Raises:
+        ValueError: where no rule matches a leaf's path.
+    """
+
+    def leaf_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+        for pattern, axes in RULES:
+            if re.search(pattern, name):
+                return NamedSharding(mesh, PartitionSpec(*(None,) * (leaf.ndim - len(axes)), *axes))
+        raise ValueError(f"no sharding rule matches the parameter {name!r}: add one to sharding.RULES")
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def batch_sharding(mesh: Mesh, batch_axis: int = 0) -> NamedSharding:
+    """The sharding of an array whose given axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * batch_axis, BATCH_AXES))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an intermediate array to the current mesh, "batch" meaning the batch axes; without a mesh it is x."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    spec = PartitionSpec(*(BATCH_AXES if axis == "batch" else axis for axis in axes))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """Pins an intermediate array to be whole on every device of the current mesh."""
+    return constrain(x, *(None,) * x.ndim)

@@ -1,0 +1,102 @@
+"""The published PyTorch names and layouts of the network's weights, as plain NumPy; torch is not needed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sedd_jax import networks
+
+# (path below a block or the root here, published name, whether the published matrix is the transpose of ours)
+_ROOT = (
+    (("sigma_embedding", "in", "kernel"), "sigma_map.mlp.0.weight", True),
+    (("sigma_embedding", "in", "bias"), "sigma_map.mlp.0.bias", False),
+    (("sigma_embedding", "out", "kernel"), "sigma_map.mlp.2.weight", True),
+    (("sigma_embedding", "out", "bias"), "sigma_map.mlp.2.bias", False),
+    (("final_norm",), "output_layer.norm_final.weight", False),
+    (("final_modulation", "kernel"), "output_layer.adaLN_modulation.weight", True),
+    (("final_modulation", "bias"), "output_layer.adaLN_modulation.bias", False),
+)
+_BLOCK = (
+    (("attention_norm",), "norm1.weight", False),
+    (("qkv", "kernel"), "attn_qkv.weight", True),
+    (("attention_out", "kernel"), "attn_out.weight", True),
+    (("mlp_norm",), "norm2.weight", False),
+    (("mlp_in", "kernel"), "mlp.0.weight", True),
+    (("mlp_in", "bias"), "mlp.0.bias", False),
+    (("mlp_out", "kernel"), "mlp.2.weight", True),
+    (("mlp_out", "bias"), "mlp.2.bias", False),
+    (("modulation", "kernel"), "adaLN_modulation.weight", True),
+    (("modulation", "bias"), "adaLN_modulation.bias", False),
+)
+ROTARY = "rotary_emb.inv_freq"
+
+
+def shapes(config: networks.NetworkConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every published tensor for a network of these sizes."""
+    params = jax.eval_shape(lambda: networks.init(jax.random.key(0), config))
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
+    return {name: tensor.shape for name, tensor in to_torch(zeros, config).items()}
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], config: networks.NetworkConfig) -> networks.Params:
+    """Parameters from published tensors, padded to the vocabulary multiple with zeros.
+
+    Raises:
+        ValueError: names the tensors that are missing, unknown, of another shape, or not finite.
+    """
+    expected = shapes(config)
+    missing, unknown = sorted(set(expected) - set(tensors) - {ROTARY}), sorted(set(tensors) - set(expected))
+    if missing or unknown:
+        raise ValueError(f"these are not the weights of this network: missing {missing[:4]}, unknown {unknown[:4]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name]:
+            raise ValueError(f"tensor {name} has shape {tensor.shape}, but config.json means {expected[name]}")
+        if not np.isfinite(tensor.astype(np.float32)).all():
+            raise ValueError(f"tensor {name} holds values that are not finite: the file is damaged or the run diverged")
+
+    params: networks.Params = {}
+    for path, name, transposed in _ROOT:
+        _put(params, path, _array(tensors[name], transposed))
+    padding = (0, config.padded_states - config.num_states)
+    params["embedding"] = np.pad(tensors["vocab_embed.embedding"], (padding, (0, 0)))
+    params["head_kernel"] = np.pad(tensors["output_layer.linear.weight"].T, ((0, 0), padding))
+    params["head_bias"] = np.pad(tensors["output_layer.linear.bias"], padding)
+    for path, name, transposed in _BLOCK:
+        layers = [_array(tensors[f"blocks.{i}.{name}"], transposed) for i in range(config.num_layers)]
+        _put(params, ("blocks", *path), np.stack(layers))
+    return jax.tree.map(jnp.asarray, params)
+
+
+def to_torch(params: networks.Params, config: networks.NetworkConfig) -> dict[str, np.ndarray]:
+    """Published tensors from parameters, the vocabulary's padding cut off."""
+    n = config.num_states
+    tensors = {name: _array(_get(params, path), transposed) for path, name, transposed in _ROOT}
+    tensors["vocab_embed.embedding"] = _array(params["embedding"][:n], False)
+    tensors["output_layer.linear.weight"] = _array(params["head_kernel"][:, :n], True)
+    tensors["output_layer.linear.bias"] = _array(params["head_bias"][:n], False)
+    for path, name, transposed in _BLOCK:
+        for i, layer in enumerate(np.asarray(_get(params["blocks"], path))):
+            tensors[f"blocks.{i}.{name}"] = _array(layer, transposed)
+    half = config.head_size // 2
+    tensors[ROTARY] = (1.0 / (10_000 ** (np.arange(half, dtype=np.float32) / np.float32(half)))).astype(np.float32)
+    return tensors
+
+
+def _array(x: Any, transposed: bool) -> np.ndarray:
+    x = np.asarray(x)
+    return np.ascontiguousarray(x.T if transposed else x)
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: np.ndarray) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+    tree[path[-1]] = value
+
+
+def _get(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    for part in path:
+        tree = tree[part]
+    return tree
