@@ -33,7 +33,13 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis; -1 takes what the others leave."""
+    """Devices along each axis.
+
+    Attributes:
+        data: copies of the model; -1 takes what the others leave.
+        fsdp: parts the model's arrays are split into, gathered where they are used.
+        tensor: parts that heads, MLP columns and vocabulary are split into.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -79,6 +85,12 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 def batch_sharding(mesh: Mesh, batch_axis: int = 0) -> NamedSharding:
     """The sharding of an array whose given axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * batch_axis, BATCH_AXES))
+
+
+def num_batch_devices() -> int:
+    """Devices over which the current mesh splits a batch; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -1,0 +1,87 @@
+"""What one device can do at best: the ceiling for model FLOP utilisation and for what fits in memory.
+
+Keys are `jax.Device.device_kind`: for a TPU the runtime's name (the spellings `jax.experimental.topologies` knows), for a GPU the
+name its CUDA driver gives. Numbers are per JAX device, from the vendors' public pages:
+
+- TPU: https://docs.cloud.google.com/tpu/docs/ followed by v4, v5e, v5p, v6e or tpu7x, "System architecture". On v4 and v5p the two cores
+  of a chip are one JAX device; on TPU7x each core is a device of its own, so its row is half of the published chip.
+- V100: https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf
+- A100: https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
+- L4, H100, H200: https://www.nvidia.com/en-us/data-center/ followed by l4, h100 or h200, "Specifications". These print matrix rates "with
+  sparsity"; a dense product reaches half of that.
+- B200: https://www.nvidia.com/en-us/data-center/dgx-b200/, "Specifications", an eighth of the machine; 4.5e15 with sparsity.
+
+Memory is the nominal size; what a program may use is less (`jax.Device.memory_stats()["bytes_limit"]`).
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """One JAX device: dense bfloat16 FLOP/s, bytes of device memory, bytes/s between that memory and the chip."""
+
+    name: str
+    peak_flops: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+
+
+# Google states binary gigabytes, NVIDIA decimal ones.
+GIB = 2**30
+GB = 10**9
+
+TPU_V4 = Accelerator(name="TPU v4", peak_flops=275e12, hbm_bytes=32 * GIB, hbm_bandwidth=1200e9)
+TPU_V5E = Accelerator(name="TPU v5e", peak_flops=197e12, hbm_bytes=16 * GIB, hbm_bandwidth=819e9)
+TPU_V5P = Accelerator(name="TPU v5p", peak_flops=459e12, hbm_bytes=95 * GIB, hbm_bandwidth=2765e9)
+TPU_V6E = Accelerator(name="TPU v6e", peak_flops=918e12, hbm_bytes=32 * GIB, hbm_bandwidth=1638e9)
+TPU_7X = Accelerator(
+    name="TPU7x, one of two cores", peak_flops=2307e12 / 2, hbm_bytes=96 * GIB, hbm_bandwidth=7380e9 / 2
+)
+# Volta multiplies matrices in float16 only, so its row holds that rate; bfloat16 runs far below it.
+V100_SXM_16 = Accelerator(name="V100 SXM 16 GB", peak_flops=125e12, hbm_bytes=16 * GB, hbm_bandwidth=900e9)
+V100_SXM_32 = Accelerator(name="V100 SXM 32 GB", peak_flops=125e12, hbm_bytes=32 * GB, hbm_bandwidth=900e9)
+V100_PCIE_16 = Accelerator(name="V100 PCIe 16 GB", peak_flops=112e12, hbm_bytes=16 * GB, hbm_bandwidth=900e9)
+V100_PCIE_32 = Accelerator(name="V100 PCIe 32 GB", peak_flops=112e12, hbm_bytes=32 * GB, hbm_bandwidth=900e9)
+A100_SXM_40 = Accelerator(name="A100 SXM 40 GB", peak_flops=312e12, hbm_bytes=40 * GB, hbm_bandwidth=1555e9)
+A100_SXM_80 = Accelerator(name="A100 SXM 80 GB", peak_flops=312e12, hbm_bytes=80 * GB, hbm_bandwidth=2039e9)
+A100_PCIE_40 = Accelerator(name="A100 PCIe 40 GB", peak_flops=312e12, hbm_bytes=40 * GB, hbm_bandwidth=1555e9)
+A100_PCIE_80 = Accelerator(name="A100 PCIe 80 GB", peak_flops=312e12, hbm_bytes=80 * GB, hbm_bandwidth=1935e9)
+L4 = Accelerator(name="L4", peak_flops=242e12 / 2, hbm_bytes=24 * GB, hbm_bandwidth=300e9)
+H100_SXM = Accelerator(name="H100 SXM", peak_flops=1979e12 / 2, hbm_bytes=80 * GB, hbm_bandwidth=3350e9)
+H100_PCIE = Accelerator(name="H100 PCIe", peak_flops=1513e12 / 2, hbm_bytes=80 * GB, hbm_bandwidth=2000e9)
+H100_NVL = Accelerator(name="H100 NVL", peak_flops=1671e12 / 2, hbm_bytes=94 * GB, hbm_bandwidth=3900e9)
+H200_SXM = Accelerator(name="H200 SXM", peak_flops=1979e12 / 2, hbm_bytes=141 * GB, hbm_bandwidth=4800e9)
+H200_NVL = Accelerator(name="H200 NVL", peak_flops=1671e12 / 2, hbm_bytes=141 * GB, hbm_bandwidth=4800e9)
+B200 = Accelerator(name="B200", peak_flops=4500e12 / 2, hbm_bytes=180 * GB, hbm_bandwidth=8000e9)
+
+ACCELERATORS = {
+    "TPU v4": TPU_V4,
+    "TPU v5 lite": TPU_V5E,
+    "TPU v5e": TPU_V5E,
+    "TPU v5": TPU_V5P,
+    "TPU v5p": TPU_V5P,
+    "TPU v6 lite": TPU_V6E,
+    "TPU v6e": TPU_V6E,
+    "TPU7x": TPU_7X,
+    "Tesla V100-SXM2-16GB": V100_SXM_16,
+    "Tesla V100-SXM2-32GB": V100_SXM_32,
+    "Tesla V100-PCIE-16GB": V100_PCIE_16,
+    "Tesla V100-PCIE-32GB": V100_PCIE_32,
+    "NVIDIA A100-SXM4-40GB": A100_SXM_40,
+    "NVIDIA A100-SXM4-80GB": A100_SXM_80,
+    "NVIDIA A100-PCIE-40GB": A100_PCIE_40,
+    "NVIDIA A100 80GB PCIe": A100_PCIE_80,
+    "NVIDIA L4": L4,
+    "NVIDIA H100 80GB HBM3": H100_SXM,
+    "NVIDIA H100 PCIe": H100_PCIE,
+    "NVIDIA H100 NVL": H100_NVL,
+    "NVIDIA H200": H200_SXM,
+    "NVIDIA H200 NVL": H200_NVL,
+    "NVIDIA B200": B200,
+}
+
+
+def find(device_kind: str) -> Accelerator | None:
+    """The accelerator behind `jax.Device.device_kind`, or None when it is not in the table (a CPU): then no utilisation is known."""
+    return ACCELERATORS.get(device_kind)

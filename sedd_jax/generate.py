@@ -1,0 +1,254 @@
+"""Sampling text from a run: from nothing, or around given text."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sedd_jax import categoricals, networks, runs, samplers, score_heads, sharding
+
+_GAP = re.compile(r"\{\{|\}\}|\{(\d+)\}|\{[^{}]*\}?|\}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Template:
+    """Known tokens and gaps, padded with one last gap to the length the model was trained on.
+
+    Attributes:
+        tokens: known tokens, 0 in gaps.
+        is_given: where they are known.
+        length: tokens that are shown; what follows is generated too, since the model knows only its full length, and cut.
+    """
+
+    tokens: Int[np.ndarray, "L"]
+    is_given: Bool[np.ndarray, "L"]
+    length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One drawn text and how it was drawn."""
+
+    text: str
+    tokens: list[int]
+    seed: int
+    index: int
+    step: int
+    sampler: str
+    num_steps: int
+    nfe: int
+    draw: str
+
+
+def parse_template(run: runs.Run, template: str) -> Template:
+    """Reads "Hi, my name is {32} and" : {n} is a gap of n tokens, {{ and }} are braces; "" is one gap of the whole length.
+
+    Raises:
+        ValueError: where a brace is neither, the template is longer than the model, or text is outside its vocabulary.
+    """
+    parts: list[Int[np.ndarray, "P"] | int] = []
+    text, position = "", 0
+    for match in _GAP.finditer(template):
+        text += template[position : match.start()]
+        position = match.end()
+        if match.group() in ("{{", "}}"):
+            text += match.group()[0]
+        elif match.group(1) is None:
+            raise ValueError(
+                f"--template has {match.group()!r} at position {match.start()}: a gap is {{n}} with n tokens to fill, a brace "
+                "itself is {{ or }}"
+            )
+        else:
+            parts += [run.tokenizer.encode(text), int(match.group(1))]
+            text = ""
+    parts.append(run.tokenizer.encode(text + template[position:]))
+    return _assemble(run, parts, None if template else run.config.data.length)
+
+
+def around(run: runs.Run, prefix: str, suffix: str) -> Template:
+    """Text at the start and at the end of the model's full length, one gap between.
+
+    Raises:
+        ValueError: where both together leave no gap, or are outside the vocabulary.
+    """
+    start, end = run.tokenizer.encode(prefix), run.tokenizer.encode(suffix)
+    gap = run.config.data.length - len(start) - len(end)
+    if gap <= 0:
+        raise ValueError(
+            f"--prefix and --suffix take {len(start)} + {len(end)} tokens of the model's {run.config.data.length} and leave "
+            "no gap: shorten them"
+        )
+    return _assemble(run, [start, gap, end], None)
+
+
+def draw_samples(
+    run: runs.Run,
+    params: networks.Params,
+    template: Template,
+    *,
+    num_steps: int,
+    num_samples: int,
+    sampler: str,
+    draw: str,
+    seed: int,
+    step: int = 0,
+    watch: Callable[[int, list[str]], None] | None = None,
+) -> list[Sample]:
+    """Draws `num_samples` texts that agree with the template.
+
+    Args:
+        run: the run.
+        params: parameters, usually the moving average.
+        template: what is known.
+        num_steps: reverse steps; nfe is one more.
+        num_samples: texts, drawn as one batch.
+        sampler: a name in `samplers.SAMPLERS`.
+        draw: a name in `categoricals.DRAWS`.
+        seed: of everything random; the same seed draws the same texts.
+        step: checkpoint step, only recorded.
+        watch: called with the number of steps taken and the texts so far, masks shown as `░`.
+    """
+    shape = (num_samples, len(template.tokens))
+    given = samplers.Given(
+        jnp.broadcast_to(jnp.asarray(template.tokens, jnp.int32), shape), jnp.broadcast_to(template.is_given, shape)
+    )
+    key_limit, key_steps, key_denoise = jax.random.split(jax.random.key(seed), 3)
+    xt = given.clamp(run.graph.sample_limit(key_limit, shape))
+    reverse_steps, denoise = _compiled(run.network, run.graph, run.noise, sampler, draw)
+    # A trajectory that is watched, or long, is taken in parts; keys depend on the step alone, so the text is the same.
+    stride = max(1, num_steps // 64) if watch else num_steps
+    for start in range(0, num_steps, stride):
+        stop = min(start + stride, num_steps)
+        xt = reverse_steps(params, key_steps, given, xt, start, stop, num_steps)
+        if watch:
+            watch(stop, _texts(run, np.asarray(given.clamp(xt)), template.length))
+    tokens = np.asarray(denoise(params, key_denoise, given, xt))
+    if watch:
+        watch(num_steps + 1, _texts(run, tokens, template.length))
+    rows = tokens[:, : template.length]
+    return [
+        Sample(
+            text=run.tokenizer.decode(row),
+            tokens=row.tolist(),
+            seed=seed,
+            index=index,
+            step=step,
+            sampler=sampler,
+            num_steps=num_steps,
+            nfe=num_steps + 1,
+            draw=draw,
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def generate(
+    workdir: pathlib.Path,
+    *,
+    prefix: str = "",
+    suffix: str = "",
+    template: str = "",
+    num_steps: int | None = None,
+    num_samples: int | None = None,
+    sampler: str | None = None,
+    draw: str | None = None,
+    seed: int = 0,
+    watch: Callable[[int, list[str]], None] | None = None,
+) -> list[Sample]:
+    """Draws texts from the newest checkpoint (its moving average) of a run.
+
+    What is None is as the run's config says. See `parse_template`, `around` and `draw_samples`.
+    """
+    run = runs.load(workdir)
+    settings = run.config.sampling
+    if template and (prefix or suffix):
+        raise ValueError("--template cannot be combined with --prefix or --suffix: write them into the template")
+    num_steps = settings.num_steps if num_steps is None else num_steps
+    num_samples = settings.num_samples if num_samples is None else num_samples
+    for name, value in (("num_steps", num_steps), ("num_samples", num_samples)):
+        if value < 1:
+            raise ValueError(f"--{name}={value} must be at least 1")
+    parsed = around(run, prefix, suffix) if prefix or suffix else parse_template(run, template)
+    mesh = sharding.make_mesh(run.config.mesh)
+    step, params = run.ema_params()
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, sharding.tree_shardings(mesh, params))
+        return draw_samples(
+            run,
+            params,
+            parsed,
+            num_steps=num_steps,
+            num_samples=num_samples,
+            sampler=settings.sampler if sampler is None else sampler,
+            draw=settings.draw if draw is None else draw,
+            seed=seed,
+            step=step,
+            watch=watch,
+        )
+
+
+def write_jsonl(samples: list[Sample], path: pathlib.Path) -> None:
+    """Writes one JSON object a line: text, token ids, and how they were drawn."""
+    lines = [json.dumps(dataclasses.asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+@functools.cache
+def _compiled(network: networks.NetworkConfig, graph: Any, noise: Any, sampler: str, draw: str) -> tuple[Any, Any]:
+    """Reverse steps and last step, compiled; their step numbers and keys are traced and do not recompile."""
+
+    def score_fn(params: networks.Params) -> samplers.ScoreFn:
+        def score(xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
+            features = networks.apply(network, params, xt, sigma)
+            return jnp.exp(score_heads.log_score(network, params, features, xt, sigma))
+
+        return score
+
+    drawn = categoricals.DRAWS[draw]
+
+    def reverse_steps(params, key, given, xt, start, stop, num_steps):
+        fn = score_fn(params)
+        return samplers.reverse_steps(
+            key, fn, graph, noise, given, xt, start, stop, num_steps, sampler=sampler, draw=drawn
+        )
+
+    def denoise(params, key, given, xt):
+        return samplers.denoise(key, score_fn(params), graph, noise, given, xt, draw=drawn)
+
+    return jax.jit(reverse_steps), jax.jit(denoise)
+
+
+def _assemble(run: runs.Run, parts: list[Int[np.ndarray, "P"] | int], shown: int | None) -> Template:
+    length = run.config.data.length
+    total = sum(part if isinstance(part, int) else len(part) for part in parts)
+    if total > length:
+        raise ValueError(f"the template is {total} tokens long, the model's length is {length}: shorten it or its gaps")
+    tokens, is_given = np.zeros(length, np.int32), np.zeros(length, bool)
+    position = 0
+    for part in parts:
+        if not isinstance(part, int):
+            tokens[position : position + len(part)] = part
+            is_given[position : position + len(part)] = True
+        position += part if isinstance(part, int) else len(part)
+    return Template(tokens=tokens, is_given=is_given, length=total if shown is None else shown)
+
+
+def _texts(run: runs.Run, tokens: Int[np.ndarray, "B L"], length: int) -> list[str]:
+    return ["".join(_pieces(run, row)) for row in tokens[:, :length]]
+
+
+def _pieces(run: runs.Run, row: Int[np.ndarray, "L"]) -> Iterator[str]:
+    """Text of a row, each stretch of masks as as many `░`."""
+    masked = row == run.graph.mask_id if hasattr(run.graph, "mask_id") else np.zeros(len(row), bool)
+    borders = np.flatnonzero(np.diff(masked)) + 1
+    for stretch in np.split(np.arange(len(row)), borders):
+        if len(stretch):
+            yield "░" * len(stretch) if masked[stretch[0]] else run.tokenizer.decode(row[stretch])

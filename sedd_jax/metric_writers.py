@@ -1,0 +1,373 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard event files, the terminal, and loss.png.
+
+Metrics are a flat dict of Python floats with slash names, such as {"train/loss": 3.2, "train/bits_per_character": 2.9}. rich, tensorboardX
+and matplotlib are imported where they are used, because training works without them: a run then prints plain lines, or says in one line
+what it leaves out.
+"""
+
+import contextlib
+import datetime
+import functools
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Self, TextIO
+
+import numpy as np
+from jaxtyping import Float
+
+# A sample is text nobody has checked: escape sequences in it must show, not act on the terminal.
+VISIBLE_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+@functools.cache
+def _say_missing(package: str, loss: str) -> None:
+    """Tells once what a run leaves out because `package` is not installed."""
+    print(f"{package} is not installed: {loss} (pip install {package})", file=sys.stderr)
+
+
+def _is_missing(package: str) -> bool:
+    return importlib.util.find_spec(package) is None
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a metrics file, without a last one that has no line end: a kill tore it, or it is being written."""
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number} is not JSON ({line[:60]!r}): delete that line") from error
+    return records
+
+
+def truncate_after(path: str | os.PathLike[str], step: int) -> None:
+    """Drops the lines of steps after `step` and a torn last line, so that a run resumed at `step` shows no step twice."""
+    kept = [record for record in read_json_lines(path) if record["step"] <= step]
+    # Replaced whole: a kill in the middle leaves the old file or the new one.
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
+    os.replace(partial, path)
+
+
+class JsonLines:
+    """Appends one line {"step": n, name: value, ...} per write and flushes it.
+
+    JSON has no word for non-finite numbers: they are the strings "nan", "inf" and "-inf", so `float(value)` reads every value back.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, start_step: int) -> None:
+        if os.path.exists(path):
+            truncate_after(path, start_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, it stays open until close
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Writes scalars to an event file in `directory`; a run resumed at `start_step` hides the later steps of the run before."""
+
+    def __init__(self, directory: str | os.PathLike[str], *, start_step: int) -> None:
+        import tensorboardX
+
+        # TensorBoard drops the steps from purge_step on, purge_step included.
+        purge_step = start_step + 1 if start_step > 0 else None
+        self._writer = tensorboardX.SummaryWriter(logdir=os.fspath(directory), purge_step=purge_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, global_step=step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Pace:
+    """How fast steps go by, on the monotonic clock."""
+
+    def __init__(self, *, num_steps: int, start_step: int) -> None:
+        self._num_steps = num_steps
+        self._step = start_step
+        self._time = time.monotonic()
+        self._paused = 0.0
+        self._first_lap: tuple[int, float] | None = None
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent inside does not count as training: compilation, evaluation, sampling, saving."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - start
+
+    def lap(self, step: int) -> tuple[float, float]:
+        """Steps per second of training since the last lap, and the seconds left until the last step.
+
+        The time left counts pauses too, because those still to come will cost what the past ones did; it leaves out what lies before
+        the first lap, where the program compiles.
+        """
+        now = time.monotonic()
+        steps_per_second = (step - self._step) / max(now - self._time - self._paused, 1e-9)
+        if self._first_lap is None:
+            self._first_lap = (step, now)
+            seconds_per_step = 1 / steps_per_second if steps_per_second > 0 else 0.0
+        else:
+            first_step, first_time = self._first_lap
+            seconds_per_step = (now - first_time) / max(step - first_step, 1)
+        self._step, self._time, self._paused = step, now, 0.0
+        return steps_per_second, seconds_per_step * (self._num_steps - step)
+
+
+def _short(count: float) -> str:
+    """A count in at most five characters: 987, 12.3k, 4.57M."""
+    for unit in ("", "k", "M", "G"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}T"
+
+
+class Progress:
+    """A bar on a terminal, one plain line per call elsewhere; both on `stream`, standard error unless told otherwise.
+
+    `unit` is what bits are counted per: "character" or "token".
+    """
+
+    def __init__(self, *, num_steps: int, unit: str, start_step: int, stream: TextIO | None = None) -> None:
+        self._num_steps = num_steps
+        self._unit = unit
+        self._stream = sys.stderr if stream is None else stream
+        self._live: Any = None
+        if self._stream.isatty() and not _is_missing("rich"):
+            from rich import console, live
+
+            terminal = console.Console(file=self._stream, highlight=False)
+            if not terminal.is_dumb_terminal:
+                # Whatever else the program prints to the same terminal has to pass above the bar as well.
+                own = self._stream is sys.stderr
+                self._live = live.Live(
+                    self._bar(start_step, None, "the first step compiles"),
+                    console=terminal,
+                    auto_refresh=False,
+                    redirect_stderr=own,
+                    redirect_stdout=own and sys.stdout.isatty(),
+                )
+                self._live.start(refresh=True)
+
+    def _bar(self, step: int, left: datetime.timedelta | None, numbers: str) -> Any:
+        """Two lines, because one holds neither the numbers nor the bar at 60 columns."""
+        from rich import console, progress_bar, table, text
+
+        row = table.Table.grid(padding=(0, 1), expand=True)
+        row.add_column(no_wrap=True)
+        row.add_column(ratio=1)
+        row.add_column(no_wrap=True)
+        bar = progress_bar.ProgressBar(total=self._num_steps, completed=step)
+        percent = f"{100 * step // max(self._num_steps, 1)}%"
+        row.add_row(f"step {step}/{self._num_steps}", bar, percent if left is None else f"{percent}  left {left}")
+        return console.Group(row, text.Text(numbers))
+
+    def show(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
+        """Shows where the run stands; `metrics` are those of a training step, with "train/tokens_per_second"."""
+        bits = f"bits/{self._unit} {metrics[f'train/bits_per_{self._unit}']:.3f}"
+        numbers = [f"loss {metrics['train/loss']:.3f}", bits, f"{_short(metrics['train/tokens_per_second'])} tokens/s"]
+        if "train/model_flop_utilization" in metrics:
+            numbers.append(f"mfu {metrics['train/model_flop_utilization']:.1%}")
+        left = datetime.timedelta(seconds=round(seconds_left))
+        if self._live is None:
+            self.say("  ".join([f"step {step}/{self._num_steps}", *numbers, f"left {left}"]))
+        else:
+            self._live.update(self._bar(step, left, "  ".join(numbers)), refresh=True)
+
+    def say(self, text: str) -> None:
+        """Prints a text above the bar: samples as the run trains, a result, a warning."""
+        visible = text.translate(VISIBLE_CONTROLS)
+        if self._live is None:
+            print(visible, file=self._stream, flush=True)
+        else:
+            self._live.console.print(visible, markup=False, emoji=False)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def _describe(metrics: Mapping[str, float]) -> str:
+    """Held-out metrics as words: "score entropy bits 2.912 ± 0.014"."""
+    parts = []
+    for name, value in metrics.items():
+        if not name.endswith("_stderr"):
+            error = f" ± {metrics[f'{name}_stderr']:.3f}" if f"{name}_stderr" in metrics else ""
+            parts.append(f"{name.removeprefix('valid/').replace('_', ' ')} {value:.3f}{error}")
+    return "  ".join(parts)
+
+
+class MetricWriter:
+    """What the training loop holds: writes metrics.jsonl and tensorboard/ in the run directory, and the terminal.
+
+    `flops_per_token` is the model's floating-point work per trained token, `peak_flops` that of all devices together or None when it is
+    not known; then no utilization is written.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        num_steps: int,
+        start_step: int,
+        unit: str,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        stream: TextIO | None = None,
+    ) -> None:
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._files: list[JsonLines | TensorBoard] = [JsonLines(directory / "metrics.jsonl", start_step=start_step)]
+        if _is_missing("tensorboardX"):
+            _say_missing("tensorboardX", "no TensorBoard files, metrics.jsonl holds the same numbers")
+        else:
+            self._files.append(TensorBoard(directory / "tensorboard", start_step=start_step))
+        self._progress = Progress(num_steps=num_steps, unit=unit, start_step=start_step, stream=stream)
+        self._pace = Pace(num_steps=num_steps, start_step=start_step)
+        self.say = self._progress.say
+        self.pause = self._pace.pause
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one step's metrics everywhere, adding the speed to those of a training step (they hold "train/loss")."""
+        metrics = dict(metrics)
+        if "train/loss" in metrics:
+            steps_per_second, seconds_left = self._pace.lap(step)
+            metrics["train/tokens_per_second"] = steps_per_second * self._tokens_per_step
+            if self._peak_flops is not None:
+                flops = metrics["train/tokens_per_second"] * self._flops_per_token
+                metrics["train/model_flop_utilization"] = flops / self._peak_flops
+            self._progress.show(step, metrics, seconds_left)
+        held_out = {name: value for name, value in metrics.items() if name.startswith("valid/")}
+        if held_out:
+            self.say(f"step {step}  held out: {_describe(held_out)}")
+        for file in self._files:
+            file.write(step, metrics)
+
+    def close(self) -> None:
+        self._progress.close()
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+RAW_COLOR, SMOOTH_COLOR, REFERENCE_COLOR = "#a9c4e6", "#1f5fae", "#667085"
+BOUNDS = {
+    "valid/score_entropy_bits": ("held-out score-entropy bound", "#d9480f"),
+    "valid/cross_entropy_bits": ("held-out cross-entropy bound", "#2b8a3e"),
+}
+
+
+def _series(records: list[dict[str, Any]], name: str) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
+    """Steps and finite values of one metric, ascending; of two lines for one step the later counts."""
+    values = {record["step"]: float(record[name]) for record in records if name in record}
+    points = sorted((step, value) for step, value in values.items() if math.isfinite(value))
+    return tuple(np.asarray(points, dtype=np.float64).reshape(-1, 2).T)
+
+
+def _smooth(values: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
+    """A running mean over a fifteenth of the points, narrower at the start, where a wide one would flatten the drop."""
+    index = np.arange(len(values))
+    half = np.minimum(index // 4, len(values) // 30)
+    first, end = index - half, np.minimum(index + half + 1, len(values))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return (total[end] - total[first]) / (end - first)
+
+
+def _limits(values: Float[np.ndarray, " S"]) -> tuple[float, float]:
+    """Limits of a logarithmic axis around positive values, with air."""
+    low, high = values.min(), max(values.max(), 1.1 * values.min())
+    air = (high / low) ** 0.06
+    return low / air, high * air
+
+
+def _draw(axes: Any, records: list[dict[str, Any]], train: str | None) -> Float[np.ndarray, " S"]:
+    """Draws the curves and returns the values that should set the scale.
+
+    Not among them: the huge first values, and the noise of single training steps.
+    """
+    settled = 0.05 * max((record["step"] for record in records), default=0)
+    shown = [np.zeros(0)]
+    if train is not None:
+        steps, values = _series(records, train)
+        axes.plot(steps, values, color=RAW_COLOR, linewidth=0.8, label="training, logged steps")
+        marker = "o" if len(steps) == 1 else "none"
+        axes.plot(steps, _smooth(values), color=SMOOTH_COLOR, linewidth=2, marker=marker, label="training, smoothed")
+        late = values[steps >= settled]
+        shown.append(np.percentile(late, [0.5, 99.5]) if len(late) else late)
+    for name, (label, color) in BOUNDS.items():
+        steps, values = _series(records, name)
+        if len(steps):
+            errors = dict(zip(*_series(records, f"{name}_stderr"), strict=True))
+            bars = [errors.get(step, 0.0) for step in steps]
+            last = f"{values[-1]:.3f}" + (f" ± {bars[-1]:.3f}" if errors else "")
+            style = {"color": color, "linewidth": 1.4, "marker": "o", "markersize": 4, "capsize": 3}
+            axes.errorbar(steps, values, yerr=bars, label=f"{label}, last {last}", **style)
+            shown.append(values[steps >= settled])
+    return np.concatenate(shown)
+
+
+def plot_curves(
+    metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str], references: Mapping[str, float]
+) -> None:
+    """Draws training bits and the held-out bounds over the steps; `references` are levels, {"bigram entropy": 3.4}."""
+    if _is_missing("matplotlib"):
+        return _say_missing("matplotlib", "no loss.png, metrics.jsonl holds its numbers")
+    from matplotlib import figure, ticker
+
+    records = read_json_lines(metrics_path)
+    train = next((name for record in records for name in record if name.startswith("train/bits_per_")), None)
+    unit = "bits" if train is None else f"bits per {train.removeprefix('train/bits_per_')}"
+    picture = figure.Figure(figsize=(9, 6), dpi=150, layout="constrained")
+    axes = picture.add_subplot(title="Bits over training, lower is better", xlabel="step", ylabel=f"{unit} (log scale)")
+    shown = np.concatenate([_draw(axes, records, train), list(references.values())])
+    for index, (label, level) in enumerate(references.items()):
+        dashes = (0, (6 - 2 * (index % 3), 2))
+        axes.axhline(level, color=REFERENCE_COLOR, linewidth=1.2, linestyle=dashes, label=f"{label} {level:.3f}")
+    if np.any(shown > 0):
+        axes.set(yscale="log", ylim=_limits(shown[shown > 0]))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(12, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+        picture.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    else:
+        axes.text(0.5, 0.5, "no metrics yet", transform=axes.transAxes, ha="center", color=REFERENCE_COLOR)
+    axes.set_xlim(0, max(1.02 * max((record["step"] for record in records), default=0), 1))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(10, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axes.grid(color="#e4e7ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    partial = f"{os.fspath(png_path)}.partial"
+    picture.savefig(partial, format="png")
+    os.replace(partial, png_path)

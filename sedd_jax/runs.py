@@ -1,0 +1,159 @@
+"""A run directory describes itself: config.json, tokenizer.json, data/, checkpoints/, metrics.jsonl, samples/."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from sedd_jax import batches, checkpoints, corpora, graphs, networks, noise_schedules, tokenizers
+from sedd_jax import config as configs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run directory, opened.
+
+    Attributes:
+        workdir: the directory.
+        config: what the run is made of.
+        tokenizer: between text and tokens.
+    """
+
+    workdir: pathlib.Path
+    config: configs.Config
+    tokenizer: tokenizers.Tokenizer
+
+    @property
+    def graph(self) -> graphs.Graph:
+        return configs.make_graph(self.config.graph, self.tokenizer.vocab_size, self.tokenizer.mask_id)
+
+    @property
+    def noise(self) -> noise_schedules.NoiseSchedule:
+        return configs.make_noise(self.config.noise)
+
+    @property
+    def network(self) -> networks.NetworkConfig:
+        return dataclasses.replace(self.config.network, num_states=self.graph.num_states)
+
+    @property
+    def checkpoint_dir(self) -> pathlib.Path:
+        return self.workdir / "checkpoints"
+
+    def split(self, name: str) -> batches.PackedSplit:
+        """One split of the run's packed text."""
+        directory = self.workdir / "data"
+        if not directory.exists():
+            raise ValueError(f"{self.workdir} has no data of its own, as a converted checkpoint has none: train or sample")
+        return batches.open_split(directory, name, self.config.data.length)
+
+    def ema_params(self) -> tuple[int, networks.Params]:
+        """Step and moving average of the newest checkpoint."""
+        if not self.checkpoint_dir.exists():
+            raise ValueError(f"{self.workdir} has no checkpoint yet: train longer than config.training.checkpoint_every")
+        with contextlib.closing(checkpoints.Checkpoints(self.checkpoint_dir)) as saved:
+            step = saved.latest_step()
+            if step is None:
+                raise ValueError(f"{self.workdir} has no complete checkpoint: train longer")
+            return step, saved.restore_ema(step, self._abstract_params())
+
+    def _abstract_params(self) -> networks.Params:
+        one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.eval_shape(lambda: networks.init(jax.random.key(0), self.network))
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one_device), shapes)
+
+
+def start(workdir: pathlib.Path, config: configs.Config) -> Run:
+    """Opens the run in `workdir` to go on with it, or makes a new one: tokenizer built, text packed.
+
+    A new directory appears whole or not at all.
+
+    Raises:
+        ValueError: where the directory is not a run's, or its config differs in what may not change.
+    """
+    if (workdir / "config.json").exists():
+        run = load(workdir)
+        changed = configs.changes(run.config, config)
+        if changed:
+            raise ValueError(f"{workdir} was started with another config: {'; '.join(changed)}; use another --workdir")
+        _write_json(workdir / "config.json", configs.to_dict(config))
+        return dataclasses.replace(run, config=config)
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise ValueError(f"{workdir} exists and is not a run directory: use another --workdir")
+    tokenizer = tokenizers.build(config.data.tokenizer, lambda: _all_documents(config.data.source))
+    with _new_directory(workdir) as partial:
+        batches.pack(config.data.source, tokenizer, partial / "data")
+        for split in corpora.SPLITS:
+            batches.open_split(partial / "data", split, config.data.length)
+        _describe(partial, config, tokenizer)
+    return load(workdir)
+
+
+def start_converted(
+    workdir: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer, state: Any
+) -> Run:
+    """Makes a run directory around a given train state, with no data of its own."""
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise ValueError(f"{workdir} exists and is not empty: use another --to")
+    with _new_directory(workdir) as partial:
+        _describe(partial, config, tokenizer)
+        with contextlib.closing(checkpoints.Checkpoints(partial / "checkpoints", keep=1)) as saved:
+            saved.save(int(state.step), state)
+    return load(workdir)
+
+
+def load(workdir: pathlib.Path) -> Run:
+    """Opens a run directory.
+
+    Raises:
+        ValueError: where it is none, or its files are damaged.
+    """
+    if not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} is not a run directory, it has no config.json: give the --workdir of a training run")
+    config = configs.parse(_read_json(workdir / "config.json"))
+    tokenizer = tokenizers.from_json(_read_json(workdir / "tokenizer.json"))
+    return Run(workdir=workdir, config=config, tokenizer=tokenizer)
+
+
+def _all_documents(source: str) -> Iterator[str]:
+    for split in corpora.SPLITS:
+        yield from corpora.read(source, split)
+
+
+def _describe(directory: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer) -> None:
+    _write_json(directory / "config.json", configs.to_dict(config))
+    _write_json(directory / "tokenizer.json", tokenizer.to_json())
+
+
+@contextlib.contextmanager
+def _new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory beside `final` that takes its name on success and vanishes on failure."""
+    partial = final.parent / f".{final.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {final}: {error.strerror}; use another directory") from error
+    try:
+        yield partial
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

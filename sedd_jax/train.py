@@ -1,0 +1,259 @@
+"""Training: from a config and a directory to a run that has learned."""
+
+import contextlib
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from sedd_jax import (
+    accelerators,
+    batches,
+    checkpoints,
+    evaluate,
+    generate,
+    losses,
+    metric_writers,
+    optimizers,
+    runs,
+    sharding,
+    train_state,
+)
+from sedd_jax import config as configs
+
+Metrics = dict[str, Any]
+StepFn = Callable[[train_state.TrainState, Int[Array, "B L"]], tuple[train_state.TrainState, Metrics]]
+
+
+class NonFiniteLoss(ValueError):
+    """The loss stopped being a number."""
+
+
+def train(config: configs.Config, workdir: pathlib.Path, *, stream: TextIO | None = None) -> dict[str, float]:
+    """Trains until config.training.num_steps, going on from the newest checkpoint where the directory has one.
+
+    Args:
+        config: a validated config.
+        workdir: run directory, made if it does not exist.
+        stream: where progress goes; standard error if None.
+
+    Returns:
+        The last metrics written.
+
+    Raises:
+        ValueError: where config, corpus or directory do not allow a run.
+        NonFiniteLoss: names the step and the newest checkpoint.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    _check_batch(config, mesh)
+    run = runs.start(workdir, config)
+    optimizer = optimizers.make_optimizer(config.optimizer)
+    saved = checkpoints.Checkpoints(run.checkpoint_dir, keep=config.training.keep_checkpoints)
+    with contextlib.closing(saved), jax.set_mesh(mesh):
+        state, step = initial_state(run, optimizer, mesh, saved)
+        step_fn = make_step_fn(run, optimizer, mesh, state)
+        accelerator = accelerators.find(jax.devices()[0].device_kind)
+        with metric_writers.MetricWriter(
+            workdir,
+            num_steps=config.training.num_steps,
+            start_step=step,
+            unit=run.tokenizer.unit,
+            tokens_per_step=config.training.batch_size * config.data.length,
+            flops_per_token=run.network.flops_per_token(config.data.length),
+            peak_flops=None if accelerator is None else accelerator.peak_flops * mesh.size,
+            stream=stream,
+        ) as writer:
+            return _loop(run, state, step, step_fn, saved, writer, mesh)
+
+
+def train_step(
+    state: train_state.TrainState,
+    x0: Int[Array, "B L"],
+    *,
+    run: runs.Run,
+    optimizer: optax.GradientTransformation,
+    base_key: PRNGKeyArray,
+) -> tuple[train_state.TrainState, Metrics]:
+    """One optimizer step on a batch.
+
+    Times are spread evenly over the whole batch; each micro-batch has noise and dropout of its own, and their gradients are averaged.
+    Loss is the mean over sequences of the bound in nats (equation 10), as published; metrics are per token.
+    """
+    num_micro = run.config.training.num_micro_batches
+    key_times, key_micro = jax.random.split(jax.random.fold_in(base_key, state.step))
+    t = losses.sample_times(key_times, x0.shape[0])
+
+    def loss_fn(params: Any, key: Any, x0: Int[Array, "b L"], t: Float[Array, "b"]):
+        key_noise, key_dropout = jax.random.split(key)
+        bounds = evaluate.sequence_bounds(params, key_noise, x0, t, run=run, dropout_key=key_dropout)
+        return bounds.score_entropy.mean(), bounds.cross_entropy.mean()
+
+    def micro_batch(total: Any, inputs: Any):
+        (loss, cross_entropy), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *inputs)
+        return jax.tree.map(lambda a, b: a + b / num_micro, total, (loss, cross_entropy, grads)), None
+
+    # Sequence i goes to micro-batch i % num_micro, so each has times from the whole interval and no device gives rows away.
+    deal = lambda x: jnp.moveaxis(x.reshape(-1, num_micro, *x.shape[1:]), 1, 0)
+    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    parts = (jax.random.split(key_micro, num_micro), deal(x0), deal(t))
+    (loss, cross_entropy, grads), _ = jax.lax.scan(micro_batch, zeros, parts)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = optimizers.update_ema(state.ema_params, params, state.step + 1, run.config.optimizer.ema_decay)
+    metrics = {
+        "train/loss": loss / x0.shape[1],
+        "train/cross_entropy": cross_entropy / x0.shape[1],
+        "train/grad_norm": optax.global_norm(grads),
+        "train/learning_rate": optimizers.learning_rate(run.config.optimizer, state.step),
+    }
+    return train_state.TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+
+def initial_state(
+    run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, saved: checkpoints.Checkpoints
+) -> tuple[train_state.TrainState, int]:
+    """The newest checkpoint, or a fresh state, laid out on the mesh; and its step."""
+    create = functools.partial(train_state.create, config=run.network, optimizer=optimizer)
+    key = jax.random.key(run.config.seed)
+    shardings = sharding.tree_shardings(mesh, jax.eval_shape(create, key))
+    state = jax.jit(create, out_shardings=shardings)(key)
+    step = saved.latest_step()
+    return (state, 0) if step is None else (saved.restore(step, state), step)
+
+
+def make_step_fn(
+    run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, state: train_state.TrainState
+) -> StepFn:
+    """`train_step` compiled for the mesh, the state donated."""
+    shardings = sharding.tree_shardings(mesh, state)
+    step = functools.partial(
+        train_step, run=run, optimizer=optimizer, base_key=jax.random.fold_in(jax.random.key(run.config.seed), 1)
+    )
+    return jax.jit(
+        step,
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+
+
+def _loop(
+    run: runs.Run,
+    state: train_state.TrainState,
+    step: int,
+    step_fn: StepFn,
+    saved: checkpoints.Checkpoints,
+    writer: metric_writers.MetricWriter,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, float]:
+    settings = run.config.training
+    data = run.split("train")
+    batch_sharding = sharding.batch_sharding(mesh)
+    held_out = make_held_out(run)
+    written: dict[str, float] = {}
+    pending: tuple[int, Metrics] | None = None
+    if step:
+        writer.say(f"resumed {run.workdir} at step {step}")
+    while step < settings.num_steps:
+        x0 = data.batch(step, batch_size=settings.batch_size, seed=run.config.seed)
+        state, metrics = step_fn(state, jax.device_put(x0, batch_sharding))
+        step += 1
+        # The step before is read only now, when the device already has the next one to do.
+        if pending is not None:
+            _check_finite(*pending, saved)
+        pending = (step, metrics)
+        due = lambda every: every and (step % every == 0 or step == settings.num_steps)
+        if due(settings.log_every):
+            _check_finite(step, metrics, saved)
+            written |= _train_metrics(run, data, metrics)
+            writer.write(step, _train_metrics(run, data, metrics))
+        if due(settings.eval_every):
+            with writer.pause():
+                held_out_metrics = held_out(state.ema_params)
+            written |= held_out_metrics
+            writer.write(step, held_out_metrics)
+        if due(settings.sample_every):
+            with writer.pause():
+                writer.say(_write_samples(run, state.ema_params, step))
+        if due(settings.checkpoint_every):
+            with writer.pause():
+                _check_finite(step, metrics, saved)
+                saved.save(step, state)
+                metric_writers.plot_curves(
+                    run.workdir / "metrics.jsonl", run.workdir / "loss.png", _reference_entropies(run)
+                )
+    return written
+
+
+def make_held_out(run: runs.Run) -> Callable[[Any], dict[str, float]]:
+    """A function of parameters that bounds a fixed part of the valid split, in bits."""
+    data = run.split("valid")
+    sequences = data.sequences()[: run.config.training.eval_sequences]
+    bounds_fn = evaluate.make_bounds_fn(run)
+    per_unit = data.characters_per_token if run.tokenizer.unit == "character" else 1.0
+
+    def held_out(params: Any) -> dict[str, float]:
+        estimates = evaluate.estimate_bounds(
+            bounds_fn, params, sequences, batch_size=run.config.training.batch_size, num_times=1, seed=0
+        )
+        metrics = {}
+        for name, bound in zip(("score_entropy", "cross_entropy"), estimates, strict=True):
+            metrics[f"valid/{name}_bits"] = bound.mean / (math.log(2) * per_unit)
+            metrics[f"valid/{name}_bits_stderr"] = bound.stderr / (math.log(2) * per_unit)
+        return metrics
+
+    return held_out
+
+
+def _train_metrics(run: runs.Run, data: batches.PackedSplit, metrics: Metrics) -> dict[str, float]:
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    per_unit = data.characters_per_token if run.tokenizer.unit == "character" else 1.0
+    values[f"train/bits_per_{run.tokenizer.unit}"] = values["train/loss"] / (math.log(2) * per_unit)
+    return values
+
+
+def _reference_entropies(run: runs.Run) -> dict[str, float]:
+    """What counting alone achieves on the held-out text, in bits, to be drawn beside the curves of a character model."""
+    if run.tokenizer.unit != "character":
+        return {}
+    known = batches.held_out_entropies(run.split("train").tokens, run.split("valid").tokens, run.graph.num_states)
+    return {"unigram model": known.unigram, "bigram model": known.bigram}
+
+
+def _write_samples(run: runs.Run, params: Any, step: int) -> str:
+    settings = run.config.sampling
+    samples = generate.draw_samples(
+        run, params, generate.parse_template(run, ""), num_steps=settings.num_steps, num_samples=settings.num_samples,
+        sampler=settings.sampler, draw=settings.draw, seed=step,
+    )
+    text = "\n".join(f"--- sample {i + 1} at step {step}\n{sample.text}" for i, sample in enumerate(samples))
+    directory = run.workdir / "samples"
+    directory.mkdir(exist_ok=True)
+    (directory / f"{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _check_batch(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
+    devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    per_micro_batch = config.training.batch_size // config.training.num_micro_batches
+    if per_micro_batch % devices:
+        raise ValueError(
+            f"config.training.batch_size={config.training.batch_size} in config.training.num_micro_batches="
+            f"{config.training.num_micro_batches} leaves {per_micro_batch} sequences for {devices} devices: make it divisible"
+        )
+
+
+def _check_finite(step: int, metrics: Metrics, saved: checkpoints.Checkpoints) -> None:
+    for name in ("train/loss", "train/grad_norm"):
+        if not np.isfinite(metrics[name]):
+            newest = saved.latest_step()
+            remedy = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is of step {newest}"
+            raise NonFiniteLoss(f"{name} is {float(metrics[name])} at step {step}: {remedy}; lower the learning rate")

@@ -1,0 +1,170 @@
+"""Every tokenizer gives back the text it was given, describes itself, and says what it cannot do."""
+
+import base64
+import json
+import pathlib
+import string
+
+import numpy as np
+import pytest
+
+from sedd_jax import tokenizers
+
+SHARED_RANKS = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tokenizers" / "gpt2.tiktoken"
+
+
+@pytest.fixture
+def ranks_file(tmp_path):
+    """All single bytes and three merges, in tiktoken's format."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"he", b"hel", b" w"]
+    path = tmp_path / "small.tiktoken"
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
+    return path
+
+
+@pytest.fixture
+def vocabulary_file(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##able", "to", "!", "cafe"]) + "\n")
+    return path
+
+
+def _build(spec, *documents):
+    return tokenizers.build(spec, lambda: documents)
+
+
+def test_characters_take_the_sorted_alphabet_of_all_documents():
+    tokenizer = _build("characters", "ba\n", "é𝄞")
+    assert tokenizer.alphabet == "\nabé𝄞"
+    assert (tokenizer.vocab_size, tokenizers.num_ids(tokenizer)) == (5, 5)
+    assert (tokenizer.unit, tokenizer.mask_id, tokenizer.eos_id) == ("character", None, None)
+    ids = tokenizer.encode("𝄞ab\né")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [4, 1, 2, 0, 3]
+    assert tokenizer.decode(ids) == "𝄞ab\né"
+    assert tokenizer.encode("").shape == (0,)
+
+
+def test_text8_is_a_space_and_the_letters():
+    tokenizer = _build("text8")
+    assert tokenizer.vocab_size == 27
+    assert tokenizer.encode(" az").tolist() == [0, 1, 26]
+    assert tokenizer.decode(np.arange(27, dtype=np.uint16)) == " " + string.ascii_lowercase
+
+
+def test_unknown_characters_are_named_with_their_position():
+    with pytest.raises(ValueError, match=r"'É' \(U\+00C9\) at position 2 is not in the alphabet of 27.*remove it"):
+        _build("text8").encode("abÉcÉ")
+
+
+def test_ids_outside_the_vocabulary_are_named():
+    with pytest.raises(ValueError, match=r"id 27 at position 1 is outside \[0, 27\)"):
+        _build("text8").decode(np.array([0, 27]))
+    with pytest.raises(ValueError, match=r"id -1 at position 0"):
+        _build("text8").decode(np.array([-1]))
+
+
+@pytest.mark.parametrize("alphabet", ["", "aba"])
+def test_alphabets_name_each_character_once(alphabet):
+    with pytest.raises(ValueError, match="is empty or repeats"):
+        tokenizers.Characters(alphabet=alphabet)
+
+
+def test_byte_pairs_merge_by_rank_and_round_trip(ranks_file):
+    tokenizer = _build(f"gpt2:{ranks_file}")
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.mask_id, tokenizer.unit) == (260, 259, None, "token")
+    ids = tokenizer.encode("hello world")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [257, *b"lo", 258, *b"orld"]
+    for text in ("hello <|endoftext|> wörld 𝄞\n\n  it's 42!", ""):
+        ids = tokenizer.encode(text)
+        assert tokenizer.eos_id not in ids
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(np.array([259])) == "<|endoftext|>"
+    with pytest.raises(ValueError, match=r"id 260 at position 0 is outside \[0, 260\)"):
+        tokenizer.decode(np.array([260]))
+
+
+def test_byte_pairs_say_when_their_file_is_gone_changed_or_broken(ranks_file, tmp_path):
+    description = _build(f"gpt2:{ranks_file}").to_json()
+    lines = ranks_file.read_bytes().splitlines(keepends=True)
+    ranks_file.write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(ValueError, match="small.tiktoken have sha256 .*, not .*put the same file back"):
+        tokenizers.from_json(description)
+    ranks_file.write_bytes(b"".join(lines[1:]))
+    with pytest.raises(ValueError, match="lack a number or one of the 256 bytes"):
+        tokenizers.from_json(description)
+    ranks_file.write_bytes(b"not ranks at all\n")
+    with pytest.raises(ValueError, match="is no file of ranks"):
+        tokenizers.from_json(description)
+    ranks_file.unlink()
+    with pytest.raises(FileNotFoundError, match="small.tiktoken does not exist"):
+        tokenizers.from_json(description)
+
+
+def test_fingerprints_follow_the_content_not_the_place(ranks_file, tmp_path):
+    copy = tmp_path / "copy.tiktoken"
+    copy.write_bytes(ranks_file.read_bytes())
+    here, there = _build(f"gpt2:{ranks_file}"), _build(f"gpt2:{copy}")
+    assert here != there
+    assert here.fingerprint() == there.fingerprint()
+    assert _build("text8").fingerprint() != _build("characters", "ab").fingerprint()
+
+
+def test_every_kind_survives_json(ranks_file, vocabulary_file):
+    for spec in ("characters", "text8", f"gpt2:{ranks_file}", f"wordpiece:{vocabulary_file}"):
+        tokenizer = _build(spec, "some text")
+        stored = tokenizers.from_json(json.loads(json.dumps(tokenizer.to_json())))
+        assert stored == tokenizer
+        assert stored.fingerprint() == tokenizer.fingerprint()
+    with pytest.raises(ValueError, match="kind='bytes' is unknown.*characters"):
+        tokenizers.from_json({"kind": "bytes"})
+
+
+def test_relative_paths_are_stored_whole(ranks_file, monkeypatch, tmp_path):
+    monkeypatch.chdir(ranks_file.parent)
+    description = _build(f"gpt2:{ranks_file.name}").to_json()
+    monkeypatch.chdir(tmp_path.parent)
+    assert tokenizers.from_json(description).vocab_size == 260
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("charcters", r"'charcters'.*did you mean 'characters'\?.*wordpiece:FILE"),
+        ("wordpiece", "'wordpiece' is not complete"),
+        ("text8:file", "'text8:file' is not complete, or more"),
+        ("gpt2:", "'gpt2:' is not complete"),
+    ],
+)
+def test_wrong_specs_list_the_right_ones(spec, message):
+    with pytest.raises(ValueError, match=message):
+        _build(spec, "text")
+
+
+def test_word_pieces_count_the_mask_apart(vocabulary_file):
+    tokenizer = _build(f"wordpiece:{vocabulary_file}")
+    assert (tokenizer.vocab_size, tokenizers.num_ids(tokenizer)) == (9, 10)
+    assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.unit) == (4, 3, "token")
+    description = tokenizer.to_json()
+    vocabulary_file.write_text("[UNK]\n[SEP]\n")
+    with pytest.raises(ValueError, match="vocab.txt has sha256"):
+        tokenizers.from_json(description)
+    with pytest.raises(ValueError, match=r"vocab.txt lacks \[MASK\]"):
+        _build(f"wordpiece:{vocabulary_file}")
+
+
+def test_word_pieces_encode_and_decode(vocabulary_file):
+    pytest.importorskip("tokenizers", reason="word pieces need pip install tokenizers")
+    tokenizer = _build(f"wordpiece:{vocabulary_file}")
+    ids = tokenizer.encode("Unable to CAFÉ! zebra")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [5, 6, 7, 9, 8, 1]
+    assert tokenizer.decode(ids[:5]) == "unable to cafe!"
+
+
+@pytest.mark.skipif(not SHARED_RANKS.exists(), reason="GPT-2's ranks lie in ../shared, which is absent")
+def test_gpt2_ranks_give_the_known_ids():
+    tokenizer = _build(f"gpt2:{SHARED_RANKS}")
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (50257, 50256)
+    assert tokenizer.encode("Hello world, it's 2023!\n\n").tolist() == [15496, 995, 11, 340, 338, 1160, 1954, 0, 628]
