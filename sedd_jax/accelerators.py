@@ -1,15 +1,15 @@
-"""What one device can do at best: the ceiling for model FLOP utilisation and for what fits in memory.
+"""What one device can do at best: the ceiling for model FLOP utilization and for what fits in memory.
 
-Keys are `jax.Device.device_kind`: for a TPU the runtime's name (the spellings `jax.experimental.topologies` knows), for a GPU the
-name its CUDA driver gives. Numbers are per JAX device, from the vendors' public pages:
+Keys are `jax.Device.device_kind`: for a TPU the runtime's name (the spellings `jax.experimental.topologies` knows), for
+a GPU the name its CUDA driver gives. Numbers are per JAX device, from the vendors' public pages:
 
-- TPU: https://docs.cloud.google.com/tpu/docs/ followed by v4, v5e, v5p, v6e or tpu7x, "System architecture". On v4 and v5p the two cores
-  of a chip are one JAX device; on TPU7x each core is a device of its own, so its row is half of the published chip.
+- TPU: https://docs.cloud.google.com/tpu/docs/ followed by v4, v5e, v5p, v6e or tpu7x, "System architecture". On v4 and
+  v5p the two cores of a chip are one JAX device; on TPU7x each is its own, so that row is half of the published chip.
 - V100: https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf
-- A100: https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
-- L4, H100, H200: https://www.nvidia.com/en-us/data-center/ followed by l4, h100 or h200, "Specifications". These print matrix rates "with
-  sparsity"; a dense product reaches half of that.
-- B200: https://www.nvidia.com/en-us/data-center/dgx-b200/, "Specifications", an eighth of the machine; 4.5e15 with sparsity.
+- A100: https://www.nvidia.com/en-us/data-center/a100/, "Specifications".
+- L4, H100, H200: https://www.nvidia.com/en-us/data-center/ followed by l4, h100 or h200, "Specifications". These print
+  matrix rates "with sparsity"; a dense product reaches half of that.
+- B200: https://www.nvidia.com/en-us/data-center/dgx-b200/, "Specifications", an eighth of the machine.
 
 Memory is the nominal size; what a program may use is less (`jax.Device.memory_stats()["bytes_limit"]`).
 """
@@ -83,5 +83,5 @@ ACCELERATORS = {
 
 
 def find(device_kind: str) -> Accelerator | None:
-    """The accelerator behind `jax.Device.device_kind`, or None when it is not in the table (a CPU): then no utilisation is known."""
+    """The accelerator behind a `jax.Device.device_kind`, or None for one not in the table, such as a CPU."""
     return ACCELERATORS.get(device_kind)

@@ -195,9 +195,14 @@ def generate(
         )
 
 
+def as_dict(sample: Sample) -> dict[str, Any]:
+    """A sample's fields, for JSON."""
+    return dataclasses.asdict(sample)
+
+
 def write_jsonl(samples: list[Sample], path: pathlib.Path) -> None:
     """Writes one JSON object a line: text, token ids, and how they were drawn."""
-    lines = [json.dumps(dataclasses.asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
+    lines = [json.dumps(as_dict(sample), ensure_ascii=False) + "\n" for sample in samples]
     path.write_text("".join(lines), encoding="utf-8")
 
 

@@ -1,22 +1,23 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard event files, the terminal, and loss.png.
 
-Metrics are a flat dict of Python floats with slash names, such as {"train/loss": 3.2, "train/bits_per_character": 2.9}. rich, tensorboardX
-and matplotlib are imported where they are used, because training works without them: a run then prints plain lines, or says in one line
-what it leaves out.
+Metrics are a flat dict of Python floats with slash names, such as {"train/loss": 3.2, "valid/score_entropy_bits": 2.9}.
+rich, tensorboardX and matplotlib are imported where they are used, because training works without them: a run then
+prints plain lines, or says in one line what it leaves out.
 """
 
 import contextlib
 import datetime
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Self, TextIO
+from collections.abc import Generator, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -50,7 +51,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: str | os.PathLike[str], step: int) -> None:
-    """Drops the lines of steps after `step` and a torn last line, so that a run resumed at `step` shows no step twice."""
+    """Drops the lines after `step` and a torn last line, so that a run resumed at `step` shows no step twice."""
     kept = [record for record in read_json_lines(path) if record["step"] <= step]
     # Replaced whole: a kill in the middle leaves the old file or the new one.
     partial = f"{os.fspath(path)}.partial"
@@ -62,7 +63,8 @@ def truncate_after(path: str | os.PathLike[str], step: int) -> None:
 class JsonLines:
     """Appends one line {"step": n, name: value, ...} per write and flushes it.
 
-    JSON has no word for non-finite numbers: they are the strings "nan", "inf" and "-inf", so `float(value)` reads every value back.
+    JSON has no word for non-finite numbers: they are the strings "nan", "inf" and "-inf", so that `float(value)` reads
+    every value back.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, start_step: int) -> None:
@@ -80,7 +82,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Writes scalars to an event file in `directory`; a run resumed at `start_step` hides the later steps of the run before."""
+    """Writes scalars to an event file; a run resumed at `start_step` hides the later steps of the files before it."""
 
     def __init__(self, directory: str | os.PathLike[str], *, start_step: int) -> None:
         import tensorboardX
@@ -109,7 +111,7 @@ class Pace:
         self._first_lap: tuple[int, float] | None = None
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> Generator[None, None, None]:
         """Time spent inside does not count as training: compilation, evaluation, sampling, saving."""
         start = time.monotonic()
         try:
@@ -120,8 +122,8 @@ class Pace:
     def lap(self, step: int) -> tuple[float, float]:
         """Steps per second of training since the last lap, and the seconds left until the last step.
 
-        The time left counts pauses too, because those still to come will cost what the past ones did; it leaves out what lies before
-        the first lap, where the program compiles.
+        The time left counts pauses too, because those still to come will cost what the past ones did; it leaves out
+        what lies before the first lap, where the program compiles.
         """
         now = time.monotonic()
         steps_per_second = (step - self._step) / max(now - self._time - self._paused, 1e-9)
@@ -150,15 +152,16 @@ class Progress:
     `unit` is what bits are counted per: "character" or "token".
     """
 
-    def __init__(self, *, num_steps: int, unit: str, start_step: int, stream: TextIO | None = None) -> None:
+    def __init__(self, *, num_steps: int, unit: str, start_step: int, stream: io.TextIOBase | None = None) -> None:
         self._num_steps = num_steps
         self._unit = unit
-        self._stream = sys.stderr if stream is None else stream
+        output: Any = sys.stderr if stream is None else stream
+        self._stream = output
         self._live: Any = None
         if self._stream.isatty() and not _is_missing("rich"):
             from rich import console, live
 
-            terminal = console.Console(file=self._stream, highlight=False)
+            terminal = console.Console(file=output, highlight=False)
             if not terminal.is_dumb_terminal:
                 # Whatever else the program prints to the same terminal has to pass above the bar as well.
                 own = self._stream is sys.stderr
@@ -222,8 +225,8 @@ def _describe(metrics: Mapping[str, float]) -> str:
 class MetricWriter:
     """What the training loop holds: writes metrics.jsonl and tensorboard/ in the run directory, and the terminal.
 
-    `flops_per_token` is the model's floating-point work per trained token, `peak_flops` that of all devices together or None when it is
-    not known; then no utilization is written.
+    `flops_per_token` is the model's floating-point work per trained token, `peak_flops` what all devices together do in
+    a second at best, or None when that is not known; then no utilization is written.
     """
 
     def __init__(
@@ -236,7 +239,7 @@ class MetricWriter:
         tokens_per_step: int,
         flops_per_token: float,
         peak_flops: float | None,
-        stream: TextIO | None = None,
+        stream: io.TextIOBase | None = None,
     ) -> None:
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -254,7 +257,7 @@ class MetricWriter:
         self.pause = self._pace.pause
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one step's metrics everywhere, adding the speed to those of a training step (they hold "train/loss")."""
+        """Writes one step's metrics everywhere; those of a training step (with "train/loss") get its speed added."""
         metrics = dict(metrics)
         if "train/loss" in metrics:
             steps_per_second, seconds_left = self._pace.lap(step)
@@ -274,7 +277,7 @@ class MetricWriter:
         for file in self._files:
             file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -292,7 +295,8 @@ def _series(records: list[dict[str, Any]], name: str) -> tuple[Float[np.ndarray,
     """Steps and finite values of one metric, ascending; of two lines for one step the later counts."""
     values = {record["step"]: float(record[name]) for record in records if name in record}
     points = sorted((step, value) for step, value in values.items() if math.isfinite(value))
-    return tuple(np.asarray(points, dtype=np.float64).reshape(-1, 2).T)
+    array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
 
 
 def _smooth(values: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
@@ -306,8 +310,8 @@ def _smooth(values: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
 
 def _limits(values: Float[np.ndarray, " S"]) -> tuple[float, float]:
     """Limits of a logarithmic axis around positive values, with air."""
-    low, high = values.min(), max(values.max(), 1.1 * values.min())
-    air = (high / low) ** 0.06
+    low, high = values.min(), values.max()
+    air = max((high / low) ** 0.06, 1.02)
     return low / air, high * air
 
 
@@ -342,7 +346,8 @@ def plot_curves(
 ) -> None:
     """Draws training bits and the held-out bounds over the steps; `references` are levels, {"bigram entropy": 3.4}."""
     if _is_missing("matplotlib"):
-        return _say_missing("matplotlib", "no loss.png, metrics.jsonl holds its numbers")
+        _say_missing("matplotlib", "no loss.png, metrics.jsonl holds its numbers")
+        return
     from matplotlib import figure, ticker
 
     records = read_json_lines(metrics_path)

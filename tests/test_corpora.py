@@ -1,5 +1,6 @@
 """Text comes whole, in order, and held-out text stays unseen."""
 
+import glob
 import gzip
 import lzma
 import subprocess
@@ -70,7 +71,9 @@ def test_paragraphs_spell_out_typography_and_skip_other_alphabets():
     assert corpora._paragraphs(texts) == ['"It\'s"  naive -- yes', "kept"]
 
 
-def test_split_files_are_read_in_order_through_every_compression(tmp_path):
+def test_split_files_are_read_in_order_through_every_compression(tmp_path, monkeypatch):
+    listed = glob.glob
+    monkeypatch.setattr(glob, "glob", lambda *args, **kwargs: sorted(listed(*args, **kwargs), reverse=True))
     (tmp_path / "b.train.txt").write_bytes(b"\xef\xbb\xbffour\r\nfive\n")
     with gzip.open(tmp_path / "c.train.txt.gz", "wt", encoding="utf-8") as file:
         file.write("six é")

@@ -76,6 +76,7 @@ def test_byte_pairs_merge_by_rank_and_round_trip(ranks_file):
     ids = tokenizer.encode("hello world")
     assert ids.dtype == np.int32
     assert ids.tolist() == [257, *b"lo", 258, *b"orld"]
+    assert tokenizer.encode("a  world").tolist() == [*b"a ", 258, *b"orld"]
     for text in ("hello <|endoftext|> wörld 𝄞\n\n  it's 42!", ""):
         ids = tokenizer.encode(text)
         assert tokenizer.eos_id not in ids
@@ -91,9 +92,10 @@ def test_byte_pairs_say_when_their_file_is_gone_changed_or_broken(ranks_file, tm
     ranks_file.write_bytes(b"".join(lines[:-1]))
     with pytest.raises(ValueError, match="small.tiktoken have sha256 .*, not .*put the same file back"):
         tokenizers.from_json(description)
-    ranks_file.write_bytes(b"".join(lines[1:]))
-    with pytest.raises(ValueError, match="lack a number or one of the 256 bytes"):
-        tokenizers.from_json(description)
+    for broken in (lines[:-2] + lines[-1:], [b"eno= 0\n", *lines[1:]]):  # without rank 257, without byte 0
+        ranks_file.write_bytes(b"".join(broken))
+        with pytest.raises(ValueError, match="lack a number or one of the 256 bytes"):
+            tokenizers.from_json(description)
     ranks_file.write_bytes(b"not ranks at all\n")
     with pytest.raises(ValueError, match="is no file of ranks"):
         tokenizers.from_json(description)

@@ -1,0 +1,26 @@
+"""A character model of the English that every CPython carries, for a first look on any machine.
+
+    sedd train --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "data": {"source": "python:docs", "tokenizer": "characters", "length": 128},
+            "network": {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "dropout": 0.0, "dtype": "float32"},
+            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 50, "ema_decay": 0.99},
+            "training": {
+                "num_steps": 1000,
+                "batch_size": 32,
+                "log_every": 20,
+                "eval_every": 200,
+                "eval_sequences": 256,
+                "sample_every": 500,
+                "checkpoint_every": 250,
+            },
+            "sampling": {"num_steps": 128, "num_samples": 2},
+        }
+    )

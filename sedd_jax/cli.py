@@ -1,0 +1,244 @@
+"""The command line: `sedd train | eval | sample | convert`. Results go to stdout, everything else to stderr."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags, logging
+
+PACKAGE = pathlib.Path(__file__).parent
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command and returns its exit status: 0, 1 for a failure, 2 for wrong arguments."""
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(usage())
+        return 0 if argv else 2
+    name, *arguments = argv
+    if name not in COMMANDS:
+        return _fail("sedd", f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
+    logging.set_verbosity(logging.ERROR)
+    logging.use_absl_handler()
+    try:
+        COMMANDS[name](arguments)
+    except flags.Error as error:
+        return _fail(f"sedd {name}", f"{error}; see `sedd {name} --help`", 2)
+    except (ValueError, OSError) as error:
+        # Ours say what is wrong and what to do; one from deeper down is a bug and keeps its traceback.
+        if not _raised_here(error):
+            raise
+        return _fail(f"sedd {name}", _one_line(error), 1)
+    except KeyboardInterrupt:
+        return _fail(f"sedd {name}", "interrupted: the same command goes on from the newest checkpoint", 130)
+    return 0
+
+
+def usage() -> str:
+    """What `sedd --help` prints."""
+    lines = [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["sedd: score entropy discrete diffusion", "", *lines, "", "`sedd COMMAND --help` lists a command's flags."]
+    )
+
+
+def train(argv: list[str]) -> None:
+    """Train on text; the same command resumes.
+
+    sedd train --config=configs/quickstart.py --workdir=runs/quickstart [--config.a.b=value ...]
+    """
+    from ml_collections import config_flags
+
+    from sedd_jax import config as configs
+
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "run directory; made if missing, resumed if it holds a run", flag_values=values)
+    path, given, rest = _load_config(argv)
+    merged = configs.merge(given)
+    if _asks_for_help(rest):
+        _print_help(train, values, ["--config=FILE  a configs/NAME.py; without one every field has the default below"])
+        fields = "\n".join(f"  --config.{name}={value!r}  {doc}" for name, value, doc in configs.describe(merged))
+        print(f"\nconfig fields{f' as {path} sets them' if path else ''}:\n{fields}")
+        return
+    for argument in rest:
+        if argument.lstrip("-").startswith("config."):
+            configs.check_field(argument.lstrip("-").removeprefix("config.").partition("=")[0], merged)
+    config_flags.DEFINE_config_dict("config", merged, flag_values=values, sys_argv=["sedd", *rest])
+    _parse(values, rest)
+    workdir = _require(values, "workdir")
+    config = configs.parse(values["config"].value)
+    from sedd_jax import train as program
+
+    program.train(config, pathlib.Path(workdir))
+
+
+def evaluate(argv: list[str]) -> None:
+    """Bound the likelihood of a run's held-out text.
+
+    sedd eval --workdir=RUN [--split=valid] [--json]
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
+    flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "part of the text", flag_values=values)
+    flags.DEFINE_integer("num_times", 8, "draws of time and noise for each sequence", flag_values=values)
+    flags.DEFINE_integer("batch_size", 32, "sequences at once", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of times and noise", flag_values=values)
+    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    if _asks_for_help(argv):
+        return _print_help(evaluate, values)
+    _parse(values, argv)
+    workdir = pathlib.Path(_require(values, "workdir"))
+    from sedd_jax import evaluate as program
+
+    result = program.evaluate(
+        workdir,
+        split=values["split"].value,
+        num_times=values["num_times"].value,
+        batch_size=values["batch_size"].value,
+        seed=values["seed"].value,
+    )
+    print(program.table(result))
+    if values["json"].value:
+        print(json.dumps(result))
+
+
+def sample(argv: list[str]) -> None:
+    """Draw text from a run, from nothing or around given text.
+
+    sedd sample --workdir=RUN [--num_steps=128] [--prefix=... --suffix=...] [--template='Hi, my name is {32}.'] [--watch]
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
+    flags.DEFINE_integer("num_steps", None, "reverse steps; the run's config if not given", flag_values=values)
+    flags.DEFINE_integer("num_samples", None, "texts; the run's config if not given", flag_values=values)
+    flags.DEFINE_string("sampler", None, "euler, tau_leaping or tweedie; the run's if not given", flag_values=values)
+    flags.DEFINE_string("draw", None, "precise, or published (float32 noise that anneals)", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "the same seed draws the same text", flag_values=values)
+    flags.DEFINE_string("prefix", "", "text the samples start with", flag_values=values)
+    flags.DEFINE_string("suffix", "", "text the samples end with", flag_values=values)
+    flags.DEFINE_string("template", "", "text with gaps: {n} is n tokens to fill, {{ a brace", flag_values=values)
+    flags.DEFINE_bool("watch", False, "show the text as it is denoised", flag_values=values)
+    flags.DEFINE_string("out", "", "also write text, tokens, seed, nfe and sampler to this .jsonl", flag_values=values)
+    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    if _asks_for_help(argv):
+        return _print_help(sample, values)
+    _parse(values, argv)
+    workdir = pathlib.Path(_require(values, "workdir"))
+    out = pathlib.Path(values["out"].value) if values["out"].value else None
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ValueError(f"--out={out} is in a directory that does not exist: make it first")
+    from sedd_jax import generate as program
+    from sedd_jax import terminals
+
+    named = ("prefix", "suffix", "template", "num_steps", "num_samples", "sampler", "draw", "seed")
+    with terminals.watcher(values["watch"].value) as watch:
+        samples = program.generate(workdir, **{name: values[name].value for name in named}, watch=watch)
+    if out is not None:
+        program.write_jsonl(samples, out)
+    for drawn in samples:
+        print(f"--- sample {drawn.index + 1} of {len(samples)}\n{drawn.text}")
+    if values["json"].value:
+        print(json.dumps([program.as_dict(drawn) for drawn in samples], ensure_ascii=False))
+
+
+def convert(argv: list[str]) -> None:
+    """Carry a checkpoint from the published PyTorch layout into a run directory, or back.
+
+    sedd convert --from=DIR --to=DIR [--tokenizer=SPEC]
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("from", None, "directory with config.json + model.safetensors, or a run", flag_values=values)
+    flags.DEFINE_string("to", None, "directory to write, of the other kind", flag_values=values)
+    flags.DEFINE_string("tokenizer", "", "for a run: gpt2:FILE, text8, ...; by default from the size", flag_values=values)
+    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    if _asks_for_help(argv):
+        return _print_help(convert, values)
+    _parse(values, argv)
+    source, target = pathlib.Path(_require(values, "from")), pathlib.Path(_require(values, "to"))
+    from sedd_jax import convert as program
+
+    done = program.convert(source, target, tokenizer=values["tokenizer"].value)
+    print(done)
+    if values["json"].value:
+        print(json.dumps({"from": str(source), "to": str(target), "done": done}))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "eval": evaluate,
+    "sample": sample,
+    "convert": convert,
+}
+
+
+def _load_config(argv: list[str]) -> tuple[str, Any, list[str]]:
+    """Takes --config=FILE out of the arguments: its path, the fields it sets, and the other arguments."""
+    path, rest = "", []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument in ("--config", "-config"):
+            path = next(arguments, "")
+        elif argument.startswith(("--config=", "-config=")):
+            path = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if not path:
+        return path, {}, rest
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"--config={path} is not a file: give one of configs/*.py")
+    spec = importlib.util.spec_from_file_location("sedd_config", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--config={path} is not a Python file: give one of configs/*.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return path, module.get_config(), rest
+
+
+def _parse(values: flags.FlagValues, argv: list[str]) -> None:
+    remaining = values(["sedd", *argv])
+    if len(remaining) > 1:
+        raise flags.UnrecognizedFlagError(remaining[1])
+
+
+def _require(values: flags.FlagValues, name: str) -> str:
+    if not values[name].value:
+        raise flags.IllegalFlagValueError(f"--{name}=DIR must be given")
+    return values[name].value
+
+
+def _asks_for_help(argv: list[str]) -> bool:
+    return any(argument in ("--help", "-h", "-help") for argument in argv)
+
+
+def _print_help(command: Callable[[list[str]], None], values: flags.FlagValues, extra: list[str] | None = None) -> None:
+    summary, _, example = (line.strip() for line in (command.__doc__ or "").strip().splitlines()[:3])
+    print(f"{summary}\n\n  {example}\n\nflags:")
+    for line in extra or []:
+        print(f"  {line}")
+    for name in values:
+        default = values[name].default
+        print(f"  --{name}{'' if default is None else f'={default!r}'}  {values[name].help}")
+
+
+def _raised_here(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and pathlib.Path(frames[-1].filename).parent == PACKAGE
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _fail(command: str, message: str, status: int) -> int:
+    print(f"{command}: {message}", file=sys.stderr)
+    return status

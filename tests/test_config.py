@@ -1,0 +1,94 @@
+import dataclasses
+import importlib.util
+import pathlib
+
+import pytest
+
+from sedd_jax import config as configs
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return configs.parse(configs.merge(module.get_config()))
+
+
+def test_defaults_are_the_published_hyper_parameters():
+    config = configs.parse(configs.default())
+    assert config == configs.Config()
+    assert (config.network.hidden_size, config.network.num_layers, config.network.num_heads) == (768, 12, 12)
+    assert dataclasses.asdict(config.optimizer) == {
+        "learning_rate": 3e-4,
+        "warmup_steps": 2500,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+        "ema_decay": 0.9999,
+    }
+    assert (config.training.batch_size, config.data.length, config.network.dropout) == (512, 1024, 0.1)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_is_valid_and_opens_with_its_command(path):
+    load(path)
+    assert f"sedd train --config=configs/{path.name} --workdir=" in path.read_text(encoding="utf-8")
+
+
+def test_issue_configs_exist():
+    names = {path.stem for path in CONFIGS}
+    assert names >= {"quickstart", "text8", "owt_small", "owt_medium", "owt_small_uniform", "lm1b"}
+
+
+@pytest.mark.parametrize(
+    ("partial", "message"),
+    [
+        ({"network": {"hiden_size": 3}}, "config.network.hiden_size is not a field: did you mean config.network.hidden_size?"),
+        ({"network": {"hidden_size": "x"}}, "config.network.hidden_size='x' must be of type int"),
+        ({"network": {"hidden_size": 100}}, "config.network.hidden_size=100 must be divisible by twice"),
+        ({"graph": {"name": "uniform"}}, "set it to False for uniform"),
+        ({"graph": {"name": "absorbing"}}, "config.graph.name='absorbing' is unknown: choose one of absorb, uniform"),
+        ({"sampling": {"sampler": "analytic"}}, "choose one of euler, tau_leaping, tweedie"),
+        ({"training": {"batch_size": 0}}, "config.training.batch_size=0 must be at least 1"),
+        ({"training": {"num_micro_batches": 3}}, "config.training.batch_size=512 must be divisible by"),
+        ({"optimizer": {"learning_rate": -1.0}}, "config.optimizer.learning_rate=-1.0 must be a finite number"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "must be a finite number"),
+        ({"noise": {"eps": 1.0}}, "0 < eps < 1"),
+        ({"network": {"dropout": 1.0}}, "config.network.dropout=1.0 must be below 1"),
+        ({"network": {"dtype": "float16"}}, "choose one of float32, bfloat16"),
+    ],
+)
+def test_bad_values_get_one_line_with_the_value_and_the_remedy(partial, message):
+    with pytest.raises(ValueError, match="config") as caught:
+        configs.parse(configs.merge(partial))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_are_taken_for_floats_but_not_the_other_way():
+    assert configs.parse(configs.merge({"optimizer": {"learning_rate": 1}})).optimizer.learning_rate == 1.0
+    with pytest.raises(ValueError, match="must be of type int"):
+        configs.parse(configs.merge({"seed": 1.5}))
+
+
+def test_every_field_is_described():
+    described = {name: meaning for name, _, meaning in configs.describe(configs.default())}
+    assert set(described) == set(configs.flatten(configs.to_dict(configs.Config())))
+    assert all(meaning.endswith(".") for meaning in described.values())
+
+
+def test_json_round_trip():
+    config = configs.parse(configs.merge({"seed": 3, "network": {"num_layers": 2}}))
+    assert configs.parse(configs.to_dict(config)) == config
+
+
+def test_a_resumed_run_may_change_how_long_it_runs_but_not_what_it_is():
+    old = configs.Config()
+    longer = dataclasses.replace(old, training=dataclasses.replace(old.training, num_steps=7, eval_every=3))
+    assert configs.changes(old, longer) == []
+    other = dataclasses.replace(old, optimizer=dataclasses.replace(old.optimizer, learning_rate=1e-3))
+    assert configs.changes(old, other) == ["config.optimizer.learning_rate was 0.0003 and is now 0.001"]

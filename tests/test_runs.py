@@ -1,0 +1,393 @@
+"""A whole small run on a source of known entropy: trained, resumed, evaluated, sampled, converted, and abused."""
+
+import contextlib
+import io
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from sedd_jax import checkpoints, cli, evaluate, generate, runs, train
+from sedd_jax import config as configs
+
+ALPHABET = "abcdefgh"
+LENGTH = 32
+STEPS = 600
+
+
+def markov_chain():
+    """A transition matrix with strong structure, its stationary law, and the entropy per character of `LENGTH` characters, in nats."""
+    matrix = np.random.default_rng(0).dirichlet(np.full(len(ALPHABET), 0.25), size=len(ALPHABET)) * 0.96 + 0.005
+    stationary = np.linalg.matrix_power(matrix, 200)[0]
+    first = -(stationary * np.log(stationary)).sum()
+    following = -(stationary[:, None] * matrix * np.log(matrix)).sum()
+    return matrix, stationary, (first + (LENGTH - 1) * following) / LENGTH
+
+
+def write_text(directory):
+    matrix, stationary, _ = markov_chain()
+    generator = np.random.default_rng(1)
+    for split, size in (("train", 300_000), ("valid", 30_000), ("test", 30_000)):
+        state = generator.choice(len(ALPHABET), p=stationary)
+        cumulative, uniform, states = matrix.cumsum(1), generator.random(size), []
+        for u in uniform:
+            state = min(int(np.searchsorted(cumulative[state], u)), len(ALPHABET) - 1)
+            states.append(state)
+        (directory / f"{split}.txt").write_text("".join(ALPHABET[s] for s in states), encoding="utf-8")
+    return f"text:{directory}/{{split}}.txt"
+
+
+def settings(source, **training):
+    return {
+        "data": {"source": source, "length": LENGTH},
+        "network": {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 2,
+            "cond_dim": 32,
+            "dropout": 0.0,
+            "dtype": "float32",
+        },
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 50, "ema_decay": 0.98},
+        "training": {
+            "num_steps": STEPS,
+            "batch_size": 64,
+            "log_every": 50,
+            "eval_every": 300,
+            "eval_sequences": 128,
+            "sample_every": 300,
+            "checkpoint_every": 300,
+            "num_micro_batches": 1,
+        }
+        | training,
+        "sampling": {"num_steps": 8, "num_samples": 2},
+        "mesh": {"data": 1},
+    }
+
+
+def one_device_config(partial):
+    return configs.parse(configs.merge(partial))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """The program on one of the harness' eight devices: two cores pay for every other."""
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: first)
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def trained(source, tmp_path_factory):
+    """A finished run and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "absorb"
+    stream = io.StringIO()
+    train.train(one_device_config(settings(source)), workdir, stream=stream)
+    return workdir, stream.getvalue()
+
+
+def call(*argv):
+    """Exit status, standard output and standard error of one command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(list(argv))
+    return status, out.getvalue(), err.getvalue()
+
+
+def test_the_bound_comes_down_to_the_entropy_and_never_below(trained):
+    entropy = markov_chain()[2]
+    workdir, _ = trained
+    result = evaluate.evaluate(workdir, split="test", num_times=4, batch_size=64)
+    for name in ("score_entropy", "cross_entropy"):
+        bound, stderr = result[name]["nats_per_token"], result[name]["nats_per_token_stderr"]
+        # The average over t in [1e-3, 1] leaves out about a thousandth of the whole.
+        assert bound > entropy * 0.999 - 3 * stderr
+        assert bound < entropy * 1.05 + 3 * stderr
+        assert stderr < 0.02 * entropy
+        assert result[name]["ppl_bound"] == pytest.approx(math.exp(bound))
+        assert result[name]["bits_per_character"] == pytest.approx(bound / math.log(2))
+    assert result["cross_entropy"]["nats_per_token"] <= result["score_entropy"]["nats_per_token"]
+
+
+def test_a_run_directory_describes_itself(trained):
+    workdir, printed = trained
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {
+        "config.json",
+        "tokenizer.json",
+        "data",
+        "checkpoints",
+        "metrics.jsonl",
+        "tensorboard",
+        "samples",
+        "loss.png",
+    }
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    assert list(losses) == list(range(50, STEPS + 1, 50))
+    assert losses[STEPS] < losses[50]
+    assert "held out: score entropy bits" in printed
+    assert (workdir / "samples" / f"{STEPS:08d}.txt").read_text().count("--- sample") == 2
+    assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_samples_follow_the_chain(trained):
+    matrix, _, entropy = markov_chain()
+    run = runs.load(trained[0])
+    _, params = run.ema_params()
+    samples = generate.draw_samples(
+        run,
+        params,
+        generate.parse_template(run, ""),
+        num_steps=32,
+        num_samples=128,
+        sampler="tweedie",
+        draw="precise",
+        seed=1,
+    )
+    ids = np.array([[ALPHABET.index(c) for c in sample.text] for sample in samples])
+    surprise = -np.log(matrix[ids[:, :-1], ids[:, 1:]]).mean()
+    # Independent characters would be at more than twice the entropy.
+    assert surprise < 1.3 * entropy
+
+
+def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path):
+    full, parts = tmp_path / "full", tmp_path / "parts"
+    short = {"num_steps": 4, "log_every": 1, "eval_every": 0, "sample_every": 0, "checkpoint_every": 2}
+    train.train(one_device_config(settings(source, **short)), full, stream=io.StringIO())
+    for num_steps in (2, 4):
+        stream = io.StringIO()
+        train.train(one_device_config(settings(source, **short | {"num_steps": num_steps})), parts, stream=stream)
+    assert f"resumed {parts} at step 2" in stream.getvalue()
+    (step, params), (other_step, other) = runs.load(full).ema_params(), runs.load(parts).ema_params()
+    assert step == other_step == 4
+    jax.tree.map(np.testing.assert_array_equal, params, other)
+
+    def logged(workdir):
+        lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line["train/loss"], line["train/grad_norm"]) for line in lines]
+
+    assert logged(full) == logged(parts)
+    assert [step for step, _, _ in logged(parts)] == [1, 2, 3, 4]
+
+
+def test_micro_batches_average_their_gradients_and_have_noise_of_their_own(source, tmp_path):
+    short = {"num_steps": 1, "log_every": 1, "eval_every": 0, "sample_every": 0}
+    norms = {}
+    for num_micro_batches in (1, 4):
+        partial = settings(source, **short, num_micro_batches=num_micro_batches)
+        metrics = train.train(one_device_config(partial), tmp_path / str(num_micro_batches), stream=io.StringIO())
+        norms[num_micro_batches] = metrics["train/grad_norm"]
+        assert metrics["train/loss"] == pytest.approx(math.log(len(ALPHABET)), rel=0.1)
+    # Summed gradients would be four times as long; the same noise in every part would change nothing but rounding.
+    assert norms[4] == pytest.approx(norms[1], rel=0.3)
+    assert norms[4] != pytest.approx(norms[1], rel=1e-6)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoint(source, tmp_path):
+    workdir = tmp_path / "run"
+    short = {"log_every": 1, "eval_every": 0, "sample_every": 0, "checkpoint_every": 1}
+    train.train(one_device_config(settings(source, **short, num_steps=2)), workdir, stream=io.StringIO())
+    config = one_device_config(settings(source, **short, num_steps=4))
+    broken = tmp_path / "broken"
+    shutil.copytree(workdir, broken)
+    with contextlib.closing(checkpoints.Checkpoints(broken / "checkpoints", keep=3)) as saved:
+        run = runs.load(broken)
+        mesh = train.sharding.make_mesh(config.mesh)
+        optimizer = train.optimizers.make_optimizer(config.optimizer)
+        state, step = train.initial_state(run, optimizer, mesh, saved)
+        assert step == 2
+        saved.save(3, state.replace(step=state.step + 1, params=jax.tree.map(lambda x: x * np.nan, state.params)))
+    with pytest.raises(train.NonFiniteLoss, match=r"train/loss is nan at step 4: the newest checkpoint is of step 3"):
+        train.train(config, broken, stream=io.StringIO())
+
+
+def test_eval_command_prints_both_bounds_and_json(trained):
+    status, out, _ = call("eval", f"--workdir={trained[0]}", "--split=valid", "--num_times=1", "--batch_size=64", "--json")
+    assert status == 0
+    assert "score-entropy" in out
+    assert "cross-entropy" in out
+    result = json.loads(out.splitlines()[-1])
+    assert result["split"] == "valid"
+    assert result["score_entropy"]["ppl_bound_stderr"] > 0
+
+
+def test_sample_command_fills_a_template_and_writes_jsonl(trained, tmp_path):
+    file = tmp_path / "samples.jsonl"
+    argv = ["sample", f"--workdir={trained[0]}", "--template=abc{4}abc{2}", "--num_samples=3", f"--out={file}"]
+    status, out, err = call(*argv, "--json", "--num_steps=4", "--seed=5")
+    assert status == 0, err
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert rows == json.loads(out.splitlines()[-1])
+    assert len(rows) == 3
+    for row in rows:
+        assert row["text"].startswith("abc")
+        assert row["text"][7:10] == "abc"
+        assert len(row["text"]) == len(row["tokens"]) == 12
+        assert (row["seed"], row["nfe"], row["sampler"], row["draw"]) == (5, 5, "tweedie", "precise")
+    again = call(*argv, "--json", "--num_steps=4", "--seed=5")[1]
+    assert again == out
+    other = call(*argv, "--json", "--num_steps=4", "--seed=6")[1]
+    assert other != out
+
+
+@pytest.mark.parametrize("sampler", ["euler", "tau_leaping"])
+def test_prefix_and_suffix_stand_at_the_ends_with_every_sampler(trained, sampler):
+    status, out, _ = call(
+        "sample", f"--workdir={trained[0]}", "--prefix=abba", "--suffix=hh", f"--sampler={sampler}", "--num_steps=4", "--json"
+    )
+    assert status == 0
+    for row in json.loads(out.splitlines()[-1]):
+        assert len(row["text"]) == LENGTH
+        assert row["text"].startswith("abba")
+        assert row["text"].endswith("hh")
+
+
+def test_watch_shows_masks_turning_into_the_same_text(trained):
+    argv = ("sample", f"--workdir={trained[0]}", "--num_steps=4", "--num_samples=1", "--seed=3", "--template=ab{9}")
+    _, out, err = call(*argv, "--watch")
+    frames = [line for line in err.splitlines() if line and not line.startswith(("step", "---"))]
+    assert frames[0].count("░") > frames[-1].count("░") == 0
+    assert all(frame.startswith("ab") for frame in frames)
+    assert out.splitlines()[1] == frames[-1]
+    assert out == call(*argv)[1]
+
+
+def test_braces_are_written_twice(trained):
+    run = runs.load(trained[0])
+    with pytest.raises(ValueError, match="character '{'"):
+        generate.parse_template(run, "a{{b")
+    template = generate.parse_template(run, "ab{3}c{0}d")
+    assert template.is_given.tolist()[:7] == [True, True, False, False, False, True, True]
+    assert template.length == 7
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--template=abc{40}"], "the template is 43 tokens long, the model's length is 32"),
+        (["--template=abc{x}"], "--template has '{x}' at position 3"),
+        (["--template=abc}"], "--template has '}' at position 3"),
+        (["--template=abcz{3}"], "'z'"),
+        (["--prefix=" + "a" * 20, "--suffix=" + "b" * 12], "leave no gap"),
+        (["--prefix=a", "--template=b{1}"], "--template cannot be combined"),
+        (["--num_steps=0"], "--num_steps=0 must be at least 1"),
+        (["--sampler=analytic"], "analytic"),
+        (["--draw=sloppy"], "sloppy"),
+        (["--out=/nowhere/at/all.jsonl"], "/nowhere/at"),
+        (["--sead=1"], "sead"),
+    ],
+)
+def test_sample_answers_bad_input_with_one_line(trained, argv, message):
+    status, out, err = call("sample", f"--workdir={trained[0]}", *argv)
+    assert status != 0
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--config.netwrk.num_layers=2"], "did you mean config.network.num_layers?"),
+        (["--config.network.num_layers=two"], "network.num_layers"),
+        (["--config.training.batch_size=7", "--config.training.num_micro_batches=2"], "config.training.batch_size=7"),
+        (["--config.data.source=text:/nowhere/*.txt"], "/nowhere/*.txt"),
+        (["--config.data.source=web:everything"], "web"),
+        (["--config.data.length=1000000"], "1000000"),
+        (["--config=/nowhere.py"], "/nowhere.py"),
+        (["--config.mesh.data=3"], "mesh"),
+        (["extra"], "extra"),
+    ],
+)
+def test_train_answers_bad_input_with_one_line_and_writes_nothing(source, tmp_path, change, message):
+    workdir = tmp_path / "run"
+    flat = configs.flatten(settings(source))
+    argv = [f"--config.{name}={value}" for name, value in flat.items()]
+    status, out, err = call("train", f"--workdir={workdir}", *argv, *change)
+    assert status != 0
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_refuses_foreign_unwritable_and_changed_directories(trained, source, tmp_path):
+    argv = [f"--config.{name}={value}" for name, value in configs.flatten(settings(source)).items()]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    status, _, err = call("train", f"--workdir={foreign}", *argv)
+    assert status == 1
+    assert "is not a run directory" in err
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+
+    status, _, err = call("train", f"--workdir={foreign / 'thesis.tex' / 'run'}", *argv)
+    assert status == 1
+    assert "cannot write to" in err
+    assert err.count("\n") == 1
+
+    before = sorted((path, path.stat().st_mtime_ns) for path in trained[0].rglob("*"))
+    status, _, err = call("train", f"--workdir={trained[0]}", *argv, "--config.network.num_layers=3")
+    assert status == 1
+    assert "config.network.num_layers was 2 and is now 3" in err
+    assert sorted((path, path.stat().st_mtime_ns) for path in trained[0].rglob("*")) == before
+
+
+def test_empty_text_is_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    status, _, err = call("train", f"--workdir={tmp_path / 'run'}", f"--config.data.source=text:{tmp_path}/empty.txt")
+    assert status == 1
+    assert "no text" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_commands_name_directories_that_are_no_runs(tmp_path):
+    for command in ("eval", "sample"):
+        status, _, err = call(command, f"--workdir={tmp_path}")
+        assert status == 1
+        assert "is not a run directory" in err
+    status, _, err = call("eval")
+    assert status == 2
+    assert "--workdir" in err
+    status, _, err = call("evaluate")
+    assert status == 2
+    assert "choose one of train, eval, sample, convert" in err
+
+
+def test_help_lists_every_field_with_its_default():
+    status, out, _ = call("train", "--help")
+    assert status == 0
+    for name, value in configs.flatten(configs.to_dict(configs.Config())).items():
+        assert f"--config.{name}={value!r}" in out
+    quickstart = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
+    assert "--config.data.length=128" in call("train", f"--config={quickstart}", "--help")[1]
+    for command in ("eval", "sample", "convert"):
+        assert "--json" in call(command, "--help")[1]
+
+
+def test_convert_carries_a_run_to_pytorch_and_back(trained, tmp_path):
+    published, back = tmp_path / "published", tmp_path / "back"
+    assert call("convert", f"--from={trained[0]}", f"--to={published}")[0] == 0
+    assert sorted(path.name for path in published.iterdir()) == ["config.json", "model.safetensors"]
+    status, out, err = call("convert", f"--from={published}", f"--to={back}", "--json")
+    assert status == 0, err
+    assert json.loads(out.splitlines()[-1])["to"] == str(back)
+    (_, params), (_, other) = runs.load(trained[0]).ema_params(), runs.load(back).ema_params()
+    jax.tree.map(np.testing.assert_array_equal, params, other)
+    status, out, _ = call("sample", f"--workdir={back}", "--num_steps=2", "--num_samples=1", "--template=0 1 2{3}")
+    assert status == 0
+    assert out.splitlines()[1].startswith("0 1 2 ")
+    status, _, err = call("convert", f"--from={published}", f"--to={back}")
+    assert status == 1
+    assert "is not empty" in err
