@@ -135,7 +135,7 @@ def _pack_split(
 
 
 def _joiner(tokenizer: tokenizers.Tokenizer) -> str:
-    if tokenizer.eos_id is not None:
+    if not isinstance(tokenizer, tokenizers.Characters):
         return ""
     return next((joiner for joiner in ("\n\n", " ") if joiner[0] in tokenizer.alphabet), "")
 
@@ -223,24 +223,6 @@ def entropies(tokens: Integer[np.ndarray, " T"], num_ids: int) -> Entropies:
     _, counts = _pair_counts(tokens, num_ids)
     first = np.bincount(tokens[:-1], minlength=num_ids)
     return Entropies(unigram=_entropy(np.bincount(tokens)), bigram=_entropy(counts) - _entropy(first))
-
-
-def held_out_entropies(
-    train_tokens: Integer[np.ndarray, " T"], tokens: Integer[np.ndarray, " U"], num_ids: int
-) -> Entropies:
-    """Cross-entropy of `tokens` under add-one smoothed counts of `train_tokens`: what such a table reaches on new text.
-
-    p(y) = (c(y) + 1) / (T + N) and p(y|x) = (c(x, y) + 1) / (c(x) + N), N = num_ids.
-    """
-    singles = np.bincount(train_tokens, minlength=num_ids)
-    unigram = -np.log2((singles[tokens] + 1) / (len(train_tokens) + num_ids)).mean()
-    pairs, counts = _pair_counts(train_tokens, num_ids)
-    codes = _pairs(tokens, num_ids)
-    places = np.minimum(np.searchsorted(pairs, codes), len(pairs) - 1)
-    seen = np.where(pairs[places] == codes, counts[places], 0)
-    first = np.bincount(train_tokens[:-1], minlength=num_ids)
-    bigram = -np.log2((seen + 1) / (first[tokens[:-1]] + num_ids)).mean()
-    return Entropies(unigram=float(unigram), bigram=float(bigram))
 
 
 def _pairs(tokens: np.ndarray, num_ids: int) -> np.ndarray:

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         COMMANDS[name](arguments)
     except flags.Error as error:
         return _fail(f"sedd {name}", f"{error}; see `sedd {name} --help`", 2)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         # Ours say what is wrong and what to do; one from deeper down is a bug and keeps its traceback.
         if not _raised_here(error):
             raise

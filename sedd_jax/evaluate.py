@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from sedd_jax import losses, networks, runs, score_heads, sharding
+from sedd_jax import batches, losses, networks, runs, score_heads, sharding
 
 
 class Estimate(NamedTuple):
@@ -143,6 +143,9 @@ def evaluate(
             "ppl_bound": ppl_bound,
             "ppl_bound_stderr": ppl_bound * bound.stderr,
         }
+    if run.tokenizer.unit == "character":
+        known = batches.entropies(data.tokens, run.graph.num_states)
+        result["unigram_entropy_bits"], result["bigram_entropy_bits"] = known
     return result
 
 
@@ -162,4 +165,9 @@ def table(result: dict) -> str:
             for figure in ("nats_per_token", "bits_per_character", "ppl_bound")
         ]
         lines.append(f"{name.replace('_', '-'):<16}{cells[0]:>20}{cells[1]:>20}{cells[2]:>22}")
+    if "bigram_entropy_bits" in result:
+        lines.append(
+            f"for comparison, this text's own entropy in bits/character: {result['unigram_entropy_bits']:.4f} unigram, "
+            f"{result['bigram_entropy_bits']:.4f} bigram (a character given the one before)"
+        )
     return "\n".join(lines)

@@ -50,7 +50,7 @@ class Run:
         directory = self.workdir / "data"
         if not directory.exists():
             raise ValueError(f"{self.workdir} has no data of its own, as a converted checkpoint has none: train or sample")
-        return batches.open_split(directory, name, self.config.data.length)
+        return batches.open_split(directory, name, self.config.data.length, tokenizer=self.tokenizer)
 
     def ema_params(self) -> tuple[int, networks.Params]:
         """Step and moving average of the newest checkpoint."""

@@ -199,11 +199,41 @@ class WordPiece:
         return _sha256_of_json({"kind": "wordpiece", "sha256": self.sha256})
 
 
-Tokenizer = Characters | GPT2 | WordPiece
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ids:
+    """Ids as decimal numbers with spaces between: for a checkpoint whose tokenizer is not known."""
+
+    vocab_size: int
+    unit: ClassVar[str] = "token"
+    mask_id: ClassVar[None] = None
+    eos_id: ClassVar[None] = None
+
+    def encode(self, text: str) -> Int[np.ndarray, " L"]:
+        """Ids (int32) that a text spells out."""
+        words = text.split()
+        wrong = [word for word in words if not (word.isascii() and word.isdecimal() and int(word) < self.vocab_size)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no id: give numbers from 0 to {self.vocab_size - 1} with spaces between")
+        return np.array([int(word) for word in words], np.int32)
+
+    def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
+        """The numbers of ids in [0, vocab_size)."""
+        _check_ids(ids, self.vocab_size)
+        return " ".join(map(str, ids.tolist()))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "ids", "vocab_size": self.vocab_size}
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give every text the same ids."""
+        return _sha256_of_json(self.to_json())
+
+
+Tokenizer = Characters | GPT2 | WordPiece | Ids
 
 
 def build(spec: str, documents: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that a spec names: `characters`, `text8`, `gpt2`, `gpt2:FILE` or `wordpiece:FILE`.
+    """The tokenizer that a spec names: `characters`, `text8`, `gpt2`, `gpt2:FILE`, `wordpiece:FILE` or `ids:N`.
 
     `characters` takes its alphabet, sorted, from `documents()`. Give those of every split: the set of characters is all
     that held-out text lends, and no evaluation then meets a character without an id. text8 is a space (0) and a to z.
@@ -213,7 +243,7 @@ def build(spec: str, documents: Callable[[], Iterable[str]]) -> Tokenizer:
         nearest = difflib.get_close_matches(kind, _BUILDERS, n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         raise ValueError(f"tokenizer={spec!r} is of no known kind: {hint}give one of {', '.join(_FORMS)}")
-    if bool(argument) not in _TAKES_FILE[kind] or bool(colon) != bool(argument):
+    if bool(argument) not in _TAKES_ARGUMENT[kind] or bool(colon) != bool(argument):
         raise ValueError(f"tokenizer={spec!r} is not complete, or more than that: give one of {', '.join(_FORMS)}")
     return _BUILDERS[kind](argument, documents)
 
@@ -244,16 +274,23 @@ def _word_piece(path: str) -> WordPiece:
     return WordPiece(path=path, sha256=hashlib.sha256(_content(path)).hexdigest())
 
 
-_KINDS = {"characters": Characters, "gpt2": GPT2, "wordpiece": WordPiece}
+def _ids(count: str) -> Ids:
+    if not (count.isascii() and count.isdecimal() and int(count) > 0):
+        raise ValueError(f"tokenizer='ids:{count}' names no number of tokens: give one from 1, as in ids:50257")
+    return Ids(vocab_size=int(count))
+
+
+_KINDS = {"characters": Characters, "gpt2": GPT2, "wordpiece": WordPiece, "ids": Ids}
 _TEXT8 = Characters(alphabet=" " + string.ascii_lowercase)
 _BUILDERS = {
     "characters": lambda argument, documents: _characters_of(documents()),
     "text8": lambda argument, documents: _TEXT8,
     "gpt2": lambda argument, documents: _gpt2(str(pathlib.Path(argument).absolute()) if argument else None),
     "wordpiece": lambda argument, documents: _word_piece(str(pathlib.Path(argument).absolute())),
+    "ids": lambda argument, documents: _ids(argument),
 }
-_TAKES_FILE = {"characters": {False}, "text8": {False}, "gpt2": {False, True}, "wordpiece": {True}}
-_FORMS = ("characters", "text8", "gpt2", "gpt2:FILE", "wordpiece:FILE")
+_TAKES_ARGUMENT = {"characters": {False}, "text8": {False}, "gpt2": {False, True}, "wordpiece": {True}, "ids": {True}}
+_FORMS = ("characters", "text8", "gpt2", "gpt2:FILE", "wordpiece:FILE", "ids:N")
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -112,14 +112,14 @@ def test_text_errors_name_the_file_and_the_remedy(tmp_path):
     with pytest.raises(ValueError, match="hold no text"):
         _read(f"text:{tmp_path}/empty.txt", "train")
     (tmp_path / "line.txt").write_text("one line has no place for a cut")
-    with pytest.raises(ValueError, match="the train split of source=.* holds no text"):
+    with pytest.raises(ValueError, match=r"the train split of source=.* holds no text"):
         _read(f"text:{tmp_path}/line.txt", "train")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 noir")
-    with pytest.raises(ValueError, match="latin.txt is not UTF-8: byte 0xe9 at offset 3"):
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8: byte 0xe9 at offset 3"):
         _read(f"text:{tmp_path}/latin.txt", "train")
     (tmp_path / "cut.txt.xz").write_bytes(lzma.compress(b"text" * 1000)[:-20])
-    with pytest.raises(ValueError, match="cut.txt.xz cannot be decompressed"):
+    with pytest.raises(ValueError, match=r"cut.txt.xz cannot be decompressed"):
         _read(f"text:{tmp_path}/cut.txt.xz", "train")
     (tmp_path / "plain.txt.gz").write_bytes(b"text")
-    with pytest.raises(ValueError, match="plain.txt.gz cannot be decompressed"):
+    with pytest.raises(ValueError, match=r"plain.txt.gz cannot be decompressed"):
         _read(f"text:{tmp_path}/plain.txt.gz", "train")

@@ -35,7 +35,7 @@ def _build(spec, *documents):
 
 def test_characters_take_the_sorted_alphabet_of_all_documents():
     tokenizer = _build("characters", "ba\n", "é𝄞")
-    assert tokenizer.alphabet == "\nabé𝄞"
+    assert tokenizer == tokenizers.Characters(alphabet="\nabé𝄞")
     assert (tokenizer.vocab_size, tokenizers.num_ids(tokenizer)) == (5, 5)
     assert (tokenizer.unit, tokenizer.mask_id, tokenizer.eos_id) == ("character", None, None)
     ids = tokenizer.encode("𝄞ab\né")
@@ -64,6 +64,21 @@ def test_ids_outside_the_vocabulary_are_named():
         _build("text8").decode(np.array([-1]))
 
 
+def test_ids_are_numbers_below_their_count():
+    tokenizer = _build("ids:30")
+    assert (tokenizer.vocab_size, tokenizer.mask_id, tokenizer.eos_id, tokenizer.unit) == (30, None, None, "token")
+    ids = tokenizer.encode("3 29\n0")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [3, 29, 0]
+    assert tokenizer.decode(ids) == "3 29 0"
+    assert tokenizer.encode("").shape == (0,)
+    for wrong in ("30", "-1", "three", "٣"):
+        with pytest.raises(ValueError, match=f"'{wrong}' is no id: give numbers from 0 to 29"):
+            tokenizer.encode(f"3 {wrong}")
+    with pytest.raises(ValueError, match=r"id 30 at position 0 is outside \[0, 30\)"):
+        tokenizer.decode(np.array([30]))
+
+
 @pytest.mark.parametrize("alphabet", ["", "aba"])
 def test_alphabets_name_each_character_once(alphabet):
     with pytest.raises(ValueError, match="is empty or repeats"):
@@ -90,7 +105,7 @@ def test_byte_pairs_say_when_their_file_is_gone_changed_or_broken(ranks_file, tm
     description = _build(f"gpt2:{ranks_file}").to_json()
     lines = ranks_file.read_bytes().splitlines(keepends=True)
     ranks_file.write_bytes(b"".join(lines[:-1]))
-    with pytest.raises(ValueError, match="small.tiktoken have sha256 .*, not .*put the same file back"):
+    with pytest.raises(ValueError, match=r"small.tiktoken have sha256 .*, not .*put the same file back"):
         tokenizers.from_json(description)
     for broken in (lines[:-2] + lines[-1:], [b"eno= 0\n", *lines[1:]]):  # without rank 257, without byte 0
         ranks_file.write_bytes(b"".join(broken))
@@ -100,7 +115,7 @@ def test_byte_pairs_say_when_their_file_is_gone_changed_or_broken(ranks_file, tm
     with pytest.raises(ValueError, match="is no file of ranks"):
         tokenizers.from_json(description)
     ranks_file.unlink()
-    with pytest.raises(FileNotFoundError, match="small.tiktoken does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"small.tiktoken does not exist"):
         tokenizers.from_json(description)
 
 
@@ -114,12 +129,12 @@ def test_fingerprints_follow_the_content_not_the_place(ranks_file, tmp_path):
 
 
 def test_every_kind_survives_json(ranks_file, vocabulary_file):
-    for spec in ("characters", "text8", f"gpt2:{ranks_file}", f"wordpiece:{vocabulary_file}"):
+    for spec in ("characters", "text8", "ids:7", f"gpt2:{ranks_file}", f"wordpiece:{vocabulary_file}"):
         tokenizer = _build(spec, "some text")
         stored = tokenizers.from_json(json.loads(json.dumps(tokenizer.to_json())))
         assert stored == tokenizer
         assert stored.fingerprint() == tokenizer.fingerprint()
-    with pytest.raises(ValueError, match="kind='bytes' is unknown.*characters"):
+    with pytest.raises(ValueError, match=r"kind='bytes' is unknown.*characters"):
         tokenizers.from_json({"kind": "bytes"})
 
 
@@ -137,6 +152,8 @@ def test_relative_paths_are_stored_whole(ranks_file, monkeypatch, tmp_path):
         ("wordpiece", "'wordpiece' is not complete"),
         ("text8:file", "'text8:file' is not complete, or more"),
         ("gpt2:", "'gpt2:' is not complete"),
+        ("ids:0", "'ids:0' names no number of tokens"),
+        ("ids:many", "'ids:many' names no number of tokens"),
     ],
 )
 def test_wrong_specs_list_the_right_ones(spec, message):
@@ -150,7 +167,7 @@ def test_word_pieces_count_the_mask_apart(vocabulary_file):
     assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.unit) == (4, 3, "token")
     description = tokenizer.to_json()
     vocabulary_file.write_text("[UNK]\n[SEP]\n")
-    with pytest.raises(ValueError, match="vocab.txt has sha256"):
+    with pytest.raises(ValueError, match=r"vocab.txt has sha256"):
         tokenizers.from_json(description)
     with pytest.raises(ValueError, match=r"vocab.txt lacks \[MASK\]"):
         _build(f"wordpiece:{vocabulary_file}")

@@ -1,0 +1,22 @@
+"""The strict harness: eight CPU devices, shapes checked, rank promotion and key reuse raise (warnings do by pyproject.toml)."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+jaxtyping.install_import_hook("sedd_jax", "beartype.beartype")
+
+
+@pytest.fixture
+def golden():
+    """Loads a recorded file by its name."""
+    import goldens  # Not at the top: it imports sedd_jax, which the hook above must see first.
+
+    return goldens.load
