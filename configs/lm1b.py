@@ -1,9 +1,10 @@
-"""SEDD absorb small on One Billion Words, bert-base-uncased WordPiece, packed to 128 tokens (Lou et al. 2023, section 5.1).
+"""SEDD absorb small on One Billion Words, bert-base-uncased WordPiece, packed to 128 tokens (Lou et al. 2023, section
+5.1).
 
     sedd train --config=configs/lm1b.py --workdir=runs/lm1b
 
-Put the text into data/lm1b/train.txt, valid.txt and test.txt, the vocabulary into data/lm1b/vocab.txt; needs `pip install -e '.[wordpiece]'`.
-Hardware: the paper used 8 A100 80 GB. Time: not measured here.
+Put the text into data/lm1b/train.txt, valid.txt and test.txt, the vocabulary into data/lm1b/vocab.txt; needs `pip
+install -e '.[wordpiece]'`. Hardware: the paper used 8 A100 80 GB. Time: not measured here.
 Expect a test ppl_bound of at most 32.79 after 1M steps (published; 40.25 for the uniform graph).
 """
 
@@ -13,7 +14,11 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
-            "data": {"source": "text:data/lm1b/{split}.txt", "tokenizer": "wordpiece:data/lm1b/vocab.txt", "length": 128},
+            "data": {
+                "source": "text:data/lm1b/{split}.txt",
+                "tokenizer": "wordpiece:data/lm1b/vocab.txt",
+                "length": 128,
+            },
             "training": {"num_steps": 1_000_000, "checkpoint_every": 10_000, "eval_every": 10_000},
             "sampling": {"num_steps": 128},
         }

@@ -1,6 +1,6 @@
 """A character model of the English that every CPython carries, for a first look on any machine.
 
-    sedd train --config=configs/quickstart.py --workdir=runs/quickstart
+sedd train --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 import ml_collections

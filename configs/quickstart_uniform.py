@@ -1,6 +1,6 @@
 """The quick start under the uniform graph: every token may turn into every other.
 
-    sedd train --config=configs/quickstart_uniform.py --workdir=runs/quickstart_uniform
+sedd train --config=configs/quickstart_uniform.py --workdir=runs/quickstart_uniform
 """
 
 import ml_collections

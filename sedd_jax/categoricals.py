@@ -1,7 +1,7 @@
 """Drawing from a categorical distribution precisely, in float32.
 
-Gumbel noise made from one float32 uniform stops at about 16.6, so an outcome whose odds are below e^-16.6 relative to the
-others is drawn too rarely. Summed over a large vocabulary and many steps this silently anneals a diffusion sampler
+Gumbel noise made from one float32 uniform stops at about 16.6, so an outcome whose odds are below e^-16.6 relative to
+the others is drawn too rarely. Summed over a large vocabulary and many steps this silently anneals a diffusion sampler
 (Zheng et al. 2024, arXiv 2409.02908). Here the noise has 46 random bits near zero and reaches about 32.
 """
 

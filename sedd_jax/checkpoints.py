@@ -48,7 +48,7 @@ class Checkpoints:
             raise RuntimeError(f"checkpoint of step {step} was not saved: {self._directory} holds {self.latest_step()}")
 
     def restore(self, step: int, like: train_state.TrainState) -> train_state.TrainState:
-        """The state saved at `step`, with the shapes, dtypes and shardings of `like` (arrays or `jax.ShapeDtypeStruct`s)."""
+        """The state saved at `step`, with the shapes, dtypes and shardings of `like` (arrays, or only their shapes)."""
         abstract = {
             "progress": {"step": like.step},
             "params": like.params,

@@ -60,9 +60,11 @@ def train(argv: list[str]) -> None:
     from sedd_jax import config as configs
 
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "run directory; made if missing, resumed if it holds a run", flag_values=values)
-    path, given, rest = _load_config(argv)
-    merged = configs.merge(given)
+    flags.DEFINE_string(
+        "workdir", None, "run directory; made if missing, resumed if it holds a run", flag_values=values
+    )
+    path, partial, rest = _load_config(argv)
+    merged = configs.merge(partial)
     if _asks_for_help(rest):
         _print_help(train, values, ["--config=FILE  a configs/NAME.py; without one every field has the default below"])
         fields = "\n".join(f"  --config.{name}={value!r}  {doc}" for name, value, doc in configs.describe(merged))
@@ -72,12 +74,11 @@ def train(argv: list[str]) -> None:
         if argument.lstrip("-").startswith("config."):
             configs.check_field(argument.lstrip("-").removeprefix("config.").partition("=")[0], merged)
     config_flags.DEFINE_config_dict("config", merged, flag_values=values, sys_argv=["sedd", *rest])
-    _parse(values, rest)
-    workdir = _require(values, "workdir")
-    config = configs.parse(values["config"].value)
+    given = _parse(values, rest, "workdir")
+    config = configs.parse(given["config"])
     from sedd_jax import train as program
 
-    program.train(config, pathlib.Path(workdir))
+    program.train(config, given["workdir"])
 
 
 def evaluate(argv: list[str]) -> None:
@@ -93,27 +94,23 @@ def evaluate(argv: list[str]) -> None:
     flags.DEFINE_integer("seed", 0, "of times and noise", flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
     if _asks_for_help(argv):
-        return _print_help(evaluate, values)
-    _parse(values, argv)
-    workdir = pathlib.Path(_require(values, "workdir"))
+        _print_help(evaluate, values)
+        return
+    given = _parse(values, argv, "workdir")
+    as_json = given.pop("json")
     from sedd_jax import evaluate as program
 
-    result = program.evaluate(
-        workdir,
-        split=values["split"].value,
-        num_times=values["num_times"].value,
-        batch_size=values["batch_size"].value,
-        seed=values["seed"].value,
-    )
+    result = program.evaluate(**given)
     print(program.table(result))
-    if values["json"].value:
+    if as_json:
         print(json.dumps(result))
 
 
 def sample(argv: list[str]) -> None:
     """Draw text from a run, from nothing or around given text.
 
-    sedd sample --workdir=RUN [--num_steps=128] [--prefix=... --suffix=...] [--template='Hi, my name is {32}.'] [--watch]
+    sedd sample --workdir=RUN [--num_steps=128] [--prefix=... --suffix=...] [--template='Hi, my name is {32}.']
+    [--watch]
     """
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
@@ -129,23 +126,22 @@ def sample(argv: list[str]) -> None:
     flags.DEFINE_string("out", "", "also write text, tokens, seed, nfe and sampler to this .jsonl", flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
     if _asks_for_help(argv):
-        return _print_help(sample, values)
-    _parse(values, argv)
-    workdir = pathlib.Path(_require(values, "workdir"))
-    out = pathlib.Path(values["out"].value) if values["out"].value else None
-    if out is not None and not out.absolute().parent.is_dir():
+        _print_help(sample, values)
+        return
+    given = {name: value for name, value in _parse(values, argv, "workdir").items() if value is not None}
+    wants_watch, out, as_json = given.pop("watch"), given.pop("out"), given.pop("json")
+    if out and not pathlib.Path(out).absolute().parent.is_dir():
         raise ValueError(f"--out={out} is in a directory that does not exist: make it first")
     from sedd_jax import generate as program
     from sedd_jax import terminals
 
-    named = ("prefix", "suffix", "template", "num_steps", "num_samples", "sampler", "draw", "seed")
-    with terminals.watcher(values["watch"].value) as watch:
-        samples = program.generate(workdir, **{name: values[name].value for name in named}, watch=watch)
-    if out is not None:
-        program.write_jsonl(samples, out)
+    with terminals.watcher(wants_watch) as watch:
+        samples = program.generate(**given, watch=watch)
+    if out:
+        program.write_jsonl(samples, pathlib.Path(out))
     for drawn in samples:
         print(f"--- sample {drawn.index + 1} of {len(samples)}\n{drawn.text}")
-    if values["json"].value:
+    if as_json:
         print(json.dumps([program.as_dict(drawn) for drawn in samples], ensure_ascii=False))
 
 
@@ -157,18 +153,20 @@ def convert(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("from", None, "directory with config.json + model.safetensors, or a run", flag_values=values)
     flags.DEFINE_string("to", None, "directory to write, of the other kind", flag_values=values)
-    flags.DEFINE_string("tokenizer", "", "for a run: gpt2:FILE, text8, ...; by default from the size", flag_values=values)
+    flags.DEFINE_string(
+        "tokenizer", "", "for a run: gpt2:FILE, text8, ...; by default from the size", flag_values=values
+    )
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
     if _asks_for_help(argv):
-        return _print_help(convert, values)
-    _parse(values, argv)
-    source, target = pathlib.Path(_require(values, "from")), pathlib.Path(_require(values, "to"))
+        _print_help(convert, values)
+        return
+    given = _parse(values, argv, "from", "to")
     from sedd_jax import convert as program
 
-    done = program.convert(source, target, tokenizer=values["tokenizer"].value)
+    done = program.convert(given["from"], given["to"], tokenizer=given["tokenizer"])
     print(done)
-    if values["json"].value:
-        print(json.dumps({"from": str(source), "to": str(target), "done": done}))
+    if given["json"]:
+        print(json.dumps({"from": str(given["from"]), "to": str(given["to"]), "done": done}))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -202,16 +200,17 @@ def _load_config(argv: list[str]) -> tuple[str, Any, list[str]]:
     return path, module.get_config(), rest
 
 
-def _parse(values: flags.FlagValues, argv: list[str]) -> None:
+def _parse(values: flags.FlagValues, argv: list[str], *directories: str) -> dict[str, Any]:
+    """Values of all flags by name; `directories` must be given and become paths."""
     remaining = values(["sedd", *argv])
     if len(remaining) > 1:
         raise flags.UnrecognizedFlagError(remaining[1])
-
-
-def _require(values: flags.FlagValues, name: str) -> str:
-    if not values[name].value:
-        raise flags.IllegalFlagValueError(f"--{name}=DIR must be given")
-    return values[name].value
+    given: dict[str, Any] = {name: values[name].value for name in values}
+    for name in directories:
+        if not given[name]:
+            raise flags.IllegalFlagValueError(f"--{name}=DIR must be given")
+        given[name] = pathlib.Path(given[name])
+    return given
 
 
 def _asks_for_help(argv: list[str]) -> bool:

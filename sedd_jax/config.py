@@ -119,6 +119,9 @@ class Config:
     mesh: sharding.MeshConfig = sharding.MeshConfig()
 
 
+# A ConfigDict is no Mapping.
+Nested = Mapping[str, Any] | ml_collections.ConfigDict
+
 # What a run may change when it resumes; all else decides what its parameters are.
 MAY_CHANGE = (r"training\.(num_steps|log_every|eval_\w+|sample_every|\w*checkpoint\w*)", r"sampling\..*", r"mesh\..*")
 _DERIVED = "network.num_states"
@@ -129,7 +132,7 @@ def default() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(to_dict(Config())).lock()
 
 
-def merge(partial: Mapping[str, Any]) -> ml_collections.ConfigDict:
+def merge(partial: Nested) -> ml_collections.ConfigDict:
     """The defaults with the fields of `partial` put over them.
 
     Raises:
@@ -147,7 +150,7 @@ def merge(partial: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 def check_field(name: str, config: ml_collections.ConfigDict) -> None:
     """Raises ValueError with the nearest field's name where `name` is not one of the config's."""
-    fields = flatten(config.to_dict())
+    fields = flatten(config)
     if name not in fields:
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
         hint = f"did you mean config.{nearest[0]}?" if nearest else "`sedd train --help` lists the fields"
@@ -156,11 +159,11 @@ def check_field(name: str, config: ml_collections.ConfigDict) -> None:
 
 def wrong_type(name: str, value: Any, config: ml_collections.ConfigDict) -> str:
     """The message for a value that does not fit its field."""
-    want = type(flatten(config.to_dict())[name]).__name__
+    want = type(flatten(config)[name]).__name__
     return f"config.{name}={value!r} must be of type {want}"
 
 
-def parse(config: Mapping[str, Any]) -> Config:
+def parse(config: Nested) -> Config:
     """Frozen dataclasses from a full ConfigDict (or the same as nested mappings), validated.
 
     Raises:
@@ -178,12 +181,12 @@ def to_dict(config: Config) -> dict[str, Any]:
     return nested
 
 
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: Nested, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}."""
     flat = {}
     for name, value in nested.items():
         if isinstance(value, Mapping | ml_collections.ConfigDict):
-            flat |= flatten(dict(value), f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
@@ -199,7 +202,7 @@ def changes(old: Config, new: Config) -> list[str]:
     ]
 
 
-def describe(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+def describe(config: Nested) -> Iterator[tuple[str, Any, str]]:
     """Name, value and meaning of every field, in order; meanings come from the dataclasses' docstrings."""
     values = flatten(config)
     for name, meaning in _meanings(Config, ""):

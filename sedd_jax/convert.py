@@ -1,5 +1,6 @@
 """Carrying checkpoints between run directories and the published PyTorch layout (config.json + model.safetensors)."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -10,8 +11,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sedd_jax import networks, optimizers, runs, tokenizers, torch_weights, train_state
 from sedd_jax import config as configs
+from sedd_jax import networks, optimizers, runs, tokenizers, torch_weights, train_state
 
 _WEIGHTS = "model.safetensors"
 # Where the published config.json keeps what ours does.
@@ -47,7 +48,8 @@ def convert(source: pathlib.Path, target: pathlib.Path, *, tokenizer: str = "") 
     Args:
         source: either kind of directory.
         target: a directory that does not exist yet.
-        tokenizer: for a run directory: a spec as in config.data.tokenizer; GPT-2 for 50257 tokens and plain ids otherwise.
+        tokenizer: for a run directory: a spec as in config.data.tokenizer; GPT-2 for 50257 tokens and plain ids
+            otherwise.
 
     Returns:
         What was done, in one line.
@@ -62,7 +64,8 @@ def convert(source: pathlib.Path, target: pathlib.Path, *, tokenizer: str = "") 
             raise ValueError(f"--tokenizer={tokenizer} has no use here: {source} is a run directory and has its own")
         return _to_torch(source, target)
     raise ValueError(
-        f"{source} has neither {_WEIGHTS} (a published PyTorch directory) nor checkpoints/ (a run directory): give one of them"
+        f"{source} has neither {_WEIGHTS} (a published PyTorch directory) nor checkpoints/ (a run directory): give "
+        "one of them"
     )
 
 
@@ -86,7 +89,9 @@ def _to_run(source: pathlib.Path, target: pathlib.Path, spec: str) -> str:
     built = tokenizers.build(spec or ("gpt2" if num_tokens == 50257 else f"ids:{num_tokens}"), lambda: iter(()))
     real_tokens = built.vocab_size if built.mask_id is None or config.graph.name == "absorb" else built.vocab_size + 1
     if real_tokens != num_tokens:
-        raise ValueError(f"--tokenizer={spec} has {real_tokens} tokens, the checkpoint {num_tokens}: give its own tokenizer")
+        raise ValueError(
+            f"--tokenizer={spec} has {real_tokens} tokens, the checkpoint {num_tokens}: give its own tokenizer"
+        )
     state = train_state.TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -100,7 +105,9 @@ def _to_run(source: pathlib.Path, target: pathlib.Path, spec: str) -> str:
 def _to_torch(source: pathlib.Path, target: pathlib.Path) -> str:
     run = runs.load(source)
     if run.graph.num_states - 1 != getattr(run.graph, "mask_id", run.graph.num_states - 1):
-        raise ValueError(f"{source} has its mask at id {run.tokenizer.mask_id}; the published layout knows only the last id")
+        raise ValueError(
+            f"{source} has its mask at id {run.tokenizer.mask_id}; the published layout knows only the last id"
+        )
     if target.exists():
         raise ValueError(f"{target} exists: use another --to")
     step, params = run.ema_params()
@@ -152,7 +159,7 @@ def _published_config(run: runs.Run) -> dict[str, Any]:
 
 def _network(config: configs.Config, num_tokens: int) -> networks.NetworkConfig:
     graph = configs.make_graph(config.graph, num_tokens, None)
-    return networks.NetworkConfig(**{**vars(config.network), "num_states": graph.num_states})
+    return dataclasses.replace(config.network, num_states=graph.num_states)
 
 
 def _size(params: networks.Params) -> int:

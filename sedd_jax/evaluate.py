@@ -6,9 +6,8 @@ import pathlib
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from sedd_jax import batches, losses, networks, runs, score_heads, sharding
 
@@ -29,7 +28,7 @@ def sequence_bounds(
     run: runs.Run,
     dropout_key: Key[Array, ""] | None = None,
 ) -> losses.Bounds:
-    """The bounds of each sequence for one draw of noise at times t: the loss of training, and of evaluation without dropout."""
+    """The bounds of each sequence for one draw of noise at times t; what training minimises and evaluation reports."""
 
     def summary_fn(xt: Int[Array, "B L"], x0: Int[Array, "B L"], sigma: Float[Array, "B"]):
         features = networks.apply(run.network, params, xt, sigma, dropout_key)
@@ -46,7 +45,7 @@ def make_bounds_fn(run: runs.Run):
 def estimate_bounds(
     bounds_fn,
     params: networks.Params,
-    sequences: Int[np.ndarray, "S L"],
+    sequences: Integer[np.ndarray, "S L"],
     *,
     batch_size: int,
     num_times: int,
@@ -54,15 +53,17 @@ def estimate_bounds(
 ) -> tuple[Estimate, Estimate]:
     """Score-entropy and cross-entropy bound of sequences, with `num_times` draws of time and noise for each.
 
-    In every pass the times of the S sequences are spread evenly over [1e-3, 1] in random order. The standard error is that of the
-    bound on this text, from differences between neighbours in time (Wolter 2007, Introduction to Variance Estimation, section 8.2),
-    since the spread removes the variation over time that independent times would have.
+    In every pass the times of the S sequences are spread evenly over [1e-3, 1] in random order. The standard error is
+    that of the
+    bound on this text, from differences between neighbours in time (Wolter 2007, Introduction to Variance Estimation,
+    section 8.2), since the spread removes the variation over time that independent times would have.
 
     Args:
         bounds_fn: from `make_bounds_fn`.
         params: parameters, usually the moving average.
         sequences: tokens.
-        batch_size: sequences in one call, rounded up to fill the devices; the last call is filled up and its filling dropped.
+        batch_size: sequences in one call, rounded up to fill the devices; the last call is filled up and its filling
+            dropped.
         num_times: passes over the sequences.
         seed: of times and noise.
     """
@@ -78,7 +79,7 @@ def estimate_bounds(
         for start in range(0, num_sequences, batch_size):
             rows = np.arange(start, start + batch_size) % num_sequences
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), start)
-            bounds = bounds_fn(params, key, sequences[rows], t[rows].astype(np.float32))
+            bounds = bounds_fn(params, key, sequences[rows].astype(np.int32), t[rows].astype(np.float32))
             kept = min(batch_size, num_sequences - start)
             values[:, start : start + kept] = np.asarray(jax.device_get(bounds))[:, :kept] / length
         means += values.mean(axis=1) / num_times
@@ -102,7 +103,8 @@ def evaluate(
         seed: of times and noise.
 
     Returns:
-        Figures with what they are of: per token in nats, per character in bits, and `ppl_bound` = exp(nats per token). The bounds
+        Figures with what they are of: per token in nats, per character in bits, and `ppl_bound` = exp(nats per token).
+        The bounds
         integrate over t in [1e-3, 1] and leave out the prior and reconstruction terms, as the published figures do.
     """
     for name, value in (("num_times", num_times), ("batch_size", batch_size)):
@@ -158,7 +160,9 @@ def table(result: dict) -> str:
     ]
     for name in ("score_entropy", "cross_entropy"):
         if name not in result:
-            lines.append(f"{name.replace('_', '-'):<16}  not defined for the uniform graph, whose ratios have no known sum")
+            lines.append(
+                f"{name.replace('_', '-'):<16}  not defined for the uniform graph, whose ratios have no known sum"
+            )
             continue
         cells = [
             f"{result[name][figure]:.4f} ± {result[name][f'{figure}_stderr']:.4f}"

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sedd_jax import categoricals, networks, runs, samplers, score_heads, sharding
+from sedd_jax import config as configs
 
 _GAP = re.compile(r"\{\{|\}\}|\{(\d+)\}|\{[^{}]*\}?|\}")
 
@@ -25,7 +26,8 @@ class Template:
     Attributes:
         tokens: known tokens, 0 in gaps.
         is_given: where they are known.
-        length: tokens that are shown; what follows is generated too, since the model knows only its full length, and cut.
+        length: tokens that are shown; what follows is generated too, since the model knows only its full length, and
+            cut.
     """
 
     tokens: Int[np.ndarray, "L"]
@@ -49,12 +51,12 @@ class Sample:
 
 
 def parse_template(run: runs.Run, template: str) -> Template:
-    """Reads "Hi, my name is {32} and" : {n} is a gap of n tokens, {{ and }} are braces; "" is one gap of the whole length.
+    """Reads "Hi, my name is {32} and": {n} is a gap of n tokens, {{ and }} are braces; "" is one gap of full length.
 
     Raises:
         ValueError: where a brace is neither, the template is longer than the model, or text is outside its vocabulary.
     """
-    parts: list[Int[np.ndarray, "P"] | int] = []
+    parts: list[Int[np.ndarray, "..."] | int] = []
     text, position = "", 0
     for match in _GAP.finditer(template):
         text += template[position : match.start()]
@@ -63,8 +65,8 @@ def parse_template(run: runs.Run, template: str) -> Template:
             text += match.group()[0]
         elif match.group(1) is None:
             raise ValueError(
-                f"--template has {match.group()!r} at position {match.start()}: a gap is {{n}} with n tokens to fill, a brace "
-                "itself is {{ or }}"
+                f"--template has {match.group()!r} at position {match.start()}: a gap is {{n}} with n tokens to fill, a "
+                "brace itself is {{ or }}"
             )
         else:
             parts += [run.tokenizer.encode(text), int(match.group(1))]
@@ -83,8 +85,8 @@ def around(run: runs.Run, prefix: str, suffix: str) -> Template:
     gap = run.config.data.length - len(start) - len(end)
     if gap <= 0:
         raise ValueError(
-            f"--prefix and --suffix take {len(start)} + {len(end)} tokens of the model's {run.config.data.length} and leave "
-            "no gap: shorten them"
+            f"--prefix and --suffix take {len(start)} + {len(end)} tokens of the model's {run.config.data.length} and "
+            "leave no gap: shorten them"
         )
     return _assemble(run, [start, gap, end], None)
 
@@ -93,36 +95,31 @@ def draw_samples(
     run: runs.Run,
     params: networks.Params,
     template: Template,
+    settings: configs.SamplingConfig,
     *,
-    num_steps: int,
-    num_samples: int,
-    sampler: str,
-    draw: str,
     seed: int,
-    step: int = 0,
+    step: int,
     watch: Callable[[int, list[str]], None] | None = None,
 ) -> list[Sample]:
-    """Draws `num_samples` texts that agree with the template.
+    """Draws texts that agree with the template, as one batch.
 
     Args:
         run: the run.
         params: parameters, usually the moving average.
         template: what is known.
-        num_steps: reverse steps; nfe is one more.
-        num_samples: texts, drawn as one batch.
-        sampler: a name in `samplers.SAMPLERS`.
-        draw: a name in `categoricals.DRAWS`.
+        settings: how many, and how; nfe is one more than its num_steps.
         seed: of everything random; the same seed draws the same texts.
         step: checkpoint step, only recorded.
         watch: called with the number of steps taken and the texts so far, masks shown as `░`.
     """
-    shape = (num_samples, len(template.tokens))
+    num_steps = settings.num_steps
+    shape = (settings.num_samples, len(template.tokens))
     given = samplers.Given(
         jnp.broadcast_to(jnp.asarray(template.tokens, jnp.int32), shape), jnp.broadcast_to(template.is_given, shape)
     )
     key_limit, key_steps, key_denoise = jax.random.split(jax.random.key(seed), 3)
     xt = given.clamp(run.graph.sample_limit(key_limit, shape))
-    reverse_steps, denoise = _compiled(run.network, run.graph, run.noise, sampler, draw)
+    reverse_steps, denoise = _compiled(run.network, run.graph, run.noise, settings.sampler, settings.draw)
     # A trajectory that is watched, or long, is taken in parts; keys depend on the step alone, so the text is the same.
     stride = max(1, num_steps // 64) if watch else num_steps
     for start in range(0, num_steps, stride):
@@ -141,10 +138,10 @@ def draw_samples(
             seed=seed,
             index=index,
             step=step,
-            sampler=sampler,
+            sampler=settings.sampler,
             num_steps=num_steps,
             nfe=num_steps + 1,
-            draw=draw,
+            draw=settings.draw,
         )
         for index, row in enumerate(rows)
     ]
@@ -156,43 +153,32 @@ def generate(
     prefix: str = "",
     suffix: str = "",
     template: str = "",
-    num_steps: int | None = None,
-    num_samples: int | None = None,
-    sampler: str | None = None,
-    draw: str | None = None,
     seed: int = 0,
     watch: Callable[[int, list[str]], None] | None = None,
+    **settings: Any,
 ) -> list[Sample]:
     """Draws texts from the newest checkpoint (its moving average) of a run.
 
-    What is None is as the run's config says. See `parse_template`, `around` and `draw_samples`.
+    Args:
+        workdir: the run directory.
+        prefix: see `around`.
+        suffix: see `around`.
+        template: see `parse_template`.
+        seed: see `draw_samples`.
+        watch: see `draw_samples`.
+        **settings: fields of `config.SamplingConfig` that differ from the run's.
     """
     run = runs.load(workdir)
-    settings = run.config.sampling
+    changed = dataclasses.replace(run.config.sampling, **settings)
+    configs.validate(dataclasses.replace(run.config, sampling=changed))
     if template and (prefix or suffix):
         raise ValueError("--template cannot be combined with --prefix or --suffix: write them into the template")
-    num_steps = settings.num_steps if num_steps is None else num_steps
-    num_samples = settings.num_samples if num_samples is None else num_samples
-    for name, value in (("num_steps", num_steps), ("num_samples", num_samples)):
-        if value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
     parsed = around(run, prefix, suffix) if prefix or suffix else parse_template(run, template)
     mesh = sharding.make_mesh(run.config.mesh)
     step, params = run.ema_params()
     with jax.set_mesh(mesh):
         params = jax.device_put(params, sharding.tree_shardings(mesh, params))
-        return draw_samples(
-            run,
-            params,
-            parsed,
-            num_steps=num_steps,
-            num_samples=num_samples,
-            sampler=settings.sampler if sampler is None else sampler,
-            draw=settings.draw if draw is None else draw,
-            seed=seed,
-            step=step,
-            watch=watch,
-        )
+        return draw_samples(run, params, parsed, changed, seed=seed, step=step, watch=watch)
 
 
 def as_dict(sample: Sample) -> dict[str, Any]:
@@ -231,7 +217,7 @@ def _compiled(network: networks.NetworkConfig, graph: Any, noise: Any, sampler: 
     return jax.jit(reverse_steps), jax.jit(denoise)
 
 
-def _assemble(run: runs.Run, parts: list[Int[np.ndarray, "P"] | int], shown: int | None) -> Template:
+def _assemble(run: runs.Run, parts: list[Int[np.ndarray, "..."] | int], shown: int | None) -> Template:
     length = run.config.data.length
     total = sum(part if isinstance(part, int) else len(part) for part in parts)
     if total > length:

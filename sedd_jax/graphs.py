@@ -1,6 +1,7 @@
 """Graphs: which token may turn into which, as closed forms (Lou et al. 2023, sections 3.3 and 4).
 
-A graph is a rate matrix Q over `num_states` states whose columns sum to 0; p(xt | x0) is column x0 of exp(sigma Q). Every
+A graph is a rate matrix Q over `num_states` states whose columns sum to 0; p(xt | x0) is column x0 of exp(sigma Q).
+Every
 function works position by position: tokens are [B, L], sigma is [B] (one noise level a sequence), scores are [B, L, V].
 `score[..., y]` is p(y) / p(xt), so it is 1 at the current token.
 """
@@ -64,9 +65,9 @@ class Absorbing:
 
     def transition_column(self, x0: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
         """p(xt | x0) for every xt: column x0 of exp(sigma Q)."""
-        move_prob = -jnp.expm1(-sigma)[:, None, None]
+        sigma = sigma[:, None, None]
         mask = self._one_hot(jnp.full_like(x0, self.mask_id))
-        return (1 - move_prob) * self._one_hot(x0) + move_prob * mask
+        return jnp.exp(-sigma) * self._one_hot(x0) - jnp.expm1(-sigma) * mask
 
     def transition_row(self, xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
         """p(xt | x0) for every x0: row xt of exp(sigma Q)."""
@@ -81,7 +82,7 @@ class Absorbing:
         move = jax.random.uniform(key, x0.shape) < -jnp.expm1(-sigma)[:, None]
         return jnp.where(move, self.mask_id, x0)
 
-    def sample_limit(self, key: Key[Array, ""], shape: tuple[int, int]) -> Int[Array, "B L"]:
+    def sample_limit(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Int[Array, "B L"]:
         """Draws from the limit of infinite noise: all masks."""
         del key  # The limit is a single state.
         return jnp.full(shape, self.mask_id, dtype=jnp.int32)
@@ -89,7 +90,7 @@ class Absorbing:
     def staggered_score(self, score: Float[Array, "B L V"], delta_sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
         """exp(-delta_sigma Q) score: the ratios p_{sigma - delta_sigma}(y) / p_sigma(xt) (equation 19)."""
         delta_sigma = delta_sigma[:, None, None]
-        mask = jnp.arange(self.num_states) == self.mask_id
+        mask = jnp.arange(self.num_states)[None, None] == self.mask_id
         total = score.sum(-1, keepdims=True)
         return jnp.exp(delta_sigma) * score - jnp.where(mask, jnp.expm1(delta_sigma) * total, 0.0)
 
@@ -98,11 +99,11 @@ class Absorbing:
     ) -> Float[Array, "B L V"]:
         """Weights of the Tweedie step, [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19).
 
-        From the mask, y gets (e^d - 1) score_y and the mask what is left of 1; a token that is not the mask stays. The weight of
-        the mask is negative where an imperfect network promises more than there is.
+        From the mask, y gets (e^d - 1) score_y and the mask what is left of 1; a token that is not the mask stays. The
+        weight of the mask is negative where an imperfect network promises more than there is.
         """
         growth = jnp.expm1(delta_sigma)[:, None, None]
-        mask = jnp.arange(self.num_states) == self.mask_id
+        mask = jnp.arange(self.num_states)[None, None] == self.mask_id
         total = jnp.where(mask, 0.0, score).sum(-1, keepdims=True)
         from_mask = jnp.where(mask, 1 - growth * total, growth * score)
         return jnp.where((xt == self.mask_id)[..., None], from_mask, self._one_hot(xt))
@@ -112,7 +113,7 @@ class Absorbing:
     ) -> Float[Array, "B L V"]:
         """Weights of the last Tweedie step, all the way to sigma = 0, with no mask among the outcomes."""
         del sigma  # Among tokens the weights are in proportion to the score, whatever the noise.
-        mask = jnp.arange(self.num_states) == self.mask_id
+        mask = jnp.arange(self.num_states)[None, None] == self.mask_id
         from_mask = jnp.where(mask, 0.0, score)
         return jnp.where((xt == self.mask_id)[..., None], from_mask, self._one_hot(xt))
 
@@ -135,8 +136,8 @@ class Absorbing:
     ) -> Float[Array, "B L"]:
         """The tighter bound at the same noise: (1/a) CE(softmax of log score, x0), 0 where xt is not the mask.
 
-        The true ratios out of the mask sum to 1/a, so rescaling the score to that sum can only lower score entropy; what is
-        left is a cross-entropy.
+        The true ratios out of the mask sum to 1/a, so rescaling the score to that sum can only lower score entropy;
+        what is left is a cross-entropy.
         """
         masked = self.is_noise(xt)
         value = jnp.where(masked, summary.logsumexp - summary.at_x0, 0.0)
@@ -190,7 +191,7 @@ class Uniform:
         move = jax.random.uniform(key_move, x0.shape) < -jnp.expm1(-sigma)[:, None]
         return jnp.where(move, jax.random.randint(key_token, x0.shape, 0, self.num_states, x0.dtype), x0)
 
-    def sample_limit(self, key: Key[Array, ""], shape: tuple[int, int]) -> Int[Array, "B L"]:
+    def sample_limit(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Int[Array, "B L"]:
         """Draws from the limit of infinite noise: uniform tokens."""
         return jax.random.randint(key, shape, 0, self.num_states, jnp.int32)
 
@@ -216,8 +217,8 @@ class Uniform:
     ) -> Float[Array, "B L"]:
         """Score entropy per position (definition 3.1), for every sigma > 0 that float32 holds.
 
-        With a = e^sigma - 1 and r = a / (a + N): where xt = x0 the true ratios are r, elsewhere 1/r at x0 and 1 at the rest.
-        Published as 1 - N / (a + N), r is 0 in float32 for small sigma; here it is never formed by a difference.
+        With a = e^sigma - 1 and r = a / (a + N): where xt = x0 the true ratios are r, elsewhere 1/r at x0 and 1 at the
+        rest. Published as 1 - N / (a + N), r is 0 in float32 for small sigma; here it is never formed by a difference.
         """
         a, n = jnp.expm1(sigma)[:, None], self.num_states
         log_r = jnp.log(a) - jnp.log(a + n)
@@ -243,7 +244,7 @@ def reverse_rate(
 
 
 def _is_state(x: Int[Array, "B L"], num_states: int) -> Bool[Array, "B L V"]:
-    return x[..., None] == jnp.arange(num_states)
+    return x[..., None] == jnp.arange(num_states)[None, None]
 
 
 Graph = Absorbing | Uniform

@@ -18,8 +18,8 @@ class Bounds(NamedTuple):
 
     Attributes:
         score_entropy: the training loss (equation 10).
-        cross_entropy: the tighter bound from the same score, rescaled to what the ratios are known to sum to; for the uniform
-            graph, where that sum is not known, equal to `score_entropy`.
+        cross_entropy: the tighter bound from the same score, rescaled to what the ratios are known to sum to; for the
+            uniform graph, where that sum is not known, equal to `score_entropy`.
     """
 
     score_entropy: Float[Array, "B"]

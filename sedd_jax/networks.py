@@ -1,7 +1,7 @@
 """The score network: the diffusion transformer of Lou et al. 2023 (appendix C.2), as a pure function of its parameters.
 
-`ScoreNetwork(config).apply({"params": params}, xt, sigma)` gives features; `score_heads` turns them into scores, so that the array
-over the vocabulary need not exist.
+`ScoreNetwork(config).apply({"params": params}, xt, sigma)` gives features; `score_heads` turns them into scores, so
+that the array over the vocabulary need not exist.
 """
 
 import dataclasses
@@ -57,9 +57,10 @@ class NetworkConfig:
         return self.hidden_size // self.num_heads
 
     def flops_per_token(self, length: int) -> float:
-        """Floating-point operations of one training step per token: 6 a weight in matrix products, 12 N D L for attention.
+        """Floating-point operations of a training step per token: 6 a weight in matrix products, 12 N D L for attention.
 
-        The head counts at every position and recomputation does not count, so that utilisation compares across programs.
+        The head counts at every position and recomputation does not count, so that utilisation compares across
+        programs.
         """
         d = self.hidden_size
         weights = self.num_layers * (4 + 2 * self.mlp_ratio) * d * d + d * self.num_states
@@ -86,7 +87,9 @@ class ScoreNetwork(nn.Module):
             Features in the compute dtype, the input of the head's matrix product.
         """
         config = self.config
-        embedding = self.param("embedding", _uniform_init(config.hidden_size), (config.padded_states, config.hidden_size))
+        embedding = self.param(
+            "embedding", _uniform_init(config.hidden_size), (config.padded_states, config.hidden_size)
+        )
         # A gather from a table sharded on its features makes XLA rematerialise the result: gather the table first.
         x = sharding.constrain(sharding.replicate(embedding)[xt], "batch", None, None)
         condition = nn.silu(SigmaEmbedding(config.cond_dim, name="sigma_embedding")(sigma))
@@ -136,7 +139,9 @@ class Block(nn.Module):
         config = self.config
         key_attention, key_mlp = (None, None) if key is None else jax.random.split(key)
         modulation = _modulation(6, config, "modulation")(condition)[:, None]
-        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = jnp.split(
+            modulation, 6, axis=-1
+        )
 
         h = _layer_norm(self, "attention_norm", x) * (1 + scale_attention) + shift_attention
         qkv = _dense(3 * config.hidden_size, config.hidden_size, config.dtype, "qkv", use_bias=False)(h)
@@ -152,10 +157,11 @@ class Block(nn.Module):
         return sharding.constrain(x, "batch", None, None), None
 
 
-def attend(qkv: Float[Array, "B L 3D"], num_heads: int) -> Float[Array, "B L D"]:
+def attend(qkv: Float[Array, "B L Q"], num_heads: int) -> Float[Array, "B L D"]:
     """Full attention with rotary positions on queries and keys; the softmax is float32.
 
-    The products are laid out as [B, H, L, K], which XLA's CPU backend multiplies several times faster than [B, L, H, K].
+    The products are laid out as [B, H, L, K], which XLA's CPU backend multiplies several times faster than [B, L, H,
+    K].
     """
     batch, length, width = qkv.shape
     qkv = qkv.reshape(batch, length, 3, num_heads, width // (3 * num_heads)).transpose(2, 0, 3, 1, 4)
@@ -176,9 +182,10 @@ def rotate(x: Float[Array, "B H L K"]) -> Float[Array, "B H L K"]:
 
 
 def init(key: PRNGKeyArray, config: NetworkConfig) -> Params:
-    """Fresh parameters: linear layers as PyTorch initialises them, modulations and head zero."""
+    """Fresh parameters: linear layers as PyTorch initialises them, modulations, head and padding zero."""
     tokens = jnp.zeros((1, 8), jnp.int32)
-    return ScoreNetwork(config).init(key, tokens, jnp.ones((1,)))["params"]
+    params: Params = dict(ScoreNetwork(config).init(key, tokens, jnp.ones((1,)))["params"])
+    return {**params, "embedding": params["embedding"].at[config.num_states :].set(0.0)}
 
 
 def apply(

@@ -48,12 +48,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def learning_rate(config: OptimizerConfig, step: Int[Array, ""] | int) -> Float[Array, ""]:
-    """Learning rate of the update taken at `step`, counted from 0."""
+def learning_rate(config: OptimizerConfig, step: Any) -> Float[Array, ""]:
+    """Learning rate of the update taken at `step` (an int scalar, traced or not), counted from 0."""
     return config.learning_rate * jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
 
 
 def update_ema(ema_params: Any, params: Any, num_updates: Int[Array, ""] | int, decay: float) -> Any:
-    """Moves the average toward `params` with decay min(decay, (1 + n) / (10 + n)), n = updates so far, this one included."""
-    decay = jnp.minimum(decay, (1 + num_updates) / (10 + num_updates))
-    return jax.tree.map(lambda ema, new: ema - (1 - decay) * (ema - new), ema_params, params)
+    """Moves the average toward `params` with decay min(decay, (1 + n) / (10 + n)), n = updates, this one included."""
+    rate = 1 - jnp.minimum(decay, (1 + num_updates) / (10 + num_updates))
+    return jax.tree.map(lambda ema, new: ema - rate * (ema - new), ema_params, params)

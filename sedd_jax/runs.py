@@ -49,13 +49,17 @@ class Run:
         """One split of the run's packed text."""
         directory = self.workdir / "data"
         if not directory.exists():
-            raise ValueError(f"{self.workdir} has no data of its own, as a converted checkpoint has none: train or sample")
+            raise ValueError(
+                f"{self.workdir} has no data of its own, as a converted checkpoint has none: train or sample"
+            )
         return batches.open_split(directory, name, self.config.data.length, tokenizer=self.tokenizer)
 
     def ema_params(self) -> tuple[int, networks.Params]:
         """Step and moving average of the newest checkpoint."""
         if not self.checkpoint_dir.exists():
-            raise ValueError(f"{self.workdir} has no checkpoint yet: train longer than config.training.checkpoint_every")
+            raise ValueError(
+                f"{self.workdir} has no checkpoint yet: train longer than config.training.checkpoint_every"
+            )
         with contextlib.closing(checkpoints.Checkpoints(self.checkpoint_dir)) as saved:
             step = saved.latest_step()
             if step is None:
@@ -94,9 +98,7 @@ def start(workdir: pathlib.Path, config: configs.Config) -> Run:
     return load(workdir)
 
 
-def start_converted(
-    workdir: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer, state: Any
-) -> Run:
+def start_converted(workdir: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer, state: Any) -> Run:
     """Makes a run directory around a given train state, with no data of its own."""
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ValueError(f"{workdir} exists and is not empty: use another --to")
@@ -114,7 +116,9 @@ def load(workdir: pathlib.Path) -> Run:
         ValueError: where it is none, or its files are damaged.
     """
     if not (workdir / "config.json").exists():
-        raise ValueError(f"{workdir} is not a run directory, it has no config.json: give the --workdir of a training run")
+        raise ValueError(
+            f"{workdir} is not a run directory, it has no config.json: give the --workdir of a training run"
+        )
     config = configs.parse(_read_json(workdir / "config.json"))
     tokenizer = tokenizers.from_json(_read_json(workdir / "tokenizer.json"))
     return Run(workdir=workdir, config=config, tokenizer=tokenizer)

@@ -66,7 +66,7 @@ def tau_leaping(
     (Campbell et al. 2022, section 4.3, with at most one jump a position, since a token is not a number to add to.)
     """
     rates = graphs.reverse_rate(graph, score, xt) * (dt * noise.dsigma_dt(t))[:, None, None]
-    current = xt[..., None] == jnp.arange(graph.num_states)
+    current = xt[..., None] == jnp.arange(graph.num_states)[None, None]
     jumps = jnp.where(current, 0.0, rates)
     total = jumps.sum(-1, keepdims=True)
     share = jumps / jnp.where(total > 0, total, 1.0)
@@ -104,8 +104,8 @@ def reverse_steps(
 ) -> Int[Array, "B L"]:
     """Takes the reverse steps `start` to `stop` of `num_steps`, from t = 1 (step 0) toward T_END.
 
-    Each step's key is folded from its number, so any split into calls gives the same tokens, and the numbers may be traced: one
-    compilation serves every number of steps.
+    Each step's key is folded from its number, so any split into calls gives the same tokens, and the numbers may be
+    traced: one compilation serves every number of steps.
 
     Args:
         key: base key of the whole trajectory.

@@ -25,7 +25,7 @@ def log_score(
 ) -> Float[Array, "B L V"]:
     """log of the score s(xt, sigma)_y for every state y, 0 at the current token."""
     z = logits(params, features)[..., : config.num_states]
-    current = xt[..., None] == jnp.arange(config.num_states)
+    current = xt[..., None] == jnp.arange(config.num_states)[None, None]
     return jnp.where(current, 0.0, z + _log_scale(config, sigma)[..., None])
 
 
@@ -48,7 +48,7 @@ def summarize(
     ) -> graphs.ScoreSummary:
         features_block, xt_block, x0_block = block
         z = logits(params, features_block)
-        states = jnp.arange(config.padded_states)
+        states = jnp.arange(config.padded_states)[None, None]
         others = (states != xt_block[..., None]) & (states < config.num_states)
         scale = _log_scale(config, sigma)
         at_x0 = jnp.take_along_axis(z, x0_block[..., None], axis=-1)[..., 0]

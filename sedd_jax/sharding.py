@@ -1,7 +1,7 @@
 """The device mesh and the one table that says how every array lies on it.
 
-Axes: "data" (copies of the model), "fsdp" (the model's arrays are split and gathered where they are used) and "tensor" (heads, MLP
-columns and vocabulary are split). A batch is split over data and fsdp together.
+Axes: "data" (copies of the model), "fsdp" (the model's arrays are split and gathered where they are used) and "tensor"
+(heads, MLP columns and vocabulary are split). A batch is split over data and fsdp together.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Path of a parameter -> axes of its last dimensions. EMA and Adam moments carry the same paths inside theirs. The leading
-# axis of everything under "blocks" is the layer and is never split.
+# Path of a parameter -> axes of its last dimensions. EMA and Adam moments carry the same paths inside theirs. The
+# leading axis of everything under "blocks" is the layer and is never split.
 RULES = (
     (r"embedding$", ("tensor", "fsdp")),
     (r"head_kernel$", ("fsdp", "tensor")),
@@ -60,7 +60,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     shape = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(shape) != len(devices):
         raise ValueError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} does not fill {len(devices)} devices: set mesh.data=-1 or change a size"
+            f"mesh {dict(zip(AXES, sizes, strict=True))} does not fill {len(devices)} devices: set mesh.data=-1 or "
+            "change a size"
         )
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 

@@ -33,7 +33,7 @@ Metrics = dict[str, Any]
 StepFn = Callable[[train_state.TrainState, Int[Array, "B L"]], tuple[train_state.TrainState, Metrics]]
 
 
-class NonFiniteLoss(ValueError):
+class NonFiniteLossError(ValueError):
     """The loss stopped being a number."""
 
 
@@ -50,7 +50,7 @@ def train(config: configs.Config, workdir: pathlib.Path, *, stream: io.TextIOBas
 
     Raises:
         ValueError: where config, corpus or directory do not allow a run.
-        NonFiniteLoss: names the step and the newest checkpoint.
+        NonFiniteLossError: names the step and the newest checkpoint.
     """
     mesh = sharding.make_mesh(config.mesh)
     _check_batch(config, mesh)
@@ -84,7 +84,8 @@ def train_step(
 ) -> tuple[train_state.TrainState, Metrics]:
     """One optimizer step on a batch.
 
-    Times are spread evenly over the whole batch; each micro-batch has noise and dropout of its own, and their gradients are averaged.
+    Times are spread evenly over the whole batch; each micro-batch has noise and dropout of its own, and their
+    gradients are averaged.
     Loss is the mean over sequences of the bound in nats (equation 10), as published; metrics are per token.
     """
     num_micro = run.config.training.num_micro_batches
@@ -100,19 +101,20 @@ def train_step(
         (loss, cross_entropy), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *inputs)
         return jax.tree.map(lambda a, b: a + b / num_micro, total, (loss, cross_entropy, grads)), None
 
-    # Sequence i goes to micro-batch i % num_micro, so each has times from the whole interval and no device gives rows away.
+    # Sequence i goes to micro-batch i % num_micro, so each has times from the whole interval and no device gives rows
+    # away.
     deal = lambda x: jnp.moveaxis(x.reshape(-1, num_micro, *x.shape[1:]), 1, 0)
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
     parts = (jax.random.split(key_micro, num_micro), deal(x0), deal(t))
     (loss, cross_entropy, grads), _ = jax.lax.scan(micro_batch, zeros, parts)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     ema_params = optimizers.update_ema(state.ema_params, params, state.step + 1, run.config.optimizer.ema_decay)
     metrics = {
         "train/loss": loss / x0.shape[1],
         "train/cross_entropy": cross_entropy / x0.shape[1],
-        "train/grad_norm": optax.global_norm(grads),
+        "train/grad_norm": optax.tree.norm(grads),
         "train/learning_rate": optimizers.learning_rate(run.config.optimizer, state.step),
     }
     return train_state.TrainState(state.step + 1, params, ema_params, opt_state), metrics
@@ -171,7 +173,7 @@ def _loop(
         if pending is not None:
             _check_finite(*pending, saved)
         pending = (step, metrics)
-        due = lambda every: every and (step % every == 0 or step == settings.num_steps)
+        due = functools.partial(_is_due, step, settings.num_steps)
         if due(settings.log_every):
             _check_finite(step, metrics, saved)
             written |= _train_metrics(run, data, metrics)
@@ -192,6 +194,11 @@ def _loop(
                     run.workdir / "metrics.jsonl", run.workdir / "loss.png", _reference_entropies(run)
                 )
     return written
+
+
+def _is_due(step: int, num_steps: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) and after the last one is to be done now."""
+    return every > 0 and (step % every == 0 or step == num_steps)
 
 
 def make_held_out(run: runs.Run) -> Callable[[Any], dict[str, float]]:
@@ -230,12 +237,9 @@ def _reference_entropies(run: runs.Run) -> dict[str, float]:
 
 
 def _write_samples(run: runs.Run, params: Any, step: int) -> str:
-    settings = run.config.sampling
-    samples = generate.draw_samples(
-        run, params, generate.parse_template(run, ""), num_steps=settings.num_steps, num_samples=settings.num_samples,
-        sampler=settings.sampler, draw=settings.draw, seed=step,
-    )
-    text = "\n".join(f"--- sample {i + 1} at step {step}\n{sample.text}" for i, sample in enumerate(samples))
+    whole = generate.parse_template(run, "")
+    samples = generate.draw_samples(run, params, whole, run.config.sampling, seed=step, step=step)
+    text = "\n".join(f"--- sample {sample.index + 1} at step {step}\n{sample.text}" for sample in samples)
     directory = run.workdir / "samples"
     directory.mkdir(exist_ok=True)
     (directory / f"{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
@@ -248,7 +252,8 @@ def _check_batch(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
     if per_micro_batch % devices:
         raise ValueError(
             f"config.training.batch_size={config.training.batch_size} in config.training.num_micro_batches="
-            f"{config.training.num_micro_batches} leaves {per_micro_batch} sequences for {devices} devices: make it divisible"
+            f"{config.training.num_micro_batches} leaves {per_micro_batch} sequences for {devices} devices: make it "
+            "divisible"
         )
 
 
@@ -257,4 +262,6 @@ def _check_finite(step: int, metrics: Metrics, saved: checkpoints.Checkpoints) -
         if not np.isfinite(metrics[name]):
             newest = saved.latest_step()
             remedy = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is of step {newest}"
-            raise NonFiniteLoss(f"{name} is {float(metrics[name])} at step {step}: {remedy}; lower the learning rate")
+            raise NonFiniteLossError(
+                f"{name} is {float(metrics[name])} at step {step}: {remedy}; lower the learning rate"
+            )

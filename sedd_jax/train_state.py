@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from sedd_jax import networks
 
@@ -16,21 +16,19 @@ class TrainState:
     """State of a run. Keys are folded from the step and data is a function of it, so neither is stored.
 
     Attributes:
-        step: optimizer steps taken.
+        step: optimizer steps taken, an int32 scalar.
         params: parameters of `networks.ScoreNetwork`.
         ema_params: their moving average, used for evaluation and sampling.
         opt_state: optax state.
     """
 
-    step: Int[Array, ""]
+    step: Any  # As a pytree it also carries shardings and shapes in place of arrays.
     params: networks.Params
     ema_params: networks.Params
     opt_state: Any
 
 
-def create(
-    key: PRNGKeyArray, config: networks.NetworkConfig, optimizer: optax.GradientTransformation
-) -> TrainState:
+def create(key: PRNGKeyArray, config: networks.NetworkConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state: step 0, the average equal to the parameters."""
     params = networks.init(key, config)
     return TrainState(

@@ -69,7 +69,9 @@ class Entry:
             allowed += self.tolerance["rtol"] * np.abs(expected)
         error = np.abs(actual - expected)
         worst = np.unravel_index((error - allowed).argmax(), error.shape)
-        assert (error <= allowed).all(), f"{self} at {worst}: {actual[worst]} is not {expected[worst]} +- {allowed[worst]}"
+        assert (error <= allowed).all(), (
+            f"{self} at {worst}: {actual[worst]} is not {expected[worst]} +- {allowed[worst]}"
+        )
 
 
 def _check_tensors(entry: Entry, actual: Mapping[str, np.ndarray]) -> None:

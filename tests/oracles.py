@@ -32,9 +32,9 @@ def kernel(graph: graphs.Graph, sigma: float) -> np.ndarray:
 
 
 def ratios(graph: graphs.Graph, sigma: float, xt: int, x0: int) -> np.ndarray:
-    """p(y | x0) / p(xt | x0) for every y, [V]."""
+    """p(y | x0) / p(xt | x0) for every y, [V]; NaN where xt cannot come from x0."""
     column = kernel(graph, sigma)[:, x0]
-    return column / column[xt]
+    return column / column[xt] if column[xt] > 0 else np.full_like(column, np.nan)
 
 
 def score_entropy(q_row: np.ndarray, log_score: np.ndarray, ratio: np.ndarray, xt: int) -> float:
@@ -68,7 +68,9 @@ def exact_scores(graph: graphs.Graph, p0: np.ndarray, sigma: float) -> np.ndarra
     for i, x in enumerate(states(graph, p.ndim)):
         for position in range(p.ndim):
             neighbours = p[(*x[:position], slice(None), *x[position + 1 :])]
-            table[i, position] = np.divide(neighbours, p[tuple(x)], out=np.zeros_like(neighbours), where=p[tuple(x)] > 0)
+            table[i, position] = np.divide(
+                neighbours, p[tuple(x)], out=np.zeros_like(neighbours), where=p[tuple(x)] > 0
+            )
     return table
 
 

@@ -47,7 +47,10 @@ def test_issue_configs_exist():
 @pytest.mark.parametrize(
     ("partial", "message"),
     [
-        ({"network": {"hiden_size": 3}}, "config.network.hiden_size is not a field: did you mean config.network.hidden_size?"),
+        (
+            {"network": {"hiden_size": 3}},
+            "config.network.hiden_size is not a field: did you mean config.network.hidden_size?",
+        ),
         ({"network": {"hidden_size": "x"}}, "config.network.hidden_size='x' must be of type int"),
         ({"network": {"hidden_size": 100}}, "config.network.hidden_size=100 must be divisible by twice"),
         ({"graph": {"name": "uniform"}}, "set it to False for uniform"),

@@ -72,7 +72,10 @@ def truncate(path):
     ("damage", "message"),
     [
         (truncate, "cannot be read as safetensors"),
-        (lambda path: (path / "model.safetensors").write_bytes(b"<html>not found</html>"), "cannot be read as safetensors"),
+        (
+            lambda path: (path / "model.safetensors").write_bytes(b"<html>not found</html>"),
+            "cannot be read as safetensors",
+        ),
         (lambda path: edit(path, lambda t: t.pop("blocks.1.norm1.weight")), r"missing \['blocks.1.norm1.weight'\]"),
         (lambda path: edit(path, lambda t: t.update(extra=np.zeros(1))), r"unknown \['extra'\]"),
         (
@@ -86,7 +89,10 @@ def truncate(path):
         (lambda path: edit_config(path, lambda c: c.update(tokens=25)), "but config.json means"),
         (lambda path: edit_config(path, lambda c: c.update(tokens="26")), "tokens='26'"),
         (lambda path: edit_config(path, lambda c: c["model"].pop("n_heads")), "has no model.n_heads"),
-        (lambda path: edit_config(path, lambda c: c["graph"].update(type="tree")), "config.graph.name='tree' is unknown"),
+        (
+            lambda path: edit_config(path, lambda c: c["graph"].update(type="tree")),
+            "config.graph.name='tree' is unknown",
+        ),
         (lambda path: (path / "config.json").write_text("{"), "is not JSON"),
         (lambda path: (path / "config.json").unlink(), "config.json is missing"),
         (lambda path: (path / "model.safetensors").unlink(), "has neither model.safetensors"),

@@ -1,0 +1,212 @@
+"""The network: recorded activations and scores, and what must not change its values."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sedd_jax import networks, score_heads
+
+TINY = networks.NetworkConfig(
+    num_states=30, hidden_size=32, num_layers=3, num_heads=2, cond_dim=16, dropout=0.0, dtype="float32"
+)
+
+
+class Norm(nn.Module):
+    """A layer norm on its own."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return networks._layer_norm(self, "norm", x)
+
+
+@functools.cache
+def recorded_activations(name: str) -> dict[str, jax.Array]:
+    """Ours for every activation recorded of one network, by the names there."""
+    config, _, params = goldens.model(name)
+    arrays = goldens.load(f"model_{name}_io.npz")
+
+    @jax.jit
+    def compute(xt, sigma):
+        x = params["embedding"][xt]
+        embedded = networks.SigmaEmbedding(config.cond_dim).apply({"params": params["sigma_embedding"]}, sigma)
+        activations = {"act.vocab_embed": x, "act.sigma_map": embedded}
+        for i in range(config.num_layers):
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+            if i == 0:
+                activations["act.blocks.0.norm1"] = Norm().apply({"params": {"norm": layer["attention_norm"]}}, x)
+            block = networks.Block(config)
+            (x, _), captured = block.apply({"params": layer}, x, nn.silu(embedded), None, capture_intermediates=True)
+            activations[f"act.blocks.{i}"] = x
+            if i == 0:
+                parts = {
+                    part: calls["__call__"][0]
+                    for part, calls in captured["intermediates"].items()
+                    if part != "__call__"
+                }
+        published = {"modulation": "adaLN_modulation", "qkv": "attn_qkv", "attention_out": "attn_out", "mlp_out": "mlp"}
+        for ours, theirs in published.items():
+            value = parts[ours]
+            activations[f"act.blocks.0.{theirs}"] = value
+        activations["act.blocks.0.attention"] = networks.attend(parts["qkv"], config.num_heads)
+        features = networks.apply(config, params, xt, sigma)
+        activations["act.output_layer"] = score_heads.logits(params, features)[..., : config.num_states]
+        activations["log_score"] = goldens.log_score(name, params, xt, sigma)
+        # A vector of ones in its first half comes out of the rotation as the cosines and the sines.
+        half = config.head_size // 2
+        ones = jnp.broadcast_to(jnp.arange(config.head_size) < half, (1, 1, xt.shape[1], config.head_size))
+        cos, sin = jnp.split(networks.rotate(ones.astype(jnp.float32))[0, 0], 2, axis=-1)
+        return activations | {"rotary.cos": jnp.tile(cos, (1, 2)), "rotary.sin": jnp.tile(sin, (1, 2))}
+
+    return compute(jnp.asarray(arrays["x"]), jnp.asarray(arrays["sigma"]))
+
+
+@goldens.cases("model_.*_io.npz")
+def test_recorded(entry):
+    name = entry.file.removeprefix("model_").removesuffix("_io.npz")
+    entry.check(recorded_activations(name)[entry.name])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Weights of `TINY` with nothing zero, tokens and noise levels."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = jax.eval_shape(lambda: networks.init(jax.random.key(0), TINY))
+    leaves, structure = jax.tree.flatten(shapes)
+    leaves = [
+        jax.random.normal(key, leaf.shape) * 0.3
+        for key, leaf in zip(jax.random.split(keys[0], len(leaves)), leaves, strict=True)
+    ]
+    xt = jax.random.randint(keys[1], (4, 10), 0, TINY.num_states)
+    return jax.tree.unflatten(structure, leaves), xt, jnp.array([0.01, 0.3, 1.0, 5.0])
+
+
+def value_and_gradient(config, params, xt, sigma, dropout_key=None):
+    """Features and the gradient of a fixed combination of them."""
+
+    def combine(params):
+        features = networks.apply(config, params, xt, sigma, dropout_key)
+        return (
+            features * jnp.cos(jnp.arange(features.size, dtype=jnp.float32)).reshape(features.shape)
+        ).sum(), features
+
+    gradient, features = jax.jit(jax.grad(combine, has_aux=True))(params)
+    return features, gradient
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    return value_and_gradient(TINY, *tiny)
+
+
+def assert_close(ours, expected, tolerance=1e-4):
+    """Per array, relative to its largest entry."""
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance * (np.abs(b).max() + 1e-6))
+    jax.tree.map(close, ours, expected)
+
+
+def test_remat_changes_nothing(tiny, reference):
+    assert_close(value_and_gradient(dataclasses.replace(TINY, remat=True), *tiny), reference)
+
+
+def test_rolled_scan_equals_unrolled(tiny, reference, monkeypatch):
+    assert networks._scan_unroll(TINY) == TINY.num_layers
+    monkeypatch.setattr(networks, "_scan_unroll", lambda config: 1)
+    assert_close(value_and_gradient(TINY, *tiny), reference)
+
+
+def test_bfloat16_is_close(tiny, reference):
+    params, xt, sigma = tiny
+    features = networks.apply(dataclasses.replace(TINY, dtype="bfloat16"), params, xt, sigma)
+    assert features.dtype == jnp.bfloat16
+    error = np.abs(np.float32(features) - reference[0])
+    assert 0 < error.mean() < 0.02 * np.abs(reference[0]).mean()
+
+
+def test_padding_of_the_embedding_is_never_read(tiny, reference):
+    params, xt, sigma = tiny
+    padded = params | {"embedding": params["embedding"].at[TINY.num_states :].set(1e9)}
+    features, gradient = value_and_gradient(TINY, padded, xt, sigma)
+    np.testing.assert_array_equal(features, reference[0])
+    assert not gradient["embedding"][TINY.num_states :].any()
+
+
+def test_sequences_do_not_mix(tiny, reference):
+    params, xt, sigma = tiny
+    features = networks.apply(TINY, params, xt[1:2], sigma[1:2])
+    np.testing.assert_allclose(features[0], reference[0][1], atol=1e-4)
+
+
+def test_fresh_network_scores_every_token_alike():
+    """Modulations and head start at zero; linear layers as PyTorch's."""
+    params = networks.init(jax.random.key(0), TINY)
+    for name in ("head_kernel", "head_bias"):
+        assert not params[name].any()
+    for modulation in (params["final_modulation"], params["blocks"]["modulation"]):
+        assert not modulation["kernel"].any() and not modulation["bias"].any()
+    mlp_out = params["blocks"]["mlp_out"]["kernel"]
+    bound = 1 / np.sqrt(TINY.mlp_ratio * TINY.hidden_size)
+    assert 0.99 * bound < np.abs(mlp_out).max() <= bound
+    assert np.std(mlp_out) == pytest.approx(bound / np.sqrt(3), rel=0.02)
+    assert not np.allclose(mlp_out[0], mlp_out[1])
+
+
+def test_dropout_is_off_without_a_key_and_random_with_one(tiny, reference):
+    params, xt, sigma = tiny
+    config = dataclasses.replace(TINY, dropout=0.1)
+    apply = jax.jit(lambda key: networks.apply(config, params, xt, sigma, key))
+    np.testing.assert_allclose(networks.apply(config, params, xt, sigma), reference[0], atol=1e-4)
+    one, same, other = apply(jax.random.key(1)), apply(jax.random.key(1)), apply(jax.random.key(2))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 0.01 and np.abs(one - reference[0]).max() > 0.01
+
+
+def test_dropout_has_its_rate_and_keeps_the_mean():
+    x = networks._dropout(jax.random.key(0), 0.1, jnp.ones((100, 100, 10)))
+    assert np.mean(np.asarray(x) == 0) == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 1e5))
+    np.testing.assert_allclose(np.unique(x), [0, 1 / 0.9], rtol=1e-6)
+    assert networks._dropout(jax.random.key(1), 0.1, jnp.ones((1, 1, 8), jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_layers_and_branches_drop_independently():
+    """With identity-like branches, two layers under one key must not drop the same entries."""
+    masks = []
+    original = networks._dropout
+
+    def record(key, rate, x):
+        masks.append(original(key, rate, jnp.ones_like(x)))
+        return original(key, rate, x)
+
+    config = dataclasses.replace(TINY, dropout=0.5)
+    params = networks.init(jax.random.key(0), config)
+    with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
+        patch.setattr(networks, "_dropout", record)
+        networks.apply(config, params, jnp.zeros((1, 8), jnp.int32), jnp.ones((1,)), jax.random.key(5))
+    assert len(masks) == 2 * config.num_layers
+    for i, a in enumerate(masks):
+        for b in masks[:i]:
+            assert 0.3 < np.mean(np.asarray(a) == np.asarray(b)) < 0.7
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+    at_every_position = lambda x: networks.rotate(jnp.tile(x, (1, 1, 20, 1)))[0, 0]
+    scores = np.asarray(at_every_position(q) @ at_every_position(k).T)
+    for distance in (0, 3, 9):
+        diagonal = np.diagonal(scores, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-5)
+
+
+def test_flops_of_the_published_small_network():
+    config = networks.NetworkConfig(num_states=50258)
+    weights = 12 * 12 * 768**2 + 768 * 50258
+    assert config.flops_per_token(1024) == pytest.approx(6 * weights + 12 * 12 * 768 * 1024)
+
+
+def test_vocabulary_is_padded_to_a_multiple():
+    assert [networks.NetworkConfig(num_states=n).padded_states for n in (1, 128, 129, 50258)] == [128, 128, 256, 50304]
