@@ -65,8 +65,8 @@ def parse_template(run: runs.Run, template: str) -> Template:
             text += match.group()[0]
         elif match.group(1) is None:
             raise ValueError(
-                f"--template has {match.group()!r} at position {match.start()}: a gap is {{n}} with n tokens to fill, a "
-                "brace itself is {{ or }}"
+                f"--template has {match.group()!r} at position {match.start()}: a gap is {{n}} with n tokens to "
+                "fill, a brace itself is {{ or }}"
             )
         else:
             parts += [run.tokenizer.encode(text), int(match.group(1))]

@@ -57,7 +57,7 @@ class NetworkConfig:
         return self.hidden_size // self.num_heads
 
     def flops_per_token(self, length: int) -> float:
-        """Floating-point operations of a training step per token: 6 a weight in matrix products, 12 N D L for attention.
+        """Floating-point operations of a training step per token: 6 a weight in a product, 12 N D L for attention.
 
         The head counts at every position and recomputation does not count, so that utilisation compares across
         programs.

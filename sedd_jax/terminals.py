@@ -9,7 +9,7 @@ Watch = Callable[[int, list[str]], None]
 
 @contextlib.contextmanager
 def watcher(wanted: bool) -> Iterator[Watch | None]:
-    """What `generate.draw_samples` calls as it goes: a picture redrawn in place, or lines where there is no terminal."""
+    """What `generate.draw_samples` calls as it goes: a picture redrawn in place, or lines without a terminal."""
     if not wanted:
         yield None
     elif sys.stderr.isatty():

@@ -18,6 +18,7 @@ from sedd_jax import (
     accelerators,
     batches,
     checkpoints,
+    curves,
     evaluate,
     generate,
     losses,
@@ -190,9 +191,7 @@ def _loop(
             with writer.pause():
                 _check_finite(step, metrics, saved)
                 saved.save(step, state)
-                metric_writers.plot_curves(
-                    run.workdir / "metrics.jsonl", run.workdir / "loss.png", _reference_entropies(run)
-                )
+                curves.plot_curves(run.workdir / "metrics.jsonl", run.workdir / "loss.png", _reference_entropies(run))
     return written
 
 

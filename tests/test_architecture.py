@@ -20,7 +20,7 @@ FLOORS = (
         "tokenizers",
         "torch_weights",
     ),
-    ("batches", "checkpoints", "config", "runs", "terminals", "train_state"),
+    ("batches", "checkpoints", "config", "curves", "runs", "terminals", "train_state"),
     ("convert", "evaluate", "generate", "train"),
     ("cli",),
     ("__main__",),

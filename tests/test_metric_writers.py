@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sedd_jax import metric_writers
+from sedd_jax import curves, metric_writers
 
 TRAIN = {"train/loss": 3.21, "train/bits_per_character": 2.9}
 
@@ -36,7 +36,7 @@ def clock(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def say_again():
-    metric_writers._say_missing.cache_clear()
+    metric_writers.say_missing.cache_clear()
 
 
 def make_writer(directory, **changes):
@@ -295,7 +295,7 @@ def test_missing_packages_are_said_once(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         with make_writer(tmp_path) as writer:
             writer.write(100, TRAIN)
-        metric_writers.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {})
+        curves.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {})
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" is not installed")[0] for line in lines] == ["tensorboardX", "matplotlib"]
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl"]
@@ -303,16 +303,16 @@ def test_missing_packages_are_said_once(tmp_path, monkeypatch, capsys):
 
 def test_smoothing_keeps_a_level_and_the_first_value():
     values = np.concatenate([[16.0], np.full(299, 2.0)])
-    smooth = metric_writers._smooth(values)
+    smooth = curves._smooth(values)
     assert smooth[0] == 16.0
     np.testing.assert_allclose(smooth[1:], 2.0)  # one huge first loss lifts nothing after it
     noise = np.random.default_rng(0).normal(size=3000)
-    assert metric_writers._smooth(noise)[150:-150].std() < 0.15
+    assert curves._smooth(noise)[150:-150].std() < 0.15
 
 
 def test_of_two_lines_for_a_step_the_later_counts():
     records = [{"step": 2, "a": 1.0}, {"step": 1, "a": "nan"}, {"step": 0, "b": 5.0}, {"step": 2, "a": 3.0}]
-    steps, values = metric_writers._series(records, "a")
+    steps, values = curves._series(records, "a")
     assert (steps.tolist(), values.tolist()) == ([2.0], [3.0])
 
 
@@ -334,11 +334,11 @@ def test_the_picture_shows_each_curve_where_it_belongs(tmp_path):
             error = {"valid/score_entropy_bits_stderr": 0.2}
             lines.write(step, {"valid/score_entropy_bits": 4.0, "valid/cross_entropy_bits": 3.5, **error})
     lines.close()
-    metric_writers.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {"bigram entropy": 5.0})
+    curves.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {"bigram entropy": 5.0})
     assert sorted(os.listdir(tmp_path)) == ["loss.png", "metrics.jsonl"]
     heights, extents = [], []
-    curve_colors = [metric_writers.REFERENCE_COLOR, *(color for _, color in metric_writers.BOUNDS.values())]
-    for color in [*curve_colors, metric_writers.SMOOTH_COLOR]:
+    curve_colors = [curves.REFERENCE_COLOR, *(color for _, color in curves.BOUNDS.values())]
+    for color in [*curve_colors, curves.SMOOTH_COLOR]:
         found, (height, width) = pixels_of(tmp_path / "loss.png", color)
         assert (height, width) == (900, 1350)
         axes = found[(found[:, 0] < 0.79 * height) & (found[:, 1] > 0.3 * width)]
@@ -364,9 +364,9 @@ def test_the_picture_shows_each_curve_where_it_belongs(tmp_path):
 def test_a_picture_of_no_point_or_one(tmp_path, text, note):
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
     (tmp_path / "metrics.jsonl").write_text(text)
-    metric_writers.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {})
-    written, (height, width) = pixels_of(tmp_path / "loss.png", metric_writers.REFERENCE_COLOR)
+    curves.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {})
+    written, (height, width) = pixels_of(tmp_path / "loss.png", curves.REFERENCE_COLOR)
     middle = np.abs(written - np.asarray([height, width]) / 2).max(axis=-1) < 150
     assert bool(middle.any()) == note
-    dot, _ = pixels_of(tmp_path / "loss.png", metric_writers.SMOOTH_COLOR)
+    dot, _ = pixels_of(tmp_path / "loss.png", curves.SMOOTH_COLOR)
     assert (np.count_nonzero(dot[:, 0] < 0.79 * height) > 50) == (not note)

@@ -206,7 +206,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoi
         state, step = train.initial_state(run, optimizer, mesh, saved)
         assert step == 2
         saved.save(3, state.replace(step=state.step + 1, params=jax.tree.map(lambda x: x * np.nan, state.params)))
-    with pytest.raises(train.NonFiniteLossError, match=r"train/loss is nan at step 4: the newest checkpoint is of step 3"):
+    with pytest.raises(
+        train.NonFiniteLossError, match=r"train/loss is nan at step 4: the newest checkpoint is of step 3"
+    ):
         train.train(config, broken, stream=io.StringIO())
 
 
