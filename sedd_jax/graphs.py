@@ -41,7 +41,7 @@ def summarize(log_score: Float[Array, "B L V"], xt: Int[Array, "B L"], x0: Int[A
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Absorbing:
-    """Every token turns into the mask at rate 1 and stays there.
+    """Every token turns into the mask at rate 1 and stays there (equation 16).
 
     Attributes:
         vocab_size: number N of real tokens.
@@ -111,7 +111,7 @@ class Absorbing:
     def denoise_weights(
         self, score: Float[Array, "B L V"], xt: Int[Array, "B L"], sigma: Float[Array, "B"]
     ) -> Float[Array, "B L V"]:
-        """Weights of the last Tweedie step, all the way to sigma = 0, with no mask among the outcomes."""
+        """Weights of the last Tweedie step, to sigma = 0 (theorem 4.1), with no mask among the outcomes."""
         del sigma  # Among tokens the weights are in proportion to the score, whatever the noise.
         mask = jnp.arange(self.num_states)[None, None] == self.mask_id
         from_mask = jnp.where(mask, 0.0, score)
@@ -120,7 +120,7 @@ class Absorbing:
     def score_entropy(
         self, summary: ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
     ) -> Float[Array, "B L"]:
-        """Score entropy per position (definition 3.1), 0 where xt is not the mask.
+        """Score entropy per position (equation 10), 0 where xt is not the mask.
 
         With a = e^sigma - 1 the true ratio of x0 to the mask is 1/a and that of any other token 0:
         sum_y s_y - (1/a) log s_x0 + (1/a)(log(1/a) - 1).
@@ -153,7 +153,7 @@ class Absorbing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """Every token turns into every token at rate 1/N: Q = 1/N - identity.
+    """Every token turns into every token at rate 1/N: Q = 1/N - identity (equation 15, divided by N).
 
     Attributes:
         vocab_size: number N of real tokens, all of the states.
@@ -209,13 +209,13 @@ class Uniform:
     def denoise_weights(
         self, score: Float[Array, "B L V"], xt: Int[Array, "B L"], sigma: Float[Array, "B"]
     ) -> Float[Array, "B L V"]:
-        """Weights of the last Tweedie step, all the way to sigma = 0."""
+        """Weights of the last Tweedie step, to sigma = 0 (theorem 4.1)."""
         return self.tweedie_weights(score, xt, sigma)
 
     def score_entropy(
         self, summary: ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
     ) -> Float[Array, "B L"]:
-        """Score entropy per position (definition 3.1), for every sigma > 0 that float32 holds.
+        """Score entropy per position (equation 10), for every sigma > 0 that float32 holds.
 
         With a = e^sigma - 1 and r = a / (a + N): where xt = x0 the true ratios are r, elsewhere 1/r at x0 and 1 at the
         rest. Published as 1 - N / (a + N), r is 0 in float32 for small sigma; here it is never formed by a difference.
@@ -237,7 +237,7 @@ class Uniform:
 def reverse_rate(
     graph: "Absorbing | Uniform", score: Float[Array, "B L V"], xt: Int[Array, "B L"]
 ) -> Float[Array, "B L V"]:
-    """Rates of the reverse process out of xt (equation 4): Q(xt, y) score_y, and minus their sum at y = xt."""
+    """Rates of the reverse process out of xt (definition 3.5): Q(xt, y) score_y, and minus their sum at y = xt."""
     current = _is_state(xt, graph.num_states)
     rates = jnp.where(current, 0.0, graph.rate_row(xt) * score)
     return jnp.where(current, -rates.sum(-1, keepdims=True), rates)

@@ -1,4 +1,4 @@
-"""The score network: the diffusion transformer of Lou et al. 2023 (appendix C.2), as a pure function of its parameters.
+"""The score network: the diffusion transformer of Lou et al. 2023 (section 5.1), as a pure function of its parameters.
 
 `ScoreNetwork(config).apply({"params": params}, xt, sigma)` gives features; `score_heads` turns them into scores, so
 that the array over the vocabulary need not exist.

@@ -1,4 +1,4 @@
-"""Noise schedules: how much noise a token has seen at time t (Lou et al. 2023, section 5.1)."""
+"""Noise schedules: how much noise a token has seen at time t (Lou et al. 2023, sections 3.3 and 5.1)."""
 
 import dataclasses
 

@@ -17,7 +17,7 @@ T_END = 1e-5
 
 
 class Given(NamedTuple):
-    """Tokens that are known beforehand: a prompt, or the text around gaps.
+    """Tokens that are known beforehand: a prompt, or the text around gaps (equation 21).
 
     Attributes:
         tokens: the known tokens; anything where unknown.
@@ -45,9 +45,9 @@ def euler(
     t: Float[Array, "B"],
     dt: Float[Array, ""],
 ) -> Float[Array, "B L V"]:
-    """Weights of an Euler step (equation 5): delta(xt, y) + dt dsigma_dt Q(xt, y) score_y, minus their sum at xt.
+    """Weights of an Euler step at each position (equation 17): delta(xt, y) + dt dsigma_dt Q(xt, y) score_y.
 
-    The weight of staying is negative where dt is too large for the rates.
+    At y = xt the rates count minus their sum, which makes that weight negative where dt is too large for them.
     """
     rates = graphs.reverse_rate(graph, score, xt) * (dt * noise.dsigma_dt(t))[:, None, None]
     return jax.nn.one_hot(xt, graph.num_states) + rates
@@ -81,7 +81,7 @@ def tweedie(
     t: Float[Array, "B"],
     dt: Float[Array, ""],
 ) -> Float[Array, "B L V"]:
-    """Weights of a Tweedie step (theorem 4.2): optimal when positions move independently; published as "analytic"."""
+    """Weights of a Tweedie step (equations 19, 20): the best that moves positions independently (theorem 4.2)."""
     return graph.tweedie_weights(score, xt, noise.sigma(t) - noise.sigma(t - dt))
 
 
@@ -142,7 +142,7 @@ def denoise(
     *,
     draw: categoricals.Draw = categoricals.draw,
 ) -> Int[Array, "B L"]:
-    """The last step, from t = T_END to clean tokens, no mask among them (section 4.2)."""
+    """The last step, from t = T_END to clean tokens, no mask among them (theorem 4.1)."""
     xt = given.clamp(xt)
     sigma = jnp.full(xt.shape[0], noise.sigma(jnp.float32(T_END)))
     return given.clamp(draw(key, graph.denoise_weights(score_fn(xt, sigma), xt, sigma)))

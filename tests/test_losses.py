@@ -83,7 +83,7 @@ def test_fresh_network_loses_log_of_the_vocabulary_a_token():
     config = networks.NetworkConfig(
         num_states=27, hidden_size=16, num_layers=1, num_heads=2, cond_dim=8, dtype="float32", dropout=0.0
     )
-    params = networks.init(jax.random.key(0), config)
+    params = jax.jit(lambda key: networks.init(key, config))(jax.random.key(0))
     summary_fn = lambda xt, x0, sigma: score_heads.summarize(
         config, params, networks.apply(config, params, xt, sigma), xt, x0, sigma
     )

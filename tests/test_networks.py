@@ -73,15 +73,11 @@ def test_recorded(entry):
 @pytest.fixture(scope="module")
 def tiny():
     """Weights of `TINY` with nothing zero, tokens and noise levels."""
-    keys = jax.random.split(jax.random.key(0), 3)
     shapes = jax.eval_shape(lambda: networks.init(jax.random.key(0), TINY))
-    leaves, structure = jax.tree.flatten(shapes)
-    leaves = [
-        jax.random.normal(key, leaf.shape) * 0.3
-        for key, leaf in zip(jax.random.split(keys[0], len(leaves)), leaves, strict=True)
-    ]
-    xt = jax.random.randint(keys[1], (4, 10), 0, TINY.num_states)
-    return jax.tree.unflatten(structure, leaves), xt, jnp.array([0.01, 0.3, 1.0, 5.0])
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape, scale=0.3), leaf.dtype), shapes)
+    xt = jnp.asarray(rng.integers(0, TINY.num_states, (4, 10)), jnp.int32)
+    return params, xt, jnp.array([0.01, 0.3, 1.0, 5.0])
 
 
 def value_and_gradient(config, params, xt, sigma, dropout_key=None):
@@ -120,7 +116,8 @@ def test_rolled_scan_equals_unrolled(tiny, reference, monkeypatch):
 
 def test_bfloat16_is_close(tiny, reference):
     params, xt, sigma = tiny
-    features = networks.apply(dataclasses.replace(TINY, dtype="bfloat16"), params, xt, sigma)
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    features = jax.jit(lambda params: networks.apply(config, params, xt, sigma))(params)
     assert features.dtype == jnp.bfloat16
     error = np.abs(np.float32(features) - reference[0])
     assert 0 < error.mean() < 0.02 * np.abs(reference[0]).mean()
@@ -136,18 +133,22 @@ def test_padding_of_the_embedding_is_never_read(tiny, reference):
 
 def test_sequences_do_not_mix(tiny, reference):
     params, xt, sigma = tiny
-    features = networks.apply(TINY, params, xt[1:2], sigma[1:2])
+    features = jax.jit(lambda params: networks.apply(TINY, params, xt[1:2], sigma[1:2]))(params)
     np.testing.assert_allclose(features[0], reference[0][1], atol=1e-4)
 
 
-def test_fresh_network_scores_every_token_alike():
+@pytest.fixture(scope="module")
+def fresh():
+    return jax.jit(lambda key: networks.init(key, TINY))(jax.random.key(0))
+
+
+def test_fresh_network_scores_every_token_alike(fresh):
     """Modulations and head start at zero; linear layers as PyTorch's."""
-    params = networks.init(jax.random.key(0), TINY)
     for name in ("head_kernel", "head_bias"):
-        assert not params[name].any()
-    for modulation in (params["final_modulation"], params["blocks"]["modulation"]):
+        assert not fresh[name].any()
+    for modulation in (fresh["final_modulation"], fresh["blocks"]["modulation"]):
         assert not modulation["kernel"].any() and not modulation["bias"].any()
-    mlp_out = params["blocks"]["mlp_out"]["kernel"]
+    mlp_out = fresh["blocks"]["mlp_out"]["kernel"]
     bound = 1 / np.sqrt(TINY.mlp_ratio * TINY.hidden_size)
     assert 0.99 * bound < np.abs(mlp_out).max() <= bound
     assert np.std(mlp_out) == pytest.approx(bound / np.sqrt(3), rel=0.02)
@@ -158,7 +159,8 @@ def test_dropout_is_off_without_a_key_and_random_with_one(tiny, reference):
     params, xt, sigma = tiny
     config = dataclasses.replace(TINY, dropout=0.1)
     apply = jax.jit(lambda key: networks.apply(config, params, xt, sigma, key))
-    np.testing.assert_allclose(networks.apply(config, params, xt, sigma), reference[0], atol=1e-4)
+    without_key = jax.jit(lambda params: networks.apply(config, params, xt, sigma))(params)
+    np.testing.assert_array_equal(without_key, jax.jit(lambda params: networks.apply(TINY, params, xt, sigma))(params))
     one, same, other = apply(jax.random.key(1)), apply(jax.random.key(1)), apply(jax.random.key(2))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.01 and np.abs(one - reference[0]).max() > 0.01
@@ -171,21 +173,21 @@ def test_dropout_has_its_rate_and_keeps_the_mean():
     assert networks._dropout(jax.random.key(1), 0.1, jnp.ones((1, 1, 8), jnp.bfloat16)).dtype == jnp.float32
 
 
-def test_layers_and_branches_drop_independently():
+def test_layers_and_branches_drop_independently(fresh, monkeypatch):
     """Two layers, or two branches of a layer, must not drop the same entries."""
     masks = []
     original = networks._dropout
 
     def record(key, rate, x):
         dropped = original(key, rate, x)
-        masks.append(np.asarray(dropped) == 0)
+        jax.debug.callback(lambda x: masks.append(np.asarray(x) == 0), dropped)
         return dropped
 
     config = dataclasses.replace(TINY, dropout=0.5)
-    params = networks.init(jax.random.key(0), config)
-    with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
-        patch.setattr(networks, "_dropout", record)
-        networks.apply(config, params, jnp.zeros((1, 8), jnp.int32), jnp.ones((1,)), jax.random.key(5))
+    monkeypatch.setattr(networks, "_dropout", record)
+    xt, sigma = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,))
+    jax.jit(lambda key: networks.apply(config, fresh, xt, sigma, key))(jax.random.key(5))
+    jax.effects_barrier()
     assert len(masks) == 2 * config.num_layers
     for i, a in enumerate(masks):
         for b in masks[:i]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from sedd_jax import graphs, losses, networks, noise_schedules, optimizers, score_heads, sharding, train_state
 
@@ -22,13 +23,10 @@ MESHES = {
 @pytest.fixture(scope="module")
 def state():
     optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig())
-    state = train_state.create(jax.random.key(0), CONFIG, optimizer)
-    leaves, structure = jax.tree.flatten(state.params)
-    leaves = [
-        leaf + 0.2 * jax.random.normal(key, leaf.shape)
-        for key, leaf in zip(jax.random.split(jax.random.key(1), len(leaves)), leaves, strict=True)
-    ]
-    return state.replace(params=jax.tree.unflatten(structure, leaves))
+    state = jax.jit(lambda key: train_state.create(key, CONFIG, optimizer))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    shift = lambda leaf: jnp.asarray(leaf + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
+    return state.replace(params=jax.tree.map(shift, state.params))
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +79,9 @@ def test_every_leaf_of_a_train_state_matches_a_rule(state):
     assert len(moments) == 2
     for tree in (shardings.ema_params, *moments):
         assert tree == shardings.params
-    assert shardings.params["embedding"].spec == ("tensor", "fsdp")
-    assert shardings.params["blocks"]["qkv"]["kernel"].spec == (None, "fsdp", "tensor")
-    assert shardings.step.spec == ()
+    assert shardings.params["embedding"].spec == PartitionSpec("tensor", "fsdp")
+    assert shardings.params["blocks"]["qkv"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
+    assert shardings.step.spec == PartitionSpec()
 
 
 def test_the_large_arrays_are_split(state):
