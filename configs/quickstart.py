@@ -1,6 +1,9 @@
 """A character model of the English that every CPython carries, for a first look on any machine.
 
-sedd train --config=configs/quickstart.py --workdir=runs/quickstart
+    sedd train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Hardware: anything; made for 2 CPU cores. @@TIME@@
+Expect about @@BITS@@ bits per character on held-out text, whose bigram entropy is 3.70.
 """
 
 import ml_collections
@@ -9,18 +12,18 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
-            "data": {"source": "python:docs", "tokenizer": "characters", "length": 128},
+            "data": {"source": "python:docs", "tokenizer": "characters", "length": 96},
             "network": {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "dropout": 0.0, "dtype": "float32"},
-            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 50, "ema_decay": 0.99},
+            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 20, "beta2": 0.99, "ema_decay": 0.98},
             "training": {
-                "num_steps": 1000,
+                "num_steps": 1200,
                 "batch_size": 32,
                 "log_every": 20,
                 "eval_every": 200,
                 "eval_sequences": 256,
-                "sample_every": 500,
-                "checkpoint_every": 250,
+                "sample_every": 400,
+                "checkpoint_every": 200,
             },
-            "sampling": {"num_steps": 128, "num_samples": 2},
+            "sampling": {"num_steps": 96, "num_samples": 2},
         }
     )

@@ -1,6 +1,9 @@
 """The quick start under the uniform graph: every token may turn into every other.
 
-sedd train --config=configs/quickstart_uniform.py --workdir=runs/quickstart_uniform
+    sedd train --config=configs/quickstart_uniform.py --workdir=runs/quickstart_uniform
+
+Hardware: anything; made for 2 CPU cores. @@TIME@@
+Expect about @@BITS@@ bits per character on held-out text, whose bigram entropy is 3.70.
 """
 
 import ml_collections
@@ -9,7 +12,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
-            "data": {"source": "python:docs", "tokenizer": "characters", "length": 128},
+            "data": {"source": "python:docs", "tokenizer": "characters", "length": 96},
             "graph": {"name": "uniform"},
             "noise": {"name": "geometric", "sigma_min": 1e-4, "sigma_max": 20.0},
             "network": {
@@ -20,16 +23,16 @@ def get_config() -> ml_collections.ConfigDict:
                 "dtype": "float32",
                 "scale_by_sigma": False,
             },
-            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 50, "ema_decay": 0.99},
+            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 20, "beta2": 0.99, "ema_decay": 0.98},
             "training": {
-                "num_steps": 2000,
+                "num_steps": 3000,
                 "batch_size": 32,
                 "log_every": 20,
                 "eval_every": 200,
                 "eval_sequences": 256,
-                "sample_every": 500,
-                "checkpoint_every": 250,
+                "sample_every": 400,
+                "checkpoint_every": 200,
             },
-            "sampling": {"num_steps": 128, "num_samples": 2},
+            "sampling": {"num_steps": 96, "num_samples": 2},
         }
     )

@@ -16,7 +16,7 @@ def watcher(wanted: bool) -> Iterator[Watch | None]:
         from rich import console, live, text
 
         screen = console.Console(stderr=True, highlight=False)
-        with live.Live(console=screen, auto_refresh=False, vertical_overflow="crop") as picture:
+        with live.Live(console=screen, auto_refresh=False, transient=True) as picture:
 
             def redraw(taken: int, texts: list[str]) -> None:
                 frame = text.Text(f"step {taken}\n", style="dim")

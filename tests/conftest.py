@@ -1,4 +1,4 @@
-"""The strict harness: eight CPU devices, shapes checked, rank promotion and key reuse raise (warnings do by pyproject.toml)."""
+"""The strict harness: eight CPU devices; shapes are checked; rank promotion, key reuse and (by pyproject) warnings raise."""
 
 import os
 

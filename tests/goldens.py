@@ -1,6 +1,6 @@
 """The arrays recorded from the published program (tests/golden/README.md): what they are, and how near ours must come.
 
-Tests take them by `cases`, which parametrises over the manifest's entries; test_goldens.py fails where no test takes an entry.
+Tests take them by `cases`, which parametrises over the manifest; test_goldens.py fails where none takes an entry.
 """
 
 import dataclasses

@@ -49,7 +49,7 @@ def states(graph: graphs.Graph, length: int) -> np.ndarray:
 
 
 def embed(graph: graphs.Graph, p0: np.ndarray) -> np.ndarray:
-    """A law over clean sequences, [N, ..., N], as one over all states, [V, ..., V]; the mask is taken to be the last."""
+    """A law over clean sequences, [N, ..., N], as one over all states, [V, ..., V]; the mask has to be the last."""
     return np.pad(p0, [(0, graph.num_states - size) for size in p0.shape])
 
 

@@ -51,7 +51,8 @@ def test_cross_entropy_bound_is_the_tighter(noise):
     ours = recorded_loss("absorb_a", noise)
     noised = (goldens.load("loss.npz")[f"absorb_a.{noise}.xt"] == 26).any(-1)
     assert (ours["cross_entropy"][noised] < ours["loss"][noised]).all()
-    assert (ours["cross_entropy"][noised] > 0).all() and not ours["cross_entropy"][~noised].any()
+    assert (ours["cross_entropy"][noised] > 0).all()
+    assert not ours["cross_entropy"][~noised].any()
 
 
 def zero_head(graph: graphs.Graph) -> losses.SummaryFn:
@@ -170,7 +171,8 @@ def test_times_are_uniform_and_evenly_spaced():
     batch = 64
     draw = jax.jit(jax.vmap(lambda key: losses.sample_times(key, batch)))
     times = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
-    assert times.min() >= losses.T_MIN and times.max() <= 1.0
+    assert times.min() >= losses.T_MIN
+    assert times.max() <= 1.0
     spacing = (1 - losses.T_MIN) / batch
     np.testing.assert_allclose(np.diff(np.sort(times, -1), axis=-1), spacing, atol=1e-6)
     for column in (0, 17, 63):
@@ -180,7 +182,8 @@ def test_times_are_uniform_and_evenly_spaced():
 
 def test_times_respect_their_minimum():
     times = losses.sample_times(jax.random.key(0), 1000, t_min=0.5)
-    assert 0.5 <= times.min() < 0.502 and 0.998 < times.max() <= 1.0
+    assert 0.5 <= times.min() < 0.502
+    assert 0.998 < times.max() <= 1.0
 
 
 def test_uniform_graph_has_one_bound():

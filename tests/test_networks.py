@@ -147,7 +147,8 @@ def test_fresh_network_scores_every_token_alike(fresh):
     for name in ("head_kernel", "head_bias"):
         assert not fresh[name].any()
     for modulation in (fresh["final_modulation"], fresh["blocks"]["modulation"]):
-        assert not modulation["kernel"].any() and not modulation["bias"].any()
+        assert not modulation["kernel"].any()
+        assert not modulation["bias"].any()
     mlp_out = fresh["blocks"]["mlp_out"]["kernel"]
     bound = 1 / np.sqrt(TINY.mlp_ratio * TINY.hidden_size)
     assert 0.99 * bound < np.abs(mlp_out).max() <= bound
@@ -163,7 +164,8 @@ def test_dropout_is_off_without_a_key_and_random_with_one(tiny, reference):
     np.testing.assert_array_equal(without_key, jax.jit(lambda params: networks.apply(TINY, params, xt, sigma))(params))
     one, same, other = apply(jax.random.key(1)), apply(jax.random.key(1)), apply(jax.random.key(2))
     np.testing.assert_array_equal(one, same)
-    assert np.abs(one - other).max() > 0.01 and np.abs(one - reference[0]).max() > 0.01
+    assert np.abs(one - other).max() > 0.01
+    assert np.abs(one - reference[0]).max() > 0.01
 
 
 def test_dropout_has_its_rate_and_keeps_the_mean():
@@ -174,24 +176,15 @@ def test_dropout_has_its_rate_and_keeps_the_mean():
 
 
 def test_layers_and_branches_drop_independently(fresh, monkeypatch):
-    """Two layers, or two branches of a layer, must not drop the same entries."""
-    masks = []
+    """With every branch adding 1 where it is not dropped, the residual stream counts the branches that were kept."""
     original = networks._dropout
-
-    def record(key, rate, x):
-        dropped = original(key, rate, x)
-        jax.debug.callback(lambda x: masks.append(np.asarray(x) == 0), dropped)
-        return dropped
-
-    config = dataclasses.replace(TINY, dropout=0.5)
-    monkeypatch.setattr(networks, "_dropout", record)
-    xt, sigma = jnp.zeros((1, 8), jnp.int32), jnp.ones((1,))
-    jax.jit(lambda key: networks.apply(config, fresh, xt, sigma, key))(jax.random.key(5))
-    jax.effects_barrier()
-    assert len(masks) == 2 * config.num_layers
-    for i, a in enumerate(masks):
-        for b in masks[:i]:
-            assert 0.3 < np.mean(a == b) < 0.7
+    monkeypatch.setattr(networks, "_dropout", lambda key, rate, x: original(key, rate, jnp.ones_like(x)))
+    gates = fresh["blocks"]["modulation"] | {"bias": jnp.ones_like(fresh["blocks"]["modulation"]["bias"])}
+    params = fresh | {"embedding": 0 * fresh["embedding"], "blocks": fresh["blocks"] | {"modulation": gates}}
+    config, xt = dataclasses.replace(TINY, dropout=0.5), jnp.zeros((1, 32), jnp.int32)
+    features = jax.jit(lambda key: networks.apply(config, params, xt, jnp.ones((1,)), key))(jax.random.key(5))
+    # 0 to 6 of the branches; were layers, or the branches of a layer, dropped together, at most 4 counts would occur.
+    assert max(len(np.unique(np.round(row, 3))) for row in np.asarray(features[0])) > 5
 
 
 def test_rotary_scores_depend_on_distance_alone():

@@ -16,7 +16,8 @@ RUNS = ["absorb_a.loglinear.clip1", "uniform_a.geo.clip300wd"]
 
 @functools.cache
 def hyper(run: str) -> dict[str, float]:
-    names = "learning_rate warmup_steps weight_decay clip_norm accum steps beta1 beta2 eps ema_decay".split()
+    names = ("learning_rate", "warmup_steps", "weight_decay", "clip_norm", "accum", "steps")
+    names += ("beta1", "beta2", "eps", "ema_decay")
     return dict(zip(names, goldens.load("optim.npz")[f"{run}.hyper"], strict=True))
 
 
@@ -81,7 +82,7 @@ def test_recorded_schedules(entry):
             one, zero = jnp.ones(()), jnp.zeros(())
             entry.check([optimizers.update_ema(one, zero, n, config.ema_decay) for n in range(1, 6)])
         else:
-            assert hyper(run)["accum"] == 1 and hyper(run)["steps"] == 5
+            assert (hyper(run)["accum"], hyper(run)["steps"]) == (1, 5)
             assert (config.beta1, config.beta2, config.eps, config.ema_decay) == (0.9, 0.999, 1e-8, 0.9999)
 
 
