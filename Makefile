@@ -1,10 +1,19 @@
-# `make quickstart` and `make test` are all a fresh machine needs; without make, type what they run.
+# `make quickstart` and `make test` are all a fresh machine needs; README.md shows what they run, for machines without make.
 PYTHON ?= python3
+RUN = runs/quickstart
 
 .PHONY: quickstart test
 
 quickstart: .venv/installed
-	.venv/bin/python launch/quickstart.py
+	.venv/bin/sedd train --config=configs/quickstart.py --workdir=$(RUN)
+	.venv/bin/sedd eval --workdir=$(RUN)
+	.venv/bin/sedd sample --workdir=$(RUN) --num_samples=2
+	.venv/bin/sedd sample --workdir=$(RUN) --template='The {16} method returns {24} object.' --num_samples=2
+	@echo
+	@echo "The run is in $(RUN): look at loss.png and samples/. Next:"
+	@echo "  .venv/bin/sedd sample --workdir=$(RUN) --prefix='Return ' --watch"
+	@echo "  .venv/bin/sedd train --config=configs/quickstart.py --workdir=$(RUN) --config.training.num_steps=5000"
+	@echo "  .venv/bin/sedd train --help"
 
 test: .venv/installed-test
 	.venv/bin/python -m pytest

@@ -114,7 +114,7 @@ def evaluate(
     data = run.split(split)
     step, params = run.ema_params()
     sequences = data.sequences()
-    mesh = sharding.make_mesh(run.config.mesh)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
     with jax.set_mesh(mesh):
         params = jax.device_put(params, sharding.tree_shardings(mesh, params))
         score_entropy, cross_entropy = estimate_bounds(

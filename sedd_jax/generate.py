@@ -174,7 +174,7 @@ def generate(
     if template and (prefix or suffix):
         raise ValueError("--template cannot be combined with --prefix or --suffix: write them into the template")
     parsed = around(run, prefix, suffix) if prefix or suffix else parse_template(run, template)
-    mesh = sharding.make_mesh(run.config.mesh)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
     step, params = run.ema_params()
     with jax.set_mesh(mesh):
         params = jax.device_put(params, sharding.tree_shardings(mesh, params))

@@ -95,8 +95,13 @@ def num_batch_devices() -> int:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an intermediate array to the current mesh, "batch" meaning the batch axes; without a mesh it is x."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins an intermediate array to the current mesh, "batch" meaning the batch axes.
+
+    Without a mesh it is x, and a batch that the devices do not divide (a few samples on many devices) is not pinned.
+    """
+    if jax.sharding.get_abstract_mesh().empty or (
+        "batch" in axes and x.shape[axes.index("batch")] % num_batch_devices()
+    ):
         return x
     spec = PartitionSpec(*(BATCH_AXES if axis == "batch" else axis for axis in axes))
     return jax.lax.with_sharding_constraint(x, spec)

@@ -165,7 +165,10 @@ def _loop(
     written: dict[str, float] = {}
     pending: tuple[int, Metrics] | None = None
     if step:
-        writer.say(f"resumed {run.workdir} at step {step}")
+        nothing = (
+            "" if step < settings.num_steps else f", config.training.num_steps={settings.num_steps}: nothing to do"
+        )
+        writer.say(f"resumed {run.workdir} at step {step}{nothing}")
     while step < settings.num_steps:
         x0 = data.batch(step, batch_size=settings.batch_size, seed=run.config.seed)
         state, metrics = step_fn(state, jax.device_put(x0, batch_sharding))
@@ -177,8 +180,9 @@ def _loop(
         due = functools.partial(_is_due, step, settings.num_steps)
         if due(settings.log_every):
             _check_finite(step, metrics, saved)
-            written |= _train_metrics(run, data, metrics)
-            writer.write(step, _train_metrics(run, data, metrics))
+            train_metrics = _train_metrics(run, data, metrics)
+            written |= train_metrics
+            writer.write(step, train_metrics)
         if due(settings.eval_every):
             with writer.pause():
                 held_out_metrics = held_out(state.ema_params)

@@ -81,6 +81,8 @@ def test_every_leaf_of_a_train_state_matches_a_rule(state):
         assert tree == shardings.params
     assert shardings.params["embedding"].spec == PartitionSpec("tensor", "fsdp")
     assert shardings.params["blocks"]["qkv"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
+    assert shardings.params["blocks"]["mlp_in"]["bias"].spec == PartitionSpec(None, "tensor")
+    assert shardings.params["head_bias"].spec == PartitionSpec("tensor")
     assert shardings.step.spec == PartitionSpec()
 
 
