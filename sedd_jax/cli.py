@@ -61,8 +61,9 @@ def train(argv: list[str]) -> None:
 
     values = flags.FlagValues()
     flags.DEFINE_string(
-        "workdir", None, "run directory; made if missing, resumed if it holds a run", flag_values=values
+        "workdir", None, "run directory, made if missing, resumed if it holds a run", flag_values=values
     )
+    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
     path, partial, rest = _load_config(argv)
     merged = configs.merge(partial)
     if _asks_for_help(rest):
@@ -78,7 +79,10 @@ def train(argv: list[str]) -> None:
     config = configs.parse(given["config"])
     from sedd_jax import train as program
 
-    program.train(config, given["workdir"])
+    metrics = program.train(config, given["workdir"])
+    print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+    if given["json"]:
+        print(json.dumps(metrics))
 
 
 def evaluate(argv: list[str]) -> None:
@@ -137,10 +141,10 @@ def sample(argv: list[str]) -> None:
 
     with terminals.watcher(wants_watch) as watch:
         samples = program.generate(**given, watch=watch)
-    if out:
-        program.write_jsonl(samples, pathlib.Path(out))
     for drawn in samples:
         print(f"--- sample {drawn.index + 1} of {len(samples)}\n{drawn.text}")
+    if out:
+        program.write_jsonl(samples, pathlib.Path(out))
     if as_json:
         print(json.dumps([program.as_dict(drawn) for drawn in samples], ensure_ascii=False))
 

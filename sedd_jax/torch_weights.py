@@ -67,7 +67,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], config: networks.NetworkConfig
     for path, name, transposed in _BLOCK:
         layers = [_array(tensors[f"blocks.{i}.{name}"], transposed) for i in range(config.num_layers)]
         _put(params, ("blocks", *path), np.stack(layers))
-    return jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 
 def to_torch(params: networks.Params, config: networks.NetworkConfig) -> dict[str, np.ndarray]:

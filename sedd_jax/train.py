@@ -47,7 +47,7 @@ def train(config: configs.Config, workdir: pathlib.Path, *, stream: io.TextIOBas
         stream: where progress goes; standard error if None.
 
     Returns:
-        The last metrics written.
+        The step reached and the last value of every metric written.
 
     Raises:
         ValueError: where config, corpus or directory do not allow a run.
@@ -162,7 +162,7 @@ def _loop(
     data = run.split("train")
     batch_sharding = sharding.batch_sharding(mesh)
     held_out = make_held_out(run)
-    written: dict[str, float] = {}
+    written: dict[str, float] = {"step": step}
     pending: tuple[int, Metrics] | None = None
     if step:
         nothing = (
@@ -173,6 +173,7 @@ def _loop(
         x0 = data.batch(step, batch_size=settings.batch_size, seed=run.config.seed)
         state, metrics = step_fn(state, jax.device_put(x0, batch_sharding))
         step += 1
+        written["step"] = step
         # The step before is read only now, when the device already has the next one to do.
         if pending is not None:
             _check_finite(*pending, saved)

@@ -4,8 +4,7 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compilation is most of what tests do, so it optimises less.
-flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
-os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
 
 import jax
 import jaxtyping

@@ -23,13 +23,13 @@ def count_rare(draw: categoricals.Draw) -> int:
 
 def test_draw_is_right_at_tiny_odds():
     expected = NUM_DRAWS * NUM_RARE * ODDS
-    assert abs(count_rare(categoricals.draw) - expected) < 3 * np.sqrt(expected)
+    assert expected / 3 < count_rare(categoricals.draw) < 2 * expected
 
 
 def test_float32_noise_is_wrong_at_tiny_odds():
     """What the test above would see if `draw` used the default noise; so it can fail."""
     rare = count_rare(lambda key, weights: jax.random.categorical(key, jnp.log(weights)))
-    assert rare < NUM_DRAWS * NUM_RARE * ODDS / 4
+    assert rare < NUM_DRAWS * NUM_RARE * ODDS / 3
 
 
 @pytest.mark.parametrize("name", sorted(categoricals.DRAWS))
