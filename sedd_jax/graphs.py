@@ -203,7 +203,11 @@ class Uniform:
     def tweedie_weights(
         self, score: Float[Array, "B L V"], xt: Int[Array, "B L"], delta_sigma: Float[Array, "B"]
     ) -> Float[Array, "B L V"]:
-        """Weights of the Tweedie step, [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19)."""
+        """Weights of the Tweedie step, [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19).
+
+        Errors of the score are multiplied by e^d: where one step removes much noise (few steps of a geometric schedule
+        with sigma_max = 20) the weights are mostly error, here as in the published program. Take more steps, or `euler`.
+        """
         return self.staggered_score(score, delta_sigma) * self.transition_row(xt, delta_sigma)
 
     def denoise_weights(

@@ -38,7 +38,7 @@ class NonFiniteLossError(ValueError):
     """The loss stopped being a number."""
 
 
-def train(config: configs.Config, workdir: pathlib.Path, *, stream: io.TextIOBase | None = None) -> dict[str, float]:
+def train(config: configs.Config, workdir: pathlib.Path, *, stream: io.TextIOBase | None = None) -> dict[str, Any]:
     """Trains until config.training.num_steps, going on from the newest checkpoint where the directory has one.
 
     Args:
@@ -157,12 +157,12 @@ def _loop(
     saved: checkpoints.Checkpoints,
     writer: metric_writers.MetricWriter,
     mesh: jax.sharding.Mesh,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     settings = run.config.training
     data = run.split("train")
     batch_sharding = sharding.batch_sharding(mesh)
     held_out = make_held_out(run)
-    written: dict[str, float] = {"step": step}
+    written: dict[str, Any] = {"step": step}
     pending: tuple[int, Metrics] | None = None
     if step:
         nothing = (

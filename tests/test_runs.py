@@ -20,7 +20,7 @@ STEPS = 600
 
 
 def markov_chain():
-    """A transition matrix with strong structure, its stationary law, and the entropy per character of `LENGTH` characters, in nats."""
+    """A transition matrix with strong structure, its stationary law, and its entropy per character over `LENGTH`, in nats."""
     matrix = np.random.default_rng(0).dirichlet(np.full(len(ALPHABET), 0.25), size=len(ALPHABET)) * 0.96 + 0.005
     stationary = np.linalg.matrix_power(matrix, 200)[0]
     first = -(stationary * np.log(stationary)).sum()
@@ -396,7 +396,7 @@ def test_help_lists_every_field_with_its_default():
     for name, value in configs.flatten(configs.to_dict(configs.Config())).items():
         assert f"--config.{name}={value!r}" in out
     quickstart = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
-    assert "--config.data.length=128" in call("train", f"--config={quickstart}", "--help")[1]
+    assert "--config.data.length=96" in call("train", f"--config={quickstart}", "--help")[1]
     for command in ("eval", "sample", "convert"):
         assert "--json" in call(command, "--help")[1]
 
