@@ -206,7 +206,7 @@ class Uniform:
         """Weights of the Tweedie step, [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19).
 
         Errors of the score are multiplied by e^d: where one step removes much noise (few steps of a geometric schedule
-        with sigma_max = 20) the weights are mostly error, here as in the published program. Take more steps, or `euler`.
+        with sigma_max = 20) the weights are mostly error, as in the published program. Take more steps, or `euler`.
         """
         return self.staggered_score(score, delta_sigma) * self.transition_row(xt, delta_sigma)
 

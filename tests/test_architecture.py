@@ -1,4 +1,4 @@
-"""The floors of the house: imports go down or sideways, never up or in a circle; heavy libraries stay in their rooms."""
+"""The floors of the house: imports never go up or in a circle, and heavy libraries stay in their rooms."""
 
 import ast
 import pathlib

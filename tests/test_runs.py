@@ -20,7 +20,7 @@ STEPS = 600
 
 
 def markov_chain():
-    """A transition matrix with strong structure, its stationary law, and its entropy per character over `LENGTH`, in nats."""
+    """A transition matrix with strong structure, its stationary law, and nats per character of `LENGTH` characters."""
     matrix = np.random.default_rng(0).dirichlet(np.full(len(ALPHABET), 0.25), size=len(ALPHABET)) * 0.96 + 0.005
     stationary = np.linalg.matrix_power(matrix, 200)[0]
     first = -(stationary * np.log(stationary)).sum()
