@@ -206,9 +206,10 @@ def _is_due(step: int, num_steps: int, every: int) -> bool:
 
 
 def make_held_out(run: runs.Run) -> Callable[[Any], dict[str, float]]:
-    """A function of parameters that bounds a fixed part of the valid split, in bits."""
+    """A function of parameters that bounds a fixed part of the valid split, spread evenly over it, in bits."""
     data = run.split("valid")
-    sequences = data.sequences()[: run.config.training.eval_sequences]
+    every = -(-data.num_sequences // run.config.training.eval_sequences)
+    sequences = data.sequences()[::every]
     bounds_fn = evaluate.make_bounds_fn(run)
     per_unit = data.characters_per_token if run.tokenizer.unit == "character" else 1.0
 
