@@ -54,9 +54,8 @@ def estimate_bounds(
     """Score-entropy and cross-entropy bound of sequences, with `num_times` draws of time and noise for each.
 
     In every pass the times of the S sequences are spread evenly over [1e-3, 1] in random order. The standard error is
-    that of the
-    bound on this text, from differences between neighbours in time (Wolter 2007, Introduction to Variance Estimation,
-    section 8.2), since the spread removes the variation over time that independent times would have.
+    that of the bound on this text, from differences between neighbours in time (Wolter 2007, Introduction to Variance
+    Estimation, section 8.2), since the spread removes the variation over time that independent times would have.
 
     Args:
         bounds_fn: from `make_bounds_fn`.
@@ -104,8 +103,8 @@ def evaluate(
 
     Returns:
         Figures with what they are of: per token in nats, per character in bits, and `ppl_bound` = exp(nats per token).
-        The bounds
-        integrate over t in [1e-3, 1] and leave out the prior and reconstruction terms, as the published figures do.
+        The bounds integrate over t in [1e-3, 1] and leave out the prior and reconstruction terms, as the published
+        figures do.
     """
     for name, value in (("num_times", num_times), ("batch_size", batch_size)):
         if value < 1:

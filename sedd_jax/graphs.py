@@ -1,9 +1,8 @@
 """Graphs: which token may turn into which, as closed forms (Lou et al. 2023, sections 3.3 and 4).
 
 A graph is a rate matrix Q over `num_states` states whose columns sum to 0; p(xt | x0) is column x0 of exp(sigma Q).
-Every
-function works position by position: tokens are [B, L], sigma is [B] (one noise level a sequence), scores are [B, L, V].
-`score[..., y]` is p(y) / p(xt), so it is 1 at the current token.
+Every function works position by position: tokens are [B, L], sigma is [B] (one noise level a sequence), scores are [B,
+L, V]. `score[..., y]` is p(y) / p(xt), so it is 1 at the current token.
 """
 
 import dataclasses

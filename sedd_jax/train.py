@@ -85,9 +85,9 @@ def train_step(
 ) -> tuple[train_state.TrainState, Metrics]:
     """One optimizer step on a batch.
 
-    Times are spread evenly over the whole batch; each micro-batch has noise and dropout of its own, and their
-    gradients are averaged.
-    Loss is the mean over sequences of the bound in nats (equation 10), as published; metrics are per token.
+    Times are spread evenly over the whole batch; each micro-batch has noise and dropout of its own, and their gradients
+    are averaged. Loss is the mean over sequences of the bound in nats (equation 10), as published; metrics are per
+    token.
     """
     num_micro = run.config.training.num_micro_batches
     key_times, key_micro = jax.random.split(jax.random.fold_in(base_key, state.step))
