@@ -1,9 +1,9 @@
-"""The quick start under the uniform graph: every token may turn into every other.
+"""The quick start under the uniform graph: every token may turn into every other. It takes longer to learn.
 
     sedd train --config=configs/quickstart_uniform.py --workdir=runs/quickstart_uniform
 
-Hardware: anything; made for 2 CPU cores. @@TIME@@
-Expect about @@BITS@@ bits per character on held-out text, whose bigram entropy is 3.70.
+Hardware: anything; made for 2 CPU cores, where it takes 10 minutes.
+Expect a bound of about 3.37 bits per character on held-out text, whose bigram entropy is 3.70.
 """
 
 import ml_collections
@@ -14,7 +14,6 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "data": {"source": "python:docs", "tokenizer": "characters", "length": 96},
             "graph": {"name": "uniform"},
-            "noise": {"name": "geometric", "sigma_min": 1e-4, "sigma_max": 20.0},
             "network": {
                 "hidden_size": 128,
                 "num_layers": 3,
@@ -25,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 20, "beta2": 0.99, "ema_decay": 0.99},
             "training": {
-                "num_steps": 4000,
+                "num_steps": 3000,
                 "batch_size": 32,
                 "log_every": 20,
                 "eval_every": 200,
