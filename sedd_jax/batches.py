@@ -145,11 +145,6 @@ def is_packed(directory: str | os.PathLike[str]) -> bool:
     return (pathlib.Path(directory) / _HEADER).exists()
 
 
-def tokenizer_of(directory: str | os.PathLike[str]) -> tokenizers.Tokenizer:
-    """The tokenizer that a packed directory was written with."""
-    return tokenizers.from_json(_read_header(pathlib.Path(directory))["tokenizer"])
-
-
 def open_split(
     directory: str | os.PathLike[str], split: str, length: int, *, tokenizer: tokenizers.Tokenizer | None = None
 ) -> PackedSplit:

@@ -78,13 +78,15 @@ def start(workdir: pathlib.Path, config: configs.Config) -> Run:
     A new directory appears whole or not at all.
 
     Raises:
-        ValueError: where the directory is not a run's, or its config differs in what may not change.
+        ValueError: where the directory is not a run's, its config differs in what may not, or its text is damaged.
     """
     if (workdir / "config.json").exists():
         run = load(workdir)
         changed = configs.changes(run.config, config)
         if changed:
             raise ValueError(f"{workdir} was started with another config: {'; '.join(changed)}; use another --workdir")
+        if (workdir / "data").exists():
+            batches.verify(workdir / "data")
         _write_json(workdir / "config.json", configs.to_dict(config))
         return dataclasses.replace(run, config=config)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):

@@ -369,6 +369,19 @@ def test_train_refuses_foreign_unwritable_and_changed_directories(trained, sourc
     assert sorted((path, path.stat().st_mtime_ns) for path in trained[0].rglob("*")) == before
 
 
+def test_a_run_does_not_go_on_with_text_that_changed(trained, source, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained[0], damaged)
+    file = damaged / "data" / "train.bin"
+    content = bytearray(file.read_bytes())
+    content[1000] ^= 1
+    file.write_bytes(content)
+    argv = [f"--config.{name}={value}" for name, value in configs.flatten(settings(source)).items()]
+    status, _, err = call("train", f"--workdir={damaged}", *argv)
+    assert status == 1
+    assert "train.bin is damaged" in err
+
+
 def test_empty_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     status, _, err = call("train", f"--workdir={tmp_path / 'run'}", f"--config.data.source=text:{tmp_path}/empty.txt")
