@@ -1,6 +1,8 @@
 # `make quickstart` and `make test` are all a fresh machine needs; README.md shows what they run, for machines without make.
 PYTHON ?= python3
 RUN = runs/quickstart
+# The extra of pyproject.toml that lets JAX see this machine's accelerator: [gpu], [tpu] or nothing.
+ACCELERATOR ?= $(shell if command -v nvidia-smi >/dev/null; then echo '[gpu]'; elif ls /dev/accel0 /dev/vfio/0 >/dev/null 2>&1; then echo '[tpu]'; fi)
 
 .PHONY: quickstart test
 
@@ -20,7 +22,7 @@ test: .venv/installed-test
 
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -e .
+	.venv/bin/python -m pip install --quiet -e '.$(ACCELERATOR)'
 	touch $@
 
 .venv/installed-test: .venv/installed
