@@ -113,8 +113,7 @@ def evaluate(argv: list[str]) -> None:
 def sample(argv: list[str]) -> None:
     """Draw text from a run, from nothing or around given text.
 
-    sedd sample --workdir=RUN [--num_steps=128] [--prefix=... --suffix=...] [--template='Hi, my name is {32}.']
-    [--watch]
+    sedd sample --workdir=RUN [--num_steps=128] [--prefix=... --suffix=... | --template='Hi, I am {32}.'] [--watch]
     """
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "run directory", flag_values=values)

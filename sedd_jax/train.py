@@ -163,6 +163,7 @@ def _loop(
     data = run.split("train")
     batch_sharding = sharding.batch_sharding(mesh)
     held_out = make_held_out(run)
+    references = _reference_entropies(run)
     written: dict[str, Any] = {"step": step}
     pending: tuple[int, Metrics] | None = None
     if step:
@@ -197,7 +198,7 @@ def _loop(
             with writer.pause():
                 _check_finite(step, metrics, saved)
                 saved.save(step, state)
-                curves.plot_curves(run.workdir / "metrics.jsonl", run.workdir / "loss.png", _reference_entropies(run))
+                curves.plot_curves(run.workdir / "metrics.jsonl", run.workdir / "loss.png", references)
     return written
 
 
