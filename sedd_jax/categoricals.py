@@ -5,13 +5,9 @@ the others is drawn too rarely. Summed over a large vocabulary and many steps th
 (Zheng et al. 2024, arXiv 2409.02908). Here the noise has 46 random bits near zero and reaches about 32.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
-
-Draw = Callable[[Key[Array, ""], Float[Array, "*B V"]], Int[Array, "*B"]]
 
 
 def draw(key: Key[Array, ""], weights: Float[Array, "*B V"]) -> Int[Array, "*B"]:
@@ -19,18 +15,15 @@ def draw(key: Key[Array, ""], weights: Float[Array, "*B V"]) -> Int[Array, "*B"]
     return jnp.argmax(_log_weights(weights) + jax.random.gumbel(key, weights.shape, mode="high"), axis=-1)
 
 
-def draw_published(key: Key[Array, ""], weights: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """Draws as the published PyTorch program does, truncated noise included; for comparison only.
+def race_published(key: Key[Array, ""], weights: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """What the published PyTorch program takes the argmax of to draw from p(y); for comparison only.
 
     A race of weights over exponentials, each made from a single float32 uniform and shifted by 1e-10 twice.
     """
     uniform = jax.random.uniform(key, weights.shape)
-    return jnp.argmax(weights / (1e-10 - jnp.log(uniform + 1e-10)), axis=-1)
+    return weights / (1e-10 - jnp.log(uniform + 1e-10))
 
 
 def _log_weights(weights: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
     positive = weights > 0
     return jnp.where(positive, jnp.log(jnp.where(positive, weights, 1.0)), -jnp.inf)
-
-
-DRAWS = {"precise": draw, "published": draw_published}

@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from sedd_jax import categoricals, graphs, networks, noise_schedules, optimizers, samplers, sharding
+from sedd_jax import graphs, networks, noise_schedules, optimizers, samplers, score_draws, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ def validate(config: Config) -> None:
     _validate_choice("graph.name", config.graph.name, graphs.GRAPHS)
     _validate_choice("noise.name", config.noise.name, noise_schedules.SCHEDULES)
     _validate_choice("sampling.sampler", config.sampling.sampler, samplers.SAMPLERS)
-    _validate_choice("sampling.draw", config.sampling.draw, categoricals.DRAWS)
+    _validate_choice("sampling.draw", config.sampling.draw, score_draws.DRAWS)
     _validate_choice("network.dtype", config.network.dtype, ("float32", "bfloat16"))
     for name, value in flatten(to_dict(config)).items():
         at_least = 0 if re.search(r"eval_every|sample_every|seed|warmup", name) else 1

@@ -32,7 +32,7 @@ def sequence_bounds(
 
     def summary_fn(xt: Int[Array, "B L"], x0: Int[Array, "B L"], sigma: Float[Array, "B"]):
         features = networks.apply(run.network, params, xt, sigma, dropout_key)
-        return score_heads.summarize(run.network, params, features, xt, x0, sigma)
+        return score_heads.summarize(run.network, params, features, xt, x0, sigma, run.graph.is_noise(xt))
 
     return losses.denoising_score_entropy(key, summary_fn, run.graph, run.noise, x0, t)
 

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from sedd_jax import categoricals, networks, runs, samplers, score_heads, sharding
 from sedd_jax import config as configs
+from sedd_jax import networks, runs, samplers, score_draws, sharding
 
 _GAP = re.compile(r"\{\{|\}\}|\{(\d+)\}|\{[^{}]*\}?|\}")
 
@@ -196,23 +196,19 @@ def write_jsonl(samples: list[Sample], path: pathlib.Path) -> None:
 def _compiled(network: networks.NetworkConfig, graph: Any, noise: Any, sampler: str, draw: str) -> tuple[Any, Any]:
     """Reverse steps and last step, compiled; their step numbers and keys are traced and do not recompile."""
 
-    def score_fn(params: networks.Params) -> samplers.ScoreFn:
-        def score(xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
+    def move_fn(params: networks.Params) -> samplers.MoveFn:
+        def move(key, xt, sigma, is_movable, jump_fn):
             features = networks.apply(network, params, xt, sigma)
-            return jnp.exp(score_heads.log_score(network, params, features, xt, sigma))
+            return score_draws.DRAWS[draw](key, network, params, features, xt, sigma, is_movable, jump_fn)
 
-        return score
-
-    drawn = categoricals.DRAWS[draw]
+        return move
 
     def reverse_steps(params, key, given, xt, start, stop, num_steps):
-        fn = score_fn(params)
-        return samplers.reverse_steps(
-            key, fn, graph, noise, given, xt, start, stop, num_steps, sampler=sampler, draw=drawn
-        )
+        fn = move_fn(params)
+        return samplers.reverse_steps(key, fn, graph, noise, given, xt, start, stop, num_steps, sampler=sampler)
 
     def denoise(params, key, given, xt):
-        return samplers.denoise(key, score_fn(params), graph, noise, given, xt, draw=drawn)
+        return samplers.denoise(key, move_fn(params), graph, noise, given, xt)
 
     return jax.jit(reverse_steps), jax.jit(denoise)
 

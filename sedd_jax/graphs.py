@@ -38,6 +38,28 @@ def summarize(log_score: Float[Array, "B L V"], xt: Int[Array, "B L"], x0: Int[A
     )
 
 
+class Jump(NamedTuple):
+    """The law of every position's next state, without its array over states: what a reverse step draws from.
+
+    xt has the weight `stay`, any other y the weight slope score_y + offset; negative weights count as 0.
+
+    Attributes:
+        stay: weight of xt.
+        slope: factor of the score.
+        offset: what is added to it; None where it is 0 everywhere.
+    """
+
+    stay: Float[Array, "B L"]
+    slope: Float[Array, "B L"]
+    offset: Float[Array, "B L"] | None = None
+
+    def weights(self, score: Float[Array, "B L V"], xt: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """The whole array of weights, for vocabularies small enough to hold it."""
+        offset = 0.0 if self.offset is None else self.offset[..., None]
+        moved = self.slope[..., None] * score + offset
+        return jnp.where(_is_state(xt, score.shape[-1]), self.stay[..., None], moved)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Absorbing:
     """Every token turns into the mask at rate 1 and stays there (equation 16).
@@ -86,35 +108,29 @@ class Absorbing:
         del key  # The limit is a single state.
         return jnp.full(shape, self.mask_id, dtype=jnp.int32)
 
-    def staggered_score(self, score: Float[Array, "B L V"], delta_sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
-        """exp(-delta_sigma Q) score: the ratios p_{sigma - delta_sigma}(y) / p_sigma(xt) (equation 19)."""
-        delta_sigma = delta_sigma[:, None, None]
-        mask = jnp.arange(self.num_states)[None, None] == self.mask_id
-        total = score.sum(-1, keepdims=True)
-        return jnp.exp(delta_sigma) * score - jnp.where(mask, jnp.expm1(delta_sigma) * total, 0.0)
+    def reverse_rate(self, xt: Int[Array, "B L"]) -> Float[Array, "B L"]:
+        """Q(xt, y) for any y != xt: times score_y, the rate of the reverse process from xt to y (definition 3.5)."""
+        return jnp.where(self.is_noise(xt), 1.0, 0.0)
 
-    def tweedie_weights(
-        self, score: Float[Array, "B L V"], xt: Int[Array, "B L"], delta_sigma: Float[Array, "B"]
-    ) -> Float[Array, "B L V"]:
-        """Weights of the Tweedie step, [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19).
+    def tweedie_jump(self, total: Float[Array, "B L"], xt: Int[Array, "B L"], delta_sigma: Float[Array, "B"]) -> Jump:
+        """The Tweedie step, weights [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19).
 
         From the mask, y gets (e^d - 1) score_y and the mask what is left of 1; a token that is not the mask stays. The
         weight of the mask is negative where an imperfect network promises more than there is.
-        """
-        growth = jnp.expm1(delta_sigma)[:, None, None]
-        mask = jnp.arange(self.num_states)[None, None] == self.mask_id
-        total = jnp.where(mask, 0.0, score).sum(-1, keepdims=True)
-        from_mask = jnp.where(mask, 1 - growth * total, growth * score)
-        return jnp.where((xt == self.mask_id)[..., None], from_mask, self._one_hot(xt))
 
-    def denoise_weights(
-        self, score: Float[Array, "B L V"], xt: Int[Array, "B L"], sigma: Float[Array, "B"]
-    ) -> Float[Array, "B L V"]:
-        """Weights of the last Tweedie step, to sigma = 0 (theorem 4.1), with no mask among the outcomes."""
-        del sigma  # Among tokens the weights are in proportion to the score, whatever the noise.
-        mask = jnp.arange(self.num_states)[None, None] == self.mask_id
-        from_mask = jnp.where(mask, 0.0, score)
-        return jnp.where((xt == self.mask_id)[..., None], from_mask, self._one_hot(xt))
+        Args:
+            total: sum of the score over all y != xt.
+            xt: current states.
+            delta_sigma: noise removed by the step.
+        """
+        growth = jnp.where(self.is_noise(xt), jnp.expm1(delta_sigma)[:, None], 0.0)
+        return Jump(stay=1 - growth * total, slope=growth)
+
+    def denoise_jump(self, total: Float[Array, "B L"], xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Jump:
+        """The last Tweedie step, to sigma = 0 (theorem 4.1), with no mask among the outcomes."""
+        del total, sigma  # Among tokens the weights are in proportion to the score, whatever the noise.
+        masked = self.is_noise(xt)
+        return Jump(stay=jnp.where(masked, 0.0, 1.0), slope=jnp.where(masked, 1.0, 0.0))
 
     def score_entropy(
         self, summary: ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
@@ -194,26 +210,32 @@ class Uniform:
         """Draws from the limit of infinite noise: uniform tokens."""
         return jax.random.randint(key, shape, 0, self.num_states, jnp.int32)
 
-    def staggered_score(self, score: Float[Array, "B L V"], delta_sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
-        """exp(-delta_sigma Q) score: the ratios p_{sigma - delta_sigma}(y) / p_sigma(xt) (equation 19)."""
-        delta_sigma = delta_sigma[:, None, None]
-        return jnp.exp(delta_sigma) * score - jnp.expm1(delta_sigma) * score.mean(-1, keepdims=True)
+    def reverse_rate(self, xt: Int[Array, "B L"]) -> Float[Array, "B L"]:
+        """Q(xt, y) for any y != xt: times score_y, the rate of the reverse process from xt to y (definition 3.5)."""
+        return jnp.full(xt.shape, 1 / self.num_states)
 
-    def tweedie_weights(
-        self, score: Float[Array, "B L V"], xt: Int[Array, "B L"], delta_sigma: Float[Array, "B"]
-    ) -> Float[Array, "B L V"]:
-        """Weights of the Tweedie step, [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19).
+    def tweedie_jump(self, total: Float[Array, "B L"], xt: Int[Array, "B L"], delta_sigma: Float[Array, "B"]) -> Jump:
+        """The Tweedie step, weights [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19).
 
         Errors of the score are multiplied by e^d: where one step removes much noise (few steps of a geometric schedule
         with sigma_max = 20) the weights are mostly error, as in the published program. Take more steps, or `euler`.
-        """
-        return self.staggered_score(score, delta_sigma) * self.transition_row(xt, delta_sigma)
 
-    def denoise_weights(
-        self, score: Float[Array, "B L V"], xt: Int[Array, "B L"], sigma: Float[Array, "B"]
-    ) -> Float[Array, "B L V"]:
-        """Weights of the last Tweedie step, to sigma = 0 (theorem 4.1)."""
-        return self.tweedie_weights(score, xt, sigma)
+        Args:
+            total: sum of the score over all y != xt.
+            xt: current states.
+            delta_sigma: noise removed by the step.
+        """
+        grown, share = jnp.exp(delta_sigma)[:, None], -jnp.expm1(-delta_sigma)[:, None] / self.num_states
+        taken = jnp.expm1(delta_sigma)[:, None] * (total + 1) / self.num_states
+        return Jump(
+            stay=(grown - taken) * (1 / grown + share),
+            slope=jnp.broadcast_to(grown * share, xt.shape),
+            offset=-taken * share,
+        )
+
+    def denoise_jump(self, total: Float[Array, "B L"], xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Jump:
+        """The last Tweedie step, to sigma = 0 (theorem 4.1)."""
+        return self.tweedie_jump(total, xt, sigma)
 
     def score_entropy(
         self, summary: ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
@@ -235,15 +257,6 @@ class Uniform:
     def is_noise(self, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
         """Where a position carries loss: everywhere."""
         return jnp.ones_like(xt, dtype=bool)
-
-
-def reverse_rate(
-    graph: "Absorbing | Uniform", score: Float[Array, "B L V"], xt: Int[Array, "B L"]
-) -> Float[Array, "B L V"]:
-    """Rates of the reverse process out of xt (definition 3.5): Q(xt, y) score_y, and minus their sum at y = xt."""
-    current = _is_state(xt, graph.num_states)
-    rates = jnp.where(current, 0.0, graph.rate_row(xt) * score)
-    return jnp.where(current, -rates.sum(-1, keepdims=True), rates)
 
 
 def _is_state(x: Int[Array, "B L"], num_states: int) -> Bool[Array, "B L V"]:

@@ -1,6 +1,7 @@
 """Samplers: the reverse process in steps of dt, every position at once (Lou et al. 2023, section 4).
 
-A step turns the score at (xt, t) into weights over the next state of every position; `sample` draws from them.
+A step is a `graphs.Jump`: how likely each position stays, and how its other weights follow from the score. Who holds
+the score draws from it (`MoveFn`), so that no sampler needs the score of every token.
 """
 
 from collections.abc import Callable
@@ -10,9 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax import categoricals, graphs, noise_schedules
+from sedd_jax import graphs, noise_schedules
 
-ScoreFn = Callable[[Int[Array, "B L"], Float[Array, "B"]], Float[Array, "B L V"]]
+# The sum of the score over all y != xt -> the law of the step.
+JumpFn = Callable[[Float[Array, "B L"]], graphs.Jump]
+# (key, xt, sigma, positions that may move, law of the step) -> xt after it.
+MoveFn = Callable[[Key[Array, ""], Int[Array, "B L"], Float[Array, "B"], Bool[Array, "B L"], JumpFn], Int[Array, "B L"]]
 T_END = 1e-5
 
 
@@ -40,49 +44,59 @@ def nothing_given(shape: tuple[int, int]) -> Given:
 def euler(
     graph: graphs.Graph,
     noise: noise_schedules.NoiseSchedule,
-    score: Float[Array, "B L V"],
+    total: Float[Array, "B L"],
     xt: Int[Array, "B L"],
     t: Float[Array, "B"],
     dt: Float[Array, ""],
-) -> Float[Array, "B L V"]:
-    """Weights of an Euler step at each position (equation 17): delta(xt, y) + dt dsigma_dt Q(xt, y) score_y.
+) -> graphs.Jump:
+    """An Euler step (equation 17): delta(xt, y) + dt dsigma_dt Q(xt, y) score_y.
 
     At y = xt the rates count minus their sum, which makes that weight negative where dt is too large for them.
+
+    Args:
+        graph: the forward process.
+        noise: the schedule.
+        total: sum of the score over all y != xt.
+        xt: current states.
+        t: time of each sequence.
+        dt: length of the step.
     """
-    rates = graphs.reverse_rate(graph, score, xt) * (dt * noise.dsigma_dt(t))[:, None, None]
-    return jax.nn.one_hot(xt, graph.num_states) + rates
+    rate = graph.reverse_rate(xt) * (dt * noise.dsigma_dt(t))[:, None]
+    return graphs.Jump(stay=1 - rate * total, slope=rate)
 
 
 def tau_leaping(
     graph: graphs.Graph,
     noise: noise_schedules.NoiseSchedule,
-    score: Float[Array, "B L V"],
+    total: Float[Array, "B L"],
     xt: Int[Array, "B L"],
     t: Float[Array, "B"],
     dt: Float[Array, ""],
-) -> Float[Array, "B L V"]:
-    """Weights of a tau-leap: rates frozen over the step, stay with probability exp(-dt total), else jump in proportion.
+) -> graphs.Jump:
+    """A tau-leap: rates frozen over the step, stay with probability exp(-dt total rate), else jump in proportion.
 
     (Campbell et al. 2022, section 4.3, with at most one jump a position, since a token is not a number to add to.)
+    Args are those of `euler`.
     """
-    rates = graphs.reverse_rate(graph, score, xt) * (dt * noise.dsigma_dt(t))[:, None, None]
-    current = xt[..., None] == jnp.arange(graph.num_states)[None, None]
-    jumps = jnp.where(current, 0.0, rates)
-    total = jumps.sum(-1, keepdims=True)
-    share = jumps / jnp.where(total > 0, total, 1.0)
-    return jnp.where(current, jnp.exp(-total), -jnp.expm1(-total) * share)
+    rate = graph.reverse_rate(xt) * (dt * noise.dsigma_dt(t))[:, None]
+    jumps = rate * total
+    share = jnp.where(jumps > 0, -jnp.expm1(-jumps) / jnp.where(jumps > 0, total, 1.0), 0.0)
+    return graphs.Jump(stay=jnp.exp(-jumps), slope=share)
 
 
 def tweedie(
     graph: graphs.Graph,
     noise: noise_schedules.NoiseSchedule,
-    score: Float[Array, "B L V"],
+    total: Float[Array, "B L"],
     xt: Int[Array, "B L"],
     t: Float[Array, "B"],
     dt: Float[Array, ""],
-) -> Float[Array, "B L V"]:
-    """Weights of a Tweedie step (equations 19, 20): the best that moves positions independently (theorem 4.2)."""
-    return graph.tweedie_weights(score, xt, noise.sigma(t) - noise.sigma(t - dt))
+) -> graphs.Jump:
+    """A Tweedie step (equations 19, 20): the best that moves positions independently (theorem 4.2).
+
+    Args are those of `euler`.
+    """
+    return graph.tweedie_jump(total, xt, noise.sigma(t) - noise.sigma(t - dt))
 
 
 SAMPLERS = {"euler": euler, "tau_leaping": tau_leaping, "tweedie": tweedie}
@@ -90,7 +104,7 @@ SAMPLERS = {"euler": euler, "tau_leaping": tau_leaping, "tweedie": tweedie}
 
 def reverse_steps(
     key: Key[Array, ""],
-    score_fn: ScoreFn,
+    move_fn: MoveFn,
     graph: graphs.Graph,
     noise: noise_schedules.NoiseSchedule,
     given: Given,
@@ -100,7 +114,6 @@ def reverse_steps(
     num_steps: Int[Array, ""] | int,
     *,
     sampler: str,
-    draw: categoricals.Draw = categoricals.draw,
 ) -> Int[Array, "B L"]:
     """Takes the reverse steps `start` to `stop` of `num_steps`, from t = 1 (step 0) toward T_END.
 
@@ -109,7 +122,7 @@ def reverse_steps(
 
     Args:
         key: base key of the whole trajectory.
-        score_fn: (xt, sigma) -> score, exp of the network's log score.
+        move_fn: draws the next states from the network's score and the law of the step.
         graph: the forward process.
         noise: the schedule.
         given: known tokens, clamped before every evaluation.
@@ -118,46 +131,44 @@ def reverse_steps(
         stop: step to stop before.
         num_steps: steps of the whole trajectory, evenly spaced in t.
         sampler: a name in `SAMPLERS`.
-        draw: how to draw from weights, `categoricals.draw` unless imitating the published program.
     """
-    step_weights = SAMPLERS[sampler]
+    jump = SAMPLERS[sampler]
     dt = (1 - T_END) / jnp.asarray(num_steps, jnp.float32)
 
     def step(i: Int[Array, ""], xt: Int[Array, "B L"]) -> Int[Array, "B L"]:
         xt = given.clamp(xt)
         t = jnp.full(xt.shape[0], 1 - i * dt)
-        weights = step_weights(graph, noise, score_fn(xt, noise.sigma(t)), xt, t, dt)
-        return draw(jax.random.fold_in(key, i), weights)
+        is_movable = graph.is_noise(xt) & ~given.is_given
+        law = lambda total: jump(graph, noise, total, xt, t, dt)
+        return move_fn(jax.random.fold_in(key, i), xt, noise.sigma(t), is_movable, law)
 
     return jax.lax.fori_loop(start, stop, step, xt)
 
 
 def denoise(
     key: Key[Array, ""],
-    score_fn: ScoreFn,
+    move_fn: MoveFn,
     graph: graphs.Graph,
     noise: noise_schedules.NoiseSchedule,
     given: Given,
     xt: Int[Array, "B L"],
-    *,
-    draw: categoricals.Draw = categoricals.draw,
 ) -> Int[Array, "B L"]:
     """The last step, from t = T_END to clean tokens, no mask among them (theorem 4.1)."""
     xt = given.clamp(xt)
     sigma = jnp.full(xt.shape[0], noise.sigma(jnp.float32(T_END)))
-    return given.clamp(draw(key, graph.denoise_weights(score_fn(xt, sigma), xt, sigma)))
+    is_movable = graph.is_noise(xt) & ~given.is_given
+    return move_fn(key, xt, sigma, is_movable, lambda total: graph.denoise_jump(total, xt, sigma))
 
 
 def sample(
     key: Key[Array, ""],
-    score_fn: ScoreFn,
+    move_fn: MoveFn,
     graph: graphs.Graph,
     noise: noise_schedules.NoiseSchedule,
     given: Given,
     num_steps: Int[Array, ""] | int,
     *,
     sampler: str,
-    draw: categoricals.Draw = categoricals.draw,
 ) -> Int[Array, "B L"]:
     """Draws clean sequences: the limit distribution, `num_steps` reverse steps, `denoise`; nfe = num_steps + 1.
 
@@ -165,7 +176,5 @@ def sample(
     """
     key_limit, key_steps, key_denoise = jax.random.split(key, 3)
     xt = graph.sample_limit(key_limit, given.tokens.shape)
-    xt = reverse_steps(
-        key_steps, score_fn, graph, noise, given, xt, 0, num_steps, num_steps, sampler=sampler, draw=draw
-    )
-    return denoise(key_denoise, score_fn, graph, noise, given, xt, draw=draw)
+    xt = reverse_steps(key_steps, move_fn, graph, noise, given, xt, 0, num_steps, num_steps, sampler=sampler)
+    return denoise(key_denoise, move_fn, graph, noise, given, xt)

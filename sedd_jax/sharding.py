@@ -7,6 +7,7 @@ Axes: "data" (copies of the model), "fsdp" (the model's arrays are split and gat
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -110,3 +111,26 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def replicate(x: jax.Array) -> jax.Array:
     """Pins an intermediate array to be whole on every device of the current mesh."""
     return constrain(x, *(None,) * x.ndim)
+
+
+def mapped_axes(batch_size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes of the current mesh that `per_device` splits a batch and a vocabulary over; none without a mesh.
+
+    A batch that the devices do not divide is whole on all of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return (), ()
+    return () if batch_size % num_batch_devices() else BATCH_AXES, ("tensor",)
+
+
+def per_device(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """fn on each device's part of its arguments, free to name axes of the current mesh; without a mesh, fn itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return fn
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def platform() -> str:
+    """What the program is compiled for: cpu, gpu or tpu."""
+    return jax.default_backend()

@@ -165,7 +165,7 @@ def mean_loss(
     """What training minimises, and the bounds of each sequence, for a recorded network."""
     config, graph, _ = model(name)
     summary_fn = lambda xt, x0, sigma: score_heads.summarize(
-        config, params, networks.apply(config, params, xt, sigma), xt, x0, sigma
+        config, params, networks.apply(config, params, xt, sigma), xt, x0, sigma, graph.is_noise(xt)
     )
     bounds = losses.bounds(summary_fn, graph, NOISES[noise], x0, xt, t)
     return jnp.mean(bounds.score_entropy), bounds

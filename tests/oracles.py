@@ -1,6 +1,7 @@
 """References in float64: dense rate matrices, matrix exponentials, the definitions, and exact laws of samplers.
 
-Nothing here uses the closed forms of `sedd_jax`; `exact_score_fn` alone is JAX, so that samplers can trace it.
+Nothing here uses the closed forms of `sedd_jax`; `exact_score_fn` and `dense_move` are JAX, so that samplers can trace
+them.
 """
 
 import itertools
@@ -12,7 +13,7 @@ import numpy as np
 import scipy.linalg
 import scipy.stats
 
-from sedd_jax import graphs, samplers
+from sedd_jax import categoricals, graphs, samplers
 
 
 def rate_matrix(graph: graphs.Graph) -> np.ndarray:
@@ -121,7 +122,7 @@ def sampler_law(graph: graphs.Graph, noise, p0: np.ndarray, sampler: str, num_st
 
 
 def exact_score_fn(graph: graphs.Graph, p0: np.ndarray) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The exact score as a `samplers.ScoreFn`: (xt [B, L], sigma [B]) -> [B, L, V], one sigma for the whole batch."""
+    """The exact score: (xt [B, L], sigma [B]) -> [B, L, V], one sigma for the whole batch."""
     clean = embed(graph, p0)
     limit = np.zeros(graph.num_states)
     if isinstance(graph, graphs.Absorbing):
@@ -144,6 +145,21 @@ def exact_score_fn(graph: graphs.Graph, p0: np.ndarray) -> Callable[[jax.Array, 
         return jnp.stack(scores, axis=1)
 
     return score_fn
+
+
+def jump_weights(jump_fn: samplers.JumpFn, score: jax.Array, xt: jax.Array) -> jax.Array:
+    """The whole array of weights that a step gives a whole array of scores, [B, L, V]."""
+    current = xt[..., None] == jnp.arange(score.shape[-1])[None, None]
+    return jump_fn(jnp.where(current, 0.0, score).sum(-1)).weights(score, xt)
+
+
+def dense_move(score_fn: Callable[[jax.Array, jax.Array], jax.Array], draw=categoricals.draw) -> samplers.MoveFn:
+    """A `samplers.MoveFn` that holds the score of every state."""
+
+    def move(key, xt, sigma, is_movable, jump_fn):
+        return jnp.where(is_movable, draw(key, jump_weights(jump_fn, score_fn(xt, sigma), xt)), xt)
+
+    return move
 
 
 def chi_square_p(counts: np.ndarray, probabilities: np.ndarray) -> float:

@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "sedd_jax"
 FLOORS = (
-    ("accelerators", "categoricals", "graphs", "noise_schedules", "sharding"),
-    ("networks", "score_heads"),
+    ("accelerators", "categoricals", "graphs", "noise_schedules", "sharding", "tiles"),
+    ("networks", "score_draws", "score_heads"),
     (
         "corpora",
         "losses",

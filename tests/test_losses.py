@@ -86,7 +86,7 @@ def test_fresh_network_loses_log_of_the_vocabulary_a_token():
     )
     params = jax.jit(lambda key: networks.init(key, config))(jax.random.key(0))
     summary_fn = lambda xt, x0, sigma: score_heads.summarize(
-        config, params, networks.apply(config, params, xt, sigma), xt, x0, sigma
+        config, params, networks.apply(config, params, xt, sigma), xt, x0, sigma, graph.is_noise(xt)
     )
 
     @jax.jit

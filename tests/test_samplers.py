@@ -30,9 +30,15 @@ MILD = noise_schedules.Geometric(sigma_max=6.0)
 def step_weights(graph, noise, method, score, xt, t, dt):
     """Weights of one step by its published name, `denoise` included, without the mask's column there."""
     if method != "denoise":
-        return samplers.SAMPLERS[PUBLISHED[method]](graph, noise, score, xt, t, dt)
-    weights = graph.denoise_weights(score, xt, noise.sigma(t))
-    return weights[..., : graph.vocab_size]
+        return dense_weights(PUBLISHED[method], graph, noise, score, xt, t, dt)
+    return dense_weights("denoise", graph, noise, score, xt, t, dt)[..., : graph.vocab_size]
+
+
+def dense_weights(sampler, graph, noise, score, xt, t, dt):
+    """Weights of one step over all states, [B, L, V]."""
+    if sampler == "denoise":
+        return oracles.jump_weights(lambda total: graph.denoise_jump(total, xt, noise.sigma(t)), score, xt)
+    return oracles.jump_weights(lambda total: samplers.SAMPLERS[sampler](graph, noise, total, xt, t, dt), score, xt)
 
 
 def normalised(weights: np.ndarray) -> np.ndarray:
@@ -91,13 +97,17 @@ def recorded_run(case: str) -> dict[str, np.ndarray]:
     is_given = np.isin(np.arange(xt.shape[1]), arrays["infill_positions"]) & np.ones(xt.shape, bool)
     given = samplers.Given(jnp.asarray(tokens), jnp.asarray(is_given))
     sampler = PUBLISHED[method.rstrip("0123456789")]
-    draw_from = lambda uniforms: lambda key, weights: jnp.argmax(weights / (1e-10 - jnp.log(uniforms + 1e-10)), axis=-1)
+
+    def move_from(uniforms):
+        """As published: every position draws, given ones too, which are clamped afterwards."""
+        draw = lambda key, weights: jnp.argmax(weights / (1e-10 - jnp.log(uniforms + 1e-10)), axis=-1)
+        move_fn = oracles.dense_move(score_fn, draw)
+        return lambda key, xt, sigma, _, jump_fn: move_fn(key, xt, sigma, jnp.ones(xt.shape, bool), jump_fn)
 
     @jax.jit
     def step(xt, i, uniforms):
-        key, draw = jax.random.key(0), draw_from(uniforms)
         return samplers.reverse_steps(
-            key, score_fn, graph, noise, given, xt, i, i + 1, num_steps, sampler=sampler, draw=draw
+            jax.random.key(0), move_from(uniforms), graph, noise, given, xt, i, i + 1, num_steps, sampler=sampler
         )
 
     states = [xt]
@@ -106,10 +116,10 @@ def recorded_run(case: str) -> dict[str, np.ndarray]:
     # Where the mask's column was left out of the last draw, its weight is 0 here.
     missing = graph.num_states - arrays["uniforms_denoise"].shape[-1]
     last = jnp.pad(jnp.asarray(arrays["uniforms_denoise"]), [(0, 0), (0, 0), (0, missing)], constant_values=0.5)
-    out = samplers.denoise(jax.random.key(1), score_fn, graph, noise, given, states[-1], draw=draw_from(last))
+    out = samplers.denoise(jax.random.key(1), move_from(last), graph, noise, given, states[-1])
     first, start = given.clamp(xt), jnp.ones(len(xt))
     dt = jnp.float32((1 - samplers.T_END) / num_steps)
-    weights = samplers.SAMPLERS[sampler](graph, noise, score_fn(first, noise.sigma(start)), first, start, dt)
+    weights = dense_weights(sampler, graph, noise, score_fn(first, noise.sigma(start)), first, start, dt)
     return {"x": np.stack(states), "out": np.asarray(out), "probs_first": np.asarray(weights)}
 
 
@@ -142,11 +152,13 @@ def propagate(graph, noise, p0, sampler):
 
         def step(i, p):
             t = jnp.full(len(xs), 1 - i * dt)
-            return move(samplers.SAMPLERS[sampler](graph, noise, score_fn(xs, noise.sigma(t)), xs, t, dt), p)
+            return move(dense_weights(sampler, graph, noise, score_fn(xs, noise.sigma(t)), xs, t, dt), p)
 
         before = jax.lax.fori_loop(0, num_steps, step, start)
-        sigma = noise.sigma(jnp.full(len(xs), samplers.T_END))
-        return before, move(graph.denoise_weights(score_fn(xs, sigma), xs, sigma), before)
+        end = jnp.full(len(xs), samplers.T_END)
+        return before, move(
+            dense_weights("denoise", graph, noise, score_fn(xs, noise.sigma(end)), xs, end, 0.0), before
+        )
 
     return laws
 
@@ -185,8 +197,11 @@ def one_step_law(p0: np.ndarray) -> np.ndarray:
 def test_draws_follow_the_exact_law(kind, sampler, length):
     """With the exact score, `sample` has the law that propagation by dense matrices gives, at few steps."""
     graph, noise = PROBLEMS[kind][0], MILD if kind == "uniform" else PROBLEMS[kind][1]
-    given, score_fn = samplers.nothing_given((30_000, length)), oracles.exact_score_fn(graph, P0[length])
-    sample = jax.jit(lambda key: samplers.sample(key, score_fn, graph, noise, given, 4, sampler=sampler))
+    given, move_fn = (
+        samplers.nothing_given((30_000, length)),
+        oracles.dense_move(oracles.exact_score_fn(graph, P0[length])),
+    )
+    sample = jax.jit(lambda key: samplers.sample(key, move_fn, graph, noise, given, 4, sampler=sampler))
     tokens = sample(jax.random.key(length))
     law = oracles.sampler_law(graph, noise, P0[length], sampler, 4)
     outcomes = np.ravel_multi_index(tuple(np.asarray(tokens).T), (graph.num_states,) * length)
@@ -233,13 +248,13 @@ def generator():
         score = jnp.exp(jnp.sin(angle)) / (20 * jnp.expm1(sigma)[:, None, None])
         return jnp.where(xt[..., None] == jnp.arange(21)[None, None], 1.0, score)
 
-    noise = noise_schedules.LogLinear()
+    noise, move_fn = noise_schedules.LogLinear(), oracles.dense_move(score_fn)
     sample = jax.jit(
-        lambda key, given, num_steps: samplers.sample(key, score_fn, graph, noise, given, num_steps, sampler="euler")
+        lambda key, given, num_steps: samplers.sample(key, move_fn, graph, noise, given, num_steps, sampler="euler")
     )
     steps = jax.jit(
         lambda key, given, xt, start, stop: samplers.reverse_steps(
-            key, score_fn, graph, noise, given, xt, start, stop, 16, sampler="euler"
+            key, move_fn, graph, noise, given, xt, start, stop, 16, sampler="euler"
         )
     )
     return graph, sample, steps, traces
@@ -285,7 +300,7 @@ def test_the_network_always_sees_given_tokens_clean(kind):
         jax.debug.callback(lambda xt: seen.append(np.asarray(xt)), xt)
         return jnp.where(xt[..., None] == jnp.arange(graph.num_states)[None, None], 1.0, 0.5)
 
-    samplers.sample(jax.random.key(0), score_fn, graph, noise, given, 4, sampler="tweedie")
+    samplers.sample(jax.random.key(0), oracles.dense_move(score_fn), graph, noise, given, 4, sampler="tweedie")
     jax.effects_barrier()
     assert len(seen) == 5
     for xt in seen:
@@ -295,8 +310,8 @@ def test_the_network_always_sees_given_tokens_clean(kind):
 def test_infilling_with_the_exact_score_follows_the_conditional_law():
     graph, noise = PROBLEMS["absorb"]
     given = samplers.Given(jnp.full((20_000, 2), 3), jnp.tile(jnp.array([[True, False]]), (20_000, 1)))
-    score_fn = oracles.exact_score_fn(graph, P0[2])
-    sample = jax.jit(lambda key: samplers.sample(key, score_fn, graph, noise, given, 8, sampler="tweedie"))
+    move_fn = oracles.dense_move(oracles.exact_score_fn(graph, P0[2]))
+    sample = jax.jit(lambda key: samplers.sample(key, move_fn, graph, noise, given, 8, sampler="tweedie"))
     counts = np.bincount(sample(jax.random.key(0))[:, 1], minlength=5)
     assert oracles.chi_square_p(counts, P0[2][3] / P0[2][3].sum()) > 1e-4
 
@@ -316,9 +331,7 @@ def test_weights_are_finite_and_drawable_at_full_vocabulary(kind, noise, sampler
         if kind == "absorb":
             score = score / (n * jnp.expm1(noise.sigma(t))[:, None, None])
         score = jnp.where(xt[..., None] == jnp.arange(graph.num_states)[None, None], 1.0, score)
-        if sampler == "denoise":
-            return graph.denoise_weights(score, xt, noise.sigma(t))
-        return samplers.SAMPLERS[sampler](graph, noise, score, xt, jnp.maximum(t, dt), dt)
+        return dense_weights(sampler, graph, noise, score, xt, jnp.maximum(t, dt), dt)
 
     log_score = jax.random.normal(jax.random.key(0), (len(t), 2, graph.num_states))
     for dt in (1e-3, 1 / 8):

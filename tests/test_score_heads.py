@@ -1,13 +1,11 @@
 """The streamed score head equals the dense one in value and gradient, in one block or several."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax import graphs, networks, score_heads
+from sedd_jax import graphs, networks, score_heads, tiles
 
 BATCH, LENGTH, WIDTH = 3, 12, 16
 SIGMA = jnp.array([1e-3, 0.7, 6.0])
@@ -43,16 +41,38 @@ def value_and_gradients(summarize, params, features):
     return summary, gradients
 
 
-@pytest.mark.parametrize("blocks", [1, 4, 12])
-def test_streamed_equals_dense(head, blocks, monkeypatch):
+def dense(config, xt, x0, is_needed):
+    """The same summary from the whole array."""
+
+    def summarize(params, features):
+        summary = graphs.summarize(score_heads.log_score(config, params, features, xt, SIGMA), xt, x0)
+        return jax.tree.map(lambda x: jnp.where(is_needed, x, 0.0), summary)
+
+    return summarize
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several chunks of positions and blocks of states, the last of both incomplete."""
+    monkeypatch.setattr(tiles, "chunk_size", lambda num_positions, most: 5)
+    monkeypatch.setattr(score_heads, "TILE_LOGITS", dict.fromkeys(score_heads.TILE_LOGITS, 1))
+
+
+@pytest.mark.parametrize("needed", ["none", "one", "some", "all"])
+@pytest.mark.parametrize("tiles", ["one tile", "many"])
+def test_streamed_equals_dense(head, needed, tiles, request):
+    if tiles == "many":
+        request.getfixturevalue("small_tiles")
     config, params, features, xt, x0 = head
-    monkeypatch.setattr(score_heads, "MAX_LOGITS", BATCH * LENGTH * config.padded_states // blocks)
-    assert score_heads._num_blocks(LENGTH, BATCH * config.padded_states) == blocks
-    dense = lambda params, features: graphs.summarize(
-        score_heads.log_score(config, params, features, xt, SIGMA), xt, x0
-    )
-    streamed = lambda params, features: score_heads.summarize(config, params, features, xt, x0, SIGMA)
-    expected, ours = value_and_gradients(dense, params, features), value_and_gradients(streamed, params, features)
+    is_needed = {
+        "none": jnp.zeros(xt.shape, bool),
+        "one": jnp.zeros(xt.shape, bool).at[1, 7].set(True),
+        "some": jax.random.bernoulli(jax.random.key(5), 0.4, xt.shape),
+        "all": jnp.ones(xt.shape, bool),
+    }[needed]
+    streamed = lambda params, features: score_heads.summarize(config, params, features, xt, x0, SIGMA, is_needed)
+    expected = value_and_gradients(dense(config, xt, x0, is_needed), params, features)
+    ours = value_and_gradients(streamed, params, features)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, expected)
 
 
@@ -61,7 +81,8 @@ def test_padding_never_leaks(head):
     config, params, features, xt, x0 = head
     n = config.num_states
     other = {name: x.at[..., n:].set(37.0) for name, x in params.items()}
-    streamed = lambda params, features: score_heads.summarize(config, params, features, xt, x0, SIGMA)
+    everywhere = jnp.ones(xt.shape, bool)
+    streamed = lambda params, features: score_heads.summarize(config, params, features, xt, x0, SIGMA, everywhere)
     expected, ours = value_and_gradients(streamed, params, features), value_and_gradients(streamed, other, features)
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
     assert all(not gradient[..., n:].any() for gradient in ours[1][0].values())
@@ -86,35 +107,3 @@ def test_logits_accumulate_in_float32_from_bfloat16():
     z = score_heads.logits({"head_kernel": kernel, "head_bias": jnp.zeros(128)}, features)
     assert z.dtype == jnp.float32
     np.testing.assert_allclose(z, 1024 + 8, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("length", "per_position", "blocks"),
-    [(1024, 128, 1), (1024, 1 << 26, 1024), (1024, 1 << 18, 4), (7, 1 << 25, 7), (1000, 1 << 17, 2), (1, 1 << 30, 1)],
-)
-def test_blocks_divide_the_length_and_fit(length, per_position, blocks):
-    assert score_heads._num_blocks(length, per_position) == blocks
-    assert length % blocks == 0
-
-
-def test_blocks_bound_memory(head):
-    """No array over vocabulary and length exists when the head runs in blocks."""
-    config = dataclasses.replace(head[0], num_states=50_258)
-    shape = (1, 1024)
-    params = {
-        "head_kernel": jax.ShapeDtypeStruct((WIDTH, config.padded_states), jnp.float32),
-        "head_bias": jax.ShapeDtypeStruct((config.padded_states,), jnp.float32),
-    }
-    loss = lambda params, features, xt, sigma: sum(
-        x.sum() for x in score_heads.summarize(config, params, features, xt, xt, sigma)
-    )
-    arguments = (
-        params,
-        jax.ShapeDtypeStruct((*shape, WIDTH), jnp.float32),
-        jax.ShapeDtypeStruct(shape, jnp.int32),
-        jax.ShapeDtypeStruct((1,), jnp.float32),
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score_heads, "MAX_LOGITS", 1 << 22)
-        memory = jax.jit(jax.grad(loss)).lower(*arguments).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 1024 * config.padded_states * 4 / 2

@@ -38,7 +38,7 @@ def batch():
 
 def loss(params, x0, xt, t):
     summary_fn = lambda xt, x0, sigma: score_heads.summarize(
-        CONFIG, params, networks.apply(CONFIG, params, xt, sigma), xt, x0, sigma
+        CONFIG, params, networks.apply(CONFIG, params, xt, sigma), xt, x0, sigma, GRAPH.is_noise(xt)
     )
     return losses.bounds(summary_fn, GRAPH, noise_schedules.LogLinear(), x0, xt, t).score_entropy.mean()
 

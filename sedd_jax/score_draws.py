@@ -1,0 +1,219 @@
+"""Drawing the next token of every position that may move, from features, without an array over the vocabulary.
+
+The score is summed over blocks of states. One draw decides between staying and the blocks; where it leaves, a second
+one, over the states of that block alone, decides the token. Both are `categoricals.draw`, so both are precise.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sedd_jax import categoricals, graphs, networks, score_heads, sharding, tiles
+
+BLOCK_STATES = 2048
+# Positions whose states are drawn at once: few move in a step.
+DRAWN_ROWS = 16
+
+
+def draw(
+    key: Key[Array, ""],
+    config: networks.NetworkConfig,
+    params: networks.Params,
+    features: Float[Array, "B L D"],
+    xt: Int[Array, "B L"],
+    sigma: Float[Array, "B"],
+    is_movable: Bool[Array, "B L"],
+    jump_fn: Callable[[Float[Array, "B L"]], graphs.Jump],
+) -> Int[Array, "B L"]:
+    """Draws the next state of every position where `is_movable`; the others keep theirs.
+
+    The same law as `categoricals.draw` of `jump_fn(total).weights(score, xt)`; the head runs at movable positions only.
+
+    Args:
+        key: of this step.
+        config: sizes of the network.
+        params: its parameters.
+        features: its output.
+        xt: current states.
+        sigma: total noise of each sequence.
+        is_movable: where the state may change.
+        jump_fn: from the sum of the score over all y != xt to the law of the step.
+    """
+    blocks = functools.partial(_over_head, config, params, features, xt, sigma, is_movable)
+    key_block, key_state = jax.random.split(key)
+    plain = graphs.Jump(stay=jnp.zeros(xt.shape), slope=jnp.ones(xt.shape))
+    sums = blocks(_block_sums, plain)
+    jump = jump_fn(sums.sum(-1))
+    # With an offset, weights clipped at 0 are no multiple of the score: another pass sums them.
+    sums = jump.slope[..., None] * sums if jump.offset is None else blocks(_block_sums, jump)
+    options = jnp.concatenate([sums, jump.stay[..., None]], axis=-1)
+    stays = sums.shape[-1]
+    block = jnp.where(is_movable, categoricals.draw(key_block, options), stays)
+    return blocks(_draw_states, jump, jax.random.key_data(_position_keys(key_state, xt)), block)
+
+
+def draw_published(
+    key: Key[Array, ""],
+    config: networks.NetworkConfig,
+    params: networks.Params,
+    features: Float[Array, "B L D"],
+    xt: Int[Array, "B L"],
+    sigma: Float[Array, "B"],
+    is_movable: Bool[Array, "B L"],
+    jump_fn: Callable[[Float[Array, "B L"]], graphs.Jump],
+) -> Int[Array, "B L"]:
+    """`draw` as the published PyTorch program does it, truncated noise included; for comparison only.
+
+    Every state runs a race of its own (`categoricals.race_published`), so this needs noise for all of them.
+    """
+    blocks = functools.partial(_over_head, config, params, features, xt, sigma, is_movable)
+    plain = graphs.Jump(stay=jnp.zeros(xt.shape), slope=jnp.ones(xt.shape))
+    jump = jump_fn(blocks(_block_sums, plain).sum(-1))
+    return blocks(_race, jump, jax.random.key_data(_position_keys(key, xt)))
+
+
+DRAWS = {"precise": draw, "published": draw_published}
+
+
+def _position_keys(key: Key[Array, ""], xt: Int[Array, "B L"]) -> Key[Array, "B L"]:
+    """A key for every position, whatever device it is on."""
+    places = jnp.arange(xt.size).reshape(xt.shape)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, places)
+
+
+def _over_head(
+    config: networks.NetworkConfig,
+    params: networks.Params,
+    features: Float[Array, "B L D"],
+    xt: Int[Array, "B L"],
+    sigma: Float[Array, "B"],
+    is_movable: Bool[Array, "B L"],
+    fn: Callable[..., Any],
+    *arrays: Any,
+) -> Any:
+    """Calls fn(vocabulary, features, xt, log_scale, is_movable, *arrays) for each device's positions and all states."""
+    log_scale = jnp.broadcast_to(score_heads.log_scale(config, sigma), xt.shape)
+    width = min(BLOCK_STATES, config.padded_states)
+
+    def run(kernel: Array, bias: Array, *arrays: Any) -> Any:
+        return fn(tiles.Vocabulary(kernel, bias, 0, config.num_states, width), *arrays)
+
+    tokens = PartitionSpec(sharding.mapped_axes(len(xt))[0])
+    inputs = (features, xt, log_scale, is_movable, *arrays)
+    specs = (PartitionSpec(), PartitionSpec(), *(tokens,) * len(inputs))
+    return sharding.per_device(run, specs, tokens)(
+        params["head_kernel"].astype(features.dtype), params["head_bias"], *inputs
+    )
+
+
+def _weights(
+    states: tiles.States,
+    features: Float[Array, "r D"],
+    xt: Int[Array, " r"],
+    log_scale: Float[Array, " r"],
+    slope: Float[Array, " r"],
+    offset: Float[Array, " r"] | None,
+) -> Float[Array, "r v"]:
+    """Weights of the states y != xt of a block, by `graphs.Jump`, and 0 for xt."""
+    weights = slope[:, None] * jnp.exp(states.logits(features) + log_scale[:, None])
+    if offset is not None:
+        weights = jnp.maximum(weights + offset[:, None], 0.0)
+    return jnp.where(states.other_than(xt), weights, 0.0)
+
+
+def _block_sums(
+    vocabulary: tiles.Vocabulary, features: Any, xt: Any, log_scale: Any, is_movable: Any, jump: graphs.Jump
+) -> Float[Array, "B L k"]:
+    """The sum of the weights over every block, 0 where nothing moves."""
+    rows = tiles.choose(is_movable, _chunk_size(is_movable))
+    inputs = _gather(rows, (features, xt, log_scale, jump.slope, jump.offset))
+
+    def visit_block(k: Int[Array, ""], sums: Float[Array, "n k"]) -> Float[Array, "n k"]:
+        states = vocabulary.block(k)
+
+        def visit(i: Int[Array, ""], sums: Float[Array, "n k"]) -> Float[Array, "n k"]:
+            weights = _weights(states, *_chunk(rows, inputs, i))
+            return jax.lax.dynamic_update_slice(sums, weights.sum(-1, keepdims=True), (i, k))
+
+        return rows.visit(visit, sums)
+
+    sums = jnp.zeros((len(rows.order), vocabulary.num_blocks))
+    return rows.scatter(jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, sums), xt.shape)
+
+
+def _draw_states(
+    vocabulary: tiles.Vocabulary,
+    features: Any,
+    xt: Any,
+    log_scale: Any,
+    is_movable: Any,
+    jump: graphs.Jump,
+    keys: Any,
+    block: Int[Array, "B L"],
+) -> Int[Array, "B L"]:
+    """Draws a state of the chosen block for every position that chose one."""
+    del is_movable  # Positions that stay have chosen no block.
+    inputs = (features, xt, log_scale, jump.slope, jump.offset)
+
+    def visit_block(k: Int[Array, ""], xt: Int[Array, "B L"]) -> Int[Array, "B L"]:
+        rows = tiles.choose(block == k, min(xt.size, DRAWN_ROWS))
+
+        def visit(i: Int[Array, ""], flat: Int[Array, " n"]) -> Int[Array, " n"]:
+            chunk = tiles.Rows(rows.chunk(rows.order, i), rows.count, rows.size)
+            states = vocabulary.block(k)
+            weights = _weights(states, *_gather(chunk, inputs))
+            row_keys = jax.random.wrap_key_data(chunk.gather(keys))
+            tokens = states.ids[jax.vmap(categoricals.draw)(row_keys, weights)]
+            return flat.at[chunk.order].set(tokens.astype(flat.dtype), mode="drop")
+
+        return rows.visit(visit, xt.reshape(-1)).reshape(xt.shape)
+
+    return jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, xt)
+
+
+def _race(
+    vocabulary: tiles.Vocabulary, features: Any, xt: Any, log_scale: Any, is_movable: Any, jump: graphs.Jump, keys: Any
+) -> Int[Array, "B L"]:
+    """The winner of the published race over all states."""
+    rows = tiles.choose(is_movable, _chunk_size(is_movable))
+    inputs = _gather(rows, (features, xt, log_scale, jump.slope, jump.offset))
+    stay, row_keys = rows.gather(jump.stay), rows.gather(keys)
+
+    def visit_block(k: Int[Array, ""], best: Any) -> Any:
+        states = vocabulary.block(k)
+
+        def visit(i: Int[Array, ""], best: Any) -> Any:
+            value, token = (rows.chunk(x, i) for x in best)
+            chunk = _chunk(rows, inputs, i)
+            weights = jnp.where(states.equal_to(chunk[1]), rows.chunk(stay, i)[:, None], _weights(states, *chunk))
+            block_keys = jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(rows.chunk(row_keys, i)), k)
+            race = jnp.where(
+                states.ids[None] >= 0, jax.vmap(categoricals.race_published)(block_keys, weights), -jnp.inf
+            )
+            winner = race.argmax(-1)
+            new = jnp.take_along_axis(race, winner[:, None], axis=-1)[:, 0]
+            better = (jnp.where(new > value, new, value), jnp.where(new > value, states.ids[winner], token))
+            return jax.tree.map(lambda x, y: tiles.put(x, y, i), best, better)
+
+        return rows.visit(visit, best)
+
+    start = (jnp.full(len(rows.order), -jnp.inf), jnp.zeros(len(rows.order), jnp.int32))
+    _, winners = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, start)
+    return jnp.where(is_movable, rows.scatter(winners, xt.shape), xt)
+
+
+def _chunk_size(is_movable: Bool[Array, "B L"]) -> int:
+    return tiles.chunk_size(is_movable.size, score_heads.TILE_ROWS[sharding.platform()])
+
+
+def _gather(rows: tiles.Rows, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    return jax.tree.map(rows.gather, arrays)
+
+
+def _chunk(rows: tiles.Rows, arrays: tuple[Any, ...], i: Int[Array, ""]) -> tuple[Any, ...]:
+    return jax.tree.map(lambda x: rows.chunk(x, i), arrays)

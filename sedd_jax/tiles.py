@@ -1,0 +1,110 @@
+"""Positions by states in tiles: the head's product, never whole.
+
+The states come in blocks of one width, the chosen positions as rows gathered to the front and visited in chunks, so a
+loop over both holds one tile of logits at a time and ends where the rows end.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class States(NamedTuple):
+    """A block of v states.
+
+    Attributes:
+        ids: which states; -1 for padding, and for those that the block before has had already.
+        start: where the block starts in the arrays of this device.
+        kernel: their columns of the head's kernel.
+        bias: their biases.
+    """
+
+    ids: Int[Array, " v"]
+    start: Int[Array, ""]
+    kernel: Float[Array, "D v"]
+    bias: Float[Array, " v"]
+
+    def logits(self, features: Float[Array, "r D"]) -> Float[Array, "r v"]:
+        return jnp.dot(features, self.kernel, preferred_element_type=jnp.float32) + self.bias[None]
+
+    def other_than(self, x: Int[Array, " r"]) -> Bool[Array, "r v"]:
+        return (self.ids >= 0)[None] & (self.ids[None] != x[:, None])
+
+    def equal_to(self, x: Int[Array, " r"]) -> Bool[Array, "r v"]:
+        return self.ids[None] == x[:, None]
+
+
+class Vocabulary(NamedTuple):
+    """One device's part of the head, in blocks of `width` states; the last block reaches back to be as wide."""
+
+    kernel: Float[Array, "D P"]
+    bias: Float[Array, " P"]
+    first: Int[Array, ""] | int
+    num_states: int
+    width: int
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-len(self.bias) // self.width)
+
+    def block(self, k: Int[Array, ""]) -> States:
+        start = jnp.minimum(k * self.width, len(self.bias) - self.width)
+        places = start + jnp.arange(self.width)
+        states = self.first + places
+        return States(
+            ids=jnp.where((places >= k * self.width) & (states < self.num_states), states, -1),
+            start=start,
+            kernel=jax.lax.dynamic_slice_in_dim(self.kernel, start, self.width, axis=1),
+            bias=jax.lax.dynamic_slice_in_dim(self.bias, start, self.width),
+        )
+
+
+class Rows(NamedTuple):
+    """Chosen positions of [B, L], gathered to the front, to be visited in chunks of `size`.
+
+    Attributes:
+        order: their places in the flattened array; out of range, so that nothing is read or written, after the last.
+        count: how many there are.
+        size: rows in a chunk.
+    """
+
+    order: Int[Array, " n"]
+    count: Int[Array, ""]
+    size: int
+
+    def gather(self, x: Array) -> Array:
+        """The chosen rows of [B, L, ...], zeros after the last."""
+        return x.reshape(-1, *x.shape[2:]).at[self.order].get(mode="fill", fill_value=0)
+
+    def scatter(self, rows: Array, shape: tuple[int, ...]) -> Array:
+        """[B, L, ...] with the rows in their places, zeros elsewhere."""
+        flat = jnp.zeros((shape[0] * shape[1], *rows.shape[1:]), rows.dtype)
+        return flat.at[self.order].set(rows, mode="drop").reshape(*shape, *rows.shape[1:])
+
+    def chunk(self, rows: Array, i: Int[Array, ""]) -> Array:
+        return jax.lax.dynamic_slice_in_dim(rows, i, self.size)
+
+    def visit(self, body: Callable[[Int[Array, ""], Any], Any], carry: Any) -> Any:
+        """Runs body(i, carry) for the start i of every chunk that holds a chosen row."""
+        # Counted in steps of 1: XLA of jaxlib 0.10 rounds the number of steps of any other down.
+        return jax.lax.fori_loop(0, -(-self.count // self.size), lambda n, carry: body(n * self.size, carry), carry)
+
+
+def choose(chosen: Bool[Array, "B L"], size: int) -> Rows:
+    """The chosen positions as rows, in chunks of `size`."""
+    padded = -(-chosen.size // size) * size
+    order = jnp.nonzero(chosen.reshape(-1), size=padded, fill_value=chosen.size)[0]
+    return Rows(order=order, count=chosen.sum(dtype=jnp.int32), size=size)
+
+
+def chunk_size(num_positions: int, most: int) -> int:
+    """An eighth of the positions, so that few rows of the last chunk go to waste, if that is at least 128."""
+    return min(num_positions, max(128, min(num_positions // 8, most)))
+
+
+def put(x: Array, new: Array, i: Int[Array, ""]) -> Array:
+    """x with `new` written over its rows from i on."""
+    return jax.lax.dynamic_update_slice_in_dim(x, new, i, axis=0)
