@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from sedd_jax import graphs, networks, noise_schedules, optimizers, samplers, score_draws, sharding
+from sedd_jax import attentions, graphs, networks, noise_schedules, optimizers, samplers, score_draws, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,12 @@ class Config:
 Nested = Mapping[str, Any] | ml_collections.ConfigDict
 
 # What a run may change when it resumes; all else decides what its parameters are.
-MAY_CHANGE = (r"training\.(num_steps|log_every|eval_\w+|sample_every|\w*checkpoint\w*)", r"sampling\..*", r"mesh\..*")
+MAY_CHANGE = (
+    r"training\.(num_steps|log_every|eval_\w+|sample_every|\w*checkpoint\w*)",
+    r"sampling\..*",
+    r"mesh\..*",
+    r"network\.(remat|attention)",
+)
 _DERIVED = "network.num_states"
 
 
@@ -216,6 +221,7 @@ def validate(config: Config) -> None:
     _validate_choice("noise.name", config.noise.name, noise_schedules.SCHEDULES)
     _validate_choice("sampling.sampler", config.sampling.sampler, samplers.SAMPLERS)
     _validate_choice("sampling.draw", config.sampling.draw, score_draws.DRAWS)
+    _validate_choice("network.attention", config.network.attention, ("auto", *attentions.ATTENTIONS))
     _validate_choice("network.dtype", config.network.dtype, ("float32", "bfloat16"))
     for name, value in flatten(to_dict(config)).items():
         at_least = 0 if re.search(r"eval_every|sample_every|seed|warmup", name) else 1

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from sedd_jax import sharding
+from sedd_jax import attentions, sharding
 
 Params = dict[str, Any]
 VOCAB_MULTIPLE = 128
@@ -34,6 +34,7 @@ class NetworkConfig:
         scale_by_sigma: whether the head's output is divided by (e^sigma - 1) N (absorbing graph only).
         dtype: dtype of the matrix products, "float32" or "bfloat16"; everything else is float32.
         remat: whether the backward pass recomputes each block instead of storing it.
+        attention: auto (the fastest that the platform has), plain, cudnn (NVIDIA) or splash (TPU).
     """
 
     num_states: int
@@ -46,6 +47,7 @@ class NetworkConfig:
     scale_by_sigma: bool = True
     dtype: str = "bfloat16"
     remat: bool = False
+    attention: str = "auto"
 
     @property
     def padded_states(self) -> int:
@@ -94,7 +96,7 @@ class ScoreNetwork(nn.Module):
         x = sharding.constrain(sharding.replicate(embedding)[xt], "batch", None, None)
         condition = nn.silu(SigmaEmbedding(config.cond_dim, name="sigma_embedding")(sigma))
         keys = None if dropout_key is None or config.dropout == 0 else jax.random.split(dropout_key, config.num_layers)
-        block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+        block = nn.remat(Block, prevent_cse=True) if config.remat else Block
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -145,7 +147,7 @@ class Block(nn.Module):
 
         h = _layer_norm(self, "attention_norm", x) * (1 + scale_attention) + shift_attention
         qkv = _dense(3 * config.hidden_size, config.hidden_size, config.dtype, "qkv", use_bias=False)(h)
-        h = attend(qkv, config.num_heads)
+        h = attentions.attend(qkv, config.num_heads, config.attention)
         h = _dense(config.hidden_size, config.hidden_size, config.dtype, "attention_out", use_bias=False)(h)
         x = x + gate_attention * _dropout(key_attention, config.dropout, h)
 
@@ -155,30 +157,6 @@ class Block(nn.Module):
         h = _dense(config.hidden_size, config.mlp_ratio * config.hidden_size, config.dtype, "mlp_out")(h)
         x = x + gate_mlp * _dropout(key_mlp, config.dropout, h)
         return sharding.constrain(x, "batch", None, None), None
-
-
-def attend(qkv: Float[Array, "B L Q"], num_heads: int) -> Float[Array, "B L D"]:
-    """Full attention with rotary positions on queries and keys; the softmax is float32.
-
-    The products are laid out as [B, H, L, K], which XLA's CPU backend multiplies several times faster than [B, L, H,
-    K].
-    """
-    batch, length, width = qkv.shape
-    qkv = qkv.reshape(batch, length, 3, num_heads, width // (3 * num_heads)).transpose(2, 0, 3, 1, 4)
-    q_BHLK, k_BHLK, v_BHLK = rotate(qkv[0]), rotate(qkv[1]), qkv[2]
-    scores = jnp.einsum("bhqk,bhsk->bhqs", q_BHLK, k_BHLK, preferred_element_type=jnp.float32)
-    probs = jax.nn.softmax(scores / math.sqrt(q_BHLK.shape[-1]), axis=-1).astype(qkv.dtype)
-    return jnp.einsum("bhqs,bhsk->bhqk", probs, v_BHLK).transpose(0, 2, 1, 3).reshape(batch, length, width // 3)
-
-
-def rotate(x: Float[Array, "B H L K"]) -> Float[Array, "B H L K"]:
-    """Rotary positions (Su et al. 2021), pairing feature j with j + K/2, base 10000."""
-    length, size = x.shape[-2:]
-    inverse_frequency = 1.0 / (10_000 ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size))
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * inverse_frequency[None]
-    cos, sin = jnp.cos(angles).astype(x.dtype)[None, None], jnp.sin(angles).astype(x.dtype)[None, None]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def init(key: PRNGKeyArray, config: NetworkConfig) -> Params:
@@ -255,4 +233,4 @@ def _dropout(key: Key[Array, ""] | None, rate: float, x: Float[Array, "B L D"]) 
 
 def _scan_unroll(config: NetworkConfig) -> int:
     # XLA's CPU backend runs a scan's body a third slower than the same layers unrolled.
-    return config.num_layers if jax.default_backend() == "cpu" else 1
+    return config.num_layers if sharding.platform() == "cpu" else 1

@@ -124,6 +124,11 @@ def mapped_axes(batch_size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return () if batch_size % num_batch_devices() else BATCH_AXES, ("tensor",)
 
 
+def axis_size(axes: tuple[str, ...]) -> int:
+    """Devices along axes of the current mesh together."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+
+
 def per_device(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """fn on each device's part of its arguments, free to name axes of the current mesh; without a mesh, fn itself."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -132,5 +137,6 @@ def per_device(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callabl
 
 
 def platform() -> str:
-    """What the program is compiled for: cpu, gpu or tpu."""
-    return jax.default_backend()
+    """What the program is compiled for, cpu, gpu or tpu: the current mesh's, which need not be this machine's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "sedd_jax"
 FLOORS = (
-    ("accelerators", "categoricals", "graphs", "noise_schedules", "sharding", "tiles"),
+    ("accelerators", "attentions", "categoricals", "graphs", "noise_schedules", "sharding", "tiles"),
     ("networks", "score_draws", "score_heads"),
     (
         "corpora",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax import networks, score_heads
+from sedd_jax import attentions, networks, score_heads
 
 TINY = networks.NetworkConfig(
     num_states=30, hidden_size=32, num_layers=3, num_heads=2, cond_dim=16, dropout=0.0, dtype="float32"
@@ -51,14 +51,14 @@ def recorded_activations(name: str) -> dict[str, jax.Array]:
                 }
         published = {"modulation": "adaLN_modulation", "qkv": "attn_qkv", "attention_out": "attn_out", "mlp_out": "mlp"}
         activations |= {f"act.blocks.0.{theirs}": parts[ours] for ours, theirs in published.items()}
-        activations["act.blocks.0.attention"] = networks.attend(parts["qkv"], config.num_heads)
+        activations["act.blocks.0.attention"] = attentions.attend(parts["qkv"], config.num_heads, "plain")
         features = networks.apply(config, params, xt, sigma)
         activations["act.output_layer"] = score_heads.logits(params, features)[..., : config.num_states]
         activations["log_score"] = goldens.log_score(name, params, xt, sigma)
         # A vector of ones in its first half comes out of the rotation as the cosines and the sines.
         half = config.head_size // 2
-        ones = jnp.broadcast_to(jnp.arange(config.head_size) < half, (1, 1, xt.shape[1], config.head_size))
-        cos, sin = jnp.split(networks.rotate(ones.astype(jnp.float32))[0, 0], 2, axis=-1)
+        ones = jnp.broadcast_to(jnp.arange(config.head_size) < half, (1, xt.shape[1], 1, config.head_size))
+        cos, sin = jnp.split(attentions.rotate(ones.astype(jnp.float32))[0, :, 0], 2, axis=-1)
         return activations | {"rotary.cos": jnp.tile(cos, (1, 2)), "rotary.sin": jnp.tile(sin, (1, 2))}
 
     return compute(jnp.asarray(arrays["x"]), jnp.asarray(arrays["sigma"]))
@@ -185,15 +185,6 @@ def test_layers_and_branches_drop_independently(fresh, monkeypatch):
     features = jax.jit(lambda key: networks.apply(config, params, xt, jnp.ones((1,)), key))(jax.random.key(5))
     # 0 to 6 of the branches; were layers, or the branches of a layer, dropped together, at most 4 counts would occur.
     assert max(len(np.unique(np.round(row, 3))) for row in np.asarray(features[0])) > 5
-
-
-def test_rotary_scores_depend_on_distance_alone():
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    at_every_position = lambda x: networks.rotate(jnp.tile(x, (1, 1, 20, 1)))[0, 0]
-    scores = np.asarray(at_every_position(q) @ at_every_position(k).T)
-    for distance in (0, 3, 9):
-        diagonal = np.diagonal(scores, distance)
-        np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-5)
 
 
 def test_flops_of_the_published_small_network():
