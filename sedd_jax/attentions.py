@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -19,6 +20,8 @@ from sedd_jax import sharding
 # Scores (sequences x heads x L x L) that `plain` holds at once: on a CPU what its caches hold.
 BLOCK_SCORES = {"cpu": 1 << 21, "gpu": 1 << 30, "tpu": 1 << 30}
 TPU_LANES = 128
+# What rematerialisation may keep of attention, by `jax.checkpoint_policies.save_only_these_names`.
+RESIDUALS = "attention"
 
 
 def attend(qkv: Float[Array, "B L Q"], num_heads: int, implementation: str) -> Float[Array, "B L D"]:
@@ -94,6 +97,7 @@ def splash(
     kernel = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([splash_attention.FullMask((length, length))] * num_heads),
         block_sizes=splash_attention.BlockSizes(*(block,) * 8),
+        residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
     heads_first = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
@@ -120,7 +124,7 @@ def plain(q: Float[Array, "B L H K"], k: Float[Array, "B L H K"], v: Float[Array
 
 
 def _plain_forward(q: Any, k: Any, v: Any) -> tuple[Any, Any]:
-    out, logsumexp = _by_blocks(_attend_block, q, k, v)
+    out, logsumexp = checkpoint_name(_by_blocks(_attend_block, q, k, v), RESIDUALS)
     return out, (q, k, v, out, logsumexp)
 
 

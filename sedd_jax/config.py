@@ -221,6 +221,8 @@ def validate(config: Config) -> None:
     _validate_choice("noise.name", config.noise.name, noise_schedules.SCHEDULES)
     _validate_choice("sampling.sampler", config.sampling.sampler, samplers.SAMPLERS)
     _validate_choice("sampling.draw", config.sampling.draw, score_draws.DRAWS)
+    _validate_choice("network.remat", config.network.remat, ("none", *networks.REMAT_POLICIES))
+    _validate_choice("network.dropout_generator", config.network.dropout_generator, ("threefry", "rbg"))
     _validate_choice("network.attention", config.network.attention, ("auto", *attentions.ATTENTIONS))
     _validate_choice("network.dtype", config.network.dtype, ("float32", "bfloat16"))
     for name, value in flatten(to_dict(config)).items():

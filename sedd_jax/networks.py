@@ -17,6 +17,13 @@ from sedd_jax import attentions, sharding
 
 Params = dict[str, Any]
 VOCAB_MULTIPLE = 128
+_policies = jax.checkpoint_policies
+REMAT_POLICIES = {
+    "elementwise": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(attentions.RESIDUALS)
+    ),
+    "blocks": _policies.nothing_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +38,11 @@ class NetworkConfig:
         cond_dim: width of the embedding of sigma.
         mlp_ratio: width of the MLP over hidden_size.
         dropout: probability of dropping a branch's output, while training.
+        dropout_generator: threefry (the same on every mesh), or rbg (cheaper, but another on another mesh).
         scale_by_sigma: whether the head's output is divided by (e^sigma - 1) N (absorbing graph only).
         dtype: dtype of the matrix products, "float32" or "bfloat16"; everything else is float32.
-        remat: whether the backward pass recomputes each block instead of storing it.
+        remat: what the backward pass computes again instead of keeping it: none, all but matrix products (elementwise),
+            or everything between blocks (blocks).
         attention: auto (the fastest that the platform has), plain, cudnn (NVIDIA) or splash (TPU).
     """
 
@@ -44,9 +53,10 @@ class NetworkConfig:
     cond_dim: int = 128
     mlp_ratio: int = 4
     dropout: float = 0.1
+    dropout_generator: str = "threefry"
     scale_by_sigma: bool = True
     dtype: str = "bfloat16"
-    remat: bool = False
+    remat: str = "elementwise"
     attention: str = "auto"
 
     @property
@@ -95,8 +105,12 @@ class ScoreNetwork(nn.Module):
         # A gather from a table sharded on its features makes XLA rematerialise the result: gather the table first.
         x = sharding.constrain(sharding.replicate(embedding)[xt], "batch", None, None)
         condition = nn.silu(SigmaEmbedding(config.cond_dim, name="sigma_embedding")(sigma))
-        keys = None if dropout_key is None or config.dropout == 0 else jax.random.split(dropout_key, config.num_layers)
-        block = nn.remat(Block, prevent_cse=True) if config.remat else Block
+        keys = None
+        if dropout_key is not None and config.dropout > 0:
+            keys = jax.random.split(_generator_key(dropout_key, config.dropout_generator), config.num_layers)
+        block = Block
+        if config.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -223,6 +237,13 @@ def _normalize_backward(residuals: Any, gradient: Float[Array, "B L D"]) -> tupl
 normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
+def _generator_key(key: Key[Array, ""], generator: str) -> Key[Array, ""]:
+    """A key of the named generator, from a threefry key."""
+    if generator == "threefry":
+        return key
+    return jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl=generator)
+
+
 def _dropout(key: Key[Array, ""] | None, rate: float, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     """Inverted dropout, back in float32 for the residual stream."""
     x = x.astype(jnp.float32)
@@ -232,5 +253,5 @@ def _dropout(key: Key[Array, ""] | None, rate: float, x: Float[Array, "B L D"]) 
 
 
 def _scan_unroll(config: NetworkConfig) -> int:
-    # XLA's CPU backend runs a scan's body a third slower than the same layers unrolled.
-    return config.num_layers if sharding.platform() == "cpu" else 1
+    # XLA's CPU backend runs a scan's body slower than the same layers unrolled, and unrolled it recomputes nothing.
+    return config.num_layers if sharding.platform() == "cpu" and config.remat == "none" else 1

@@ -104,14 +104,35 @@ def assert_close(ours, expected, tolerance=1e-4):
     jax.tree.map(close, ours, expected)
 
 
-def test_remat_changes_nothing(tiny, reference):
-    assert_close(value_and_gradient(dataclasses.replace(TINY, remat=True), *tiny), reference)
+@pytest.mark.parametrize("remat", ["none", "blocks"])
+def test_remat_changes_nothing(tiny, reference, remat):
+    assert TINY.remat == "elementwise"
+    assert_close(value_and_gradient(dataclasses.replace(TINY, remat=remat), *tiny), reference)
+
+
+def test_remat_keeps_less(tiny):
+    """What one block hands from the forward to the backward pass, in numbers per token."""
+    params, xt, sigma = tiny
+
+    def kept(remat):
+        config = dataclasses.replace(TINY, remat=remat)
+        monitored = lambda params: networks.apply(config, params, xt, sigma).sum()
+        backward = jax.eval_shape(lambda params: jax.vjp(monitored, params)[1], params)
+        per_layer = [leaf for leaf in jax.tree.leaves(backward) if leaf.shape[:2] == (TINY.num_layers, len(xt))]
+        return sum(leaf.size for leaf in per_layer) / (TINY.num_layers * xt.size * TINY.hidden_size)
+
+    assert kept("blocks") == 1
+    # The stream, qkv, attention and its sums, four products of the MLP's width or D; modulation once a sequence.
+    sums, modulation = TINY.num_heads / TINY.hidden_size, 6 / xt.shape[1]
+    assert kept("elementwise") == pytest.approx(1 + 3 + 1 + sums + 1 + TINY.mlp_ratio + 1 + modulation)
+    assert kept("none") > 2 * kept("elementwise")
 
 
 def test_rolled_scan_equals_unrolled(tiny, reference, monkeypatch):
-    assert networks._scan_unroll(TINY) == TINY.num_layers
+    config = dataclasses.replace(TINY, remat="none")
+    assert networks._scan_unroll(config) == TINY.num_layers
     monkeypatch.setattr(networks, "_scan_unroll", lambda config: 1)
-    assert_close(value_and_gradient(TINY, *tiny), reference)
+    assert_close(value_and_gradient(config, *tiny), reference)
 
 
 def test_bfloat16_is_close(tiny, reference):
@@ -173,6 +194,18 @@ def test_dropout_has_its_rate_and_keeps_the_mean():
     assert np.mean(np.asarray(x) == 0) == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 1e5))
     np.testing.assert_allclose(np.unique(x), [0, 1 / 0.9], rtol=1e-6)
     assert networks._dropout(jax.random.key(1), 0.1, jnp.ones((1, 1, 8), jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_cheap_generator_drops_as_often(tiny, reference):
+    params, xt, sigma = tiny
+    config = dataclasses.replace(TINY, dropout=0.1, dropout_generator="rbg")
+    apply = jax.jit(lambda key: networks.apply(config, params, xt, sigma, key))
+    one, same, other = apply(jax.random.key(1)), apply(jax.random.key(1)), apply(jax.random.key(2))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 0.01
+    key = networks._generator_key(jax.random.key(0), "rbg")
+    dropped = np.mean(np.asarray(networks._dropout(key, 0.1, jnp.ones((100, 100, 10)))) == 0)
+    assert dropped == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 1e5))
 
 
 def test_layers_and_branches_drop_independently(fresh, monkeypatch):
