@@ -1,4 +1,4 @@
-"""The command line: `sedd train | eval | sample | convert`. Results go to stdout, everything else to stderr."""
+"""The command line: `sedd train | eval | sample | convert | bench`. Results go to stdout, everything else to stderr."""
 
 import importlib.util
 import json
@@ -55,31 +55,17 @@ def train(argv: list[str]) -> None:
 
     sedd train --config=configs/quickstart.py --workdir=runs/quickstart [--config.a.b=value ...]
     """
-    from ml_collections import config_flags
-
-    from sedd_jax import config as configs
-
     values = flags.FlagValues()
     flags.DEFINE_string(
         "workdir", None, "run directory, made if missing, resumed if it holds a run", flag_values=values
     )
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
-    path, partial, rest = _load_config(argv)
-    merged = configs.merge(partial)
-    if _asks_for_help(rest):
-        _print_help(train, values, ["--config=FILE  a configs/NAME.py; without one every field has the default below"])
-        fields = "\n".join(f"  --config.{name}={value!r}  {doc}" for name, value, doc in configs.describe(merged))
-        print(f"\nconfig fields{f' as {path} sets them' if path else ''}:\n{fields}")
+    given = _parse_config(train, values, argv, "workdir")
+    if given is None:
         return
-    for argument in rest:
-        if argument.lstrip("-").startswith("config."):
-            configs.check_field(argument.lstrip("-").removeprefix("config.").partition("=")[0], merged)
-    config_flags.DEFINE_config_dict("config", merged, flag_values=values, sys_argv=["sedd", *rest])
-    given = _parse(values, rest, "workdir")
-    config = configs.parse(given["config"])
     from sedd_jax import train as program
 
-    metrics = program.train(config, given["workdir"])
+    metrics = program.train(given["config"], given["workdir"])
     print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()))
     if given["json"]:
         print(json.dumps(metrics))
@@ -172,12 +158,67 @@ def convert(argv: list[str]) -> None:
         print(json.dumps({"from": str(given["from"]), "to": str(given["to"]), "done": done}))
 
 
+def bench(argv: list[str]) -> None:
+    """Time a training step and a sampling step of a config, alone or beside the published program.
+
+    sedd bench --config=configs/owt_small.py [--config.training.batch_size=1 ...] [--reference=DIR]
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_integer(
+        "vocab_size", None, "tokens, the mask left out; the tokenizer's if not given", flag_values=values
+    )
+    flags.DEFINE_integer("repeats", 5, "turns of each program", flag_values=values)
+    flags.DEFINE_string(
+        "reference", None, "a checkout of the published PyTorch program, timed by turns with ours", flag_values=values
+    )
+    flags.DEFINE_string(
+        "reference_python", sys.executable, "the interpreter with torch that runs it", flag_values=values
+    )
+    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    given = _parse_config(bench, values, argv)
+    if given is None:
+        return
+    as_json, reference = given.pop("json"), given.pop("reference")
+    from sedd_jax import benchmark as program
+
+    result = program.benchmark(**given, reference=pathlib.Path(reference) if reference else None)
+    print(program.table(result))
+    if as_json:
+        print(json.dumps(result))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
     "convert": convert,
+    "bench": bench,
 }
+
+
+def _parse_config(
+    command: Callable[[list[str]], None], values: flags.FlagValues, argv: list[str], *directories: str
+) -> dict[str, Any] | None:
+    """`_parse` for a command that takes a config, validated; None where help was asked for, which it prints."""
+    from ml_collections import config_flags
+
+    from sedd_jax import config as configs
+
+    path, partial, rest = _load_config(argv)
+    merged = configs.merge(partial)
+    if _asks_for_help(rest):
+        _print_help(
+            command, values, ["--config=FILE  a configs/NAME.py; without one every field has the default below"]
+        )
+        fields = "\n".join(f"  --config.{name}={value!r}  {doc}" for name, value, doc in configs.describe(merged))
+        print(f"\nconfig fields{f' as {path} sets them' if path else ''}:\n{fields}")
+        return None
+    for argument in rest:
+        if argument.lstrip("-").startswith("config."):
+            configs.check_field(argument.lstrip("-").removeprefix("config.").partition("=")[0], merged)
+    config_flags.DEFINE_config_dict("config", merged, flag_values=values, sys_argv=["sedd", *rest])
+    given = {name: value for name, value in _parse(values, rest, *directories).items() if "." not in name}
+    return given | {"config": configs.parse(given["config"])}
 
 
 def _load_config(argv: list[str]) -> tuple[str, Any, list[str]]:

@@ -119,7 +119,9 @@ def draw_samples(
     )
     key_limit, key_steps, key_denoise = jax.random.split(jax.random.key(seed), 3)
     xt = given.clamp(run.graph.sample_limit(key_limit, shape))
-    reverse_steps, denoise = _compiled(run.network, run.graph, run.noise, settings.sampler, settings.draw)
+    reverse_steps, denoise = make_sampling_fns(
+        run.network, run.graph, run.noise, sampler=settings.sampler, draw=settings.draw
+    )
     # A trajectory that is watched, or long, is taken in parts; keys depend on the step alone, so the text is the same.
     stride = max(1, num_steps // 64) if watch else num_steps
     for start in range(0, num_steps, stride):
@@ -193,8 +195,13 @@ def write_jsonl(samples: list[Sample], path: pathlib.Path) -> None:
 
 
 @functools.cache
-def _compiled(network: networks.NetworkConfig, graph: Any, noise: Any, sampler: str, draw: str) -> tuple[Any, Any]:
-    """Reverse steps and last step, compiled; their step numbers and keys are traced and do not recompile."""
+def make_sampling_fns(
+    network: networks.NetworkConfig, graph: Any, noise: Any, *, sampler: str, draw: str
+) -> tuple[Any, Any]:
+    """`reverse_steps(params, key, given, xt, start, stop, num_steps)` and `denoise(params, key, given, xt)`, jitted.
+
+    Step numbers and keys are traced and do not recompile.
+    """
 
     def move_fn(params: networks.Params) -> samplers.MoveFn:
         def move(key, xt, sigma, is_movable, jump_fn):

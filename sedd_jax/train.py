@@ -54,7 +54,7 @@ def train(config: configs.Config, workdir: pathlib.Path, *, stream: io.TextIOBas
         NonFiniteLossError: names the step and the newest checkpoint.
     """
     mesh = sharding.make_mesh(config.mesh)
-    _check_batch(config, mesh)
+    check_batch(config, mesh)
     run = runs.start(workdir, config)
     optimizer = optimizers.make_optimizer(config.optimizer)
     saved = checkpoints.Checkpoints(run.checkpoint_dir, keep=config.training.keep_checkpoints)
@@ -126,12 +126,18 @@ def initial_state(
     run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, saved: checkpoints.Checkpoints
 ) -> tuple[train_state.TrainState, int]:
     """The newest checkpoint, or a fresh state, laid out on the mesh; and its step."""
-    create = functools.partial(train_state.create, config=run.network, optimizer=optimizer)
-    key = jax.random.key(run.config.seed)
-    shardings = sharding.tree_shardings(mesh, jax.eval_shape(create, key))
-    state = jax.jit(create, out_shardings=shardings)(key)
+    state = make_state_fn(run, optimizer, mesh)(jax.random.key(run.config.seed))
     step = saved.latest_step()
     return (state, 0) if step is None else (saved.restore(step, state), step)
+
+
+def make_state_fn(
+    run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> Callable[[Any], train_state.TrainState]:
+    """`train_state.create(key)` compiled for the mesh."""
+    create = functools.partial(train_state.create, config=run.network, optimizer=optimizer)
+    shardings = sharding.tree_shardings(mesh, jax.eval_shape(create, jax.random.key(0)))
+    return jax.jit(create, out_shardings=shardings)
 
 
 def make_step_fn(
@@ -256,7 +262,8 @@ def _write_samples(run: runs.Run, params: Any, step: int) -> str:
     return text
 
 
-def _check_batch(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
+def check_batch(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError where the mesh does not divide the sequences of a micro-batch."""
     devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     per_micro_batch = config.training.batch_size // config.training.num_micro_batches
     if per_micro_batch % devices:
