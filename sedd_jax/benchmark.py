@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from sedd_jax import config as configs
+from sedd_jax import hosts
 
 KINDS = ("train", "sample")
 # Tokens of the tokenizers, masks left out; a corpus' own characters are taken to be 100.
@@ -124,7 +125,7 @@ def benchmark(
         commands["published"] = [reference_python, str(PUBLISHED), str(reference)]
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "machine": _machine(),
+        "machine": f"{os.cpu_count()} cores of {hosts.processor()}, {platform.system()}",
         "config": configs.to_dict(config),
         "vocab_size": vocab_size,
         "repeats": repeats,
@@ -257,15 +258,6 @@ def _flat(config: configs.Config, batch_size: int) -> dict[str, Any]:
         "length": config.data.length,
         "batch_size": batch_size,
     }
-
-
-def _machine() -> str:
-    """Processor, cores and system."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    return f"{os.cpu_count()} cores of {name}, {platform.system()}"
 
 
 def _busy_cores() -> float:

@@ -10,11 +10,15 @@ from typing import Any
 
 from absl import flags, logging
 
+from sedd_jax import hosts
+
 PACKAGE = pathlib.Path(__file__).parent
 
 
 def run() -> None:
     """Entry point of the console script."""
+    hosts.use_huge_pages()
+    hosts.keep_compiled_programs()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -124,7 +128,7 @@ def sample(argv: list[str]) -> None:
     from sedd_jax import generate as program
     from sedd_jax import terminals
 
-    with terminals.watcher(wants_watch) as watch:
+    with terminals.watcher(shows_text=wants_watch) as watch:
         samples = program.generate(**given, watch=watch)
     for drawn in samples:
         print(f"--- sample {drawn.index + 1} of {len(samples)}\n{drawn.text}")

@@ -5,16 +5,16 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from sedd_jax import config as configs
-from sedd_jax import networks, runs, samplers, score_draws, sharding
+from sedd_jax import networks, runs, samplers, score_draws, sharding, terminals
 
 _GAP = re.compile(r"\{\{|\}\}|\{(\d+)\}|\{[^{}]*\}?|\}")
 
@@ -99,7 +99,7 @@ def draw_samples(
     *,
     seed: int,
     step: int,
-    watch: Callable[[int, list[str]], None] | None = None,
+    watch: terminals.Watch | None = None,
 ) -> list[Sample]:
     """Draws texts that agree with the template, as one batch.
 
@@ -110,7 +110,8 @@ def draw_samples(
         settings: how many, and how; nfe is one more than its num_steps.
         seed: of everything random; the same seed draws the same texts.
         step: checkpoint step, only recorded.
-        watch: called with the number of steps taken and the texts so far, masks shown as `░`.
+        watch: called some 64 times, with the steps taken, all steps, and a function that makes the texts so far, masks
+            shown as `░`.
     """
     num_steps = settings.num_steps
     shape = (settings.num_samples, len(template.tokens))
@@ -122,16 +123,17 @@ def draw_samples(
     reverse_steps, denoise = make_sampling_fns(
         run.network, run.graph, run.noise, sampler=settings.sampler, draw=settings.draw
     )
-    # A trajectory that is watched, or long, is taken in parts; keys depend on the step alone, so the text is the same.
+    # A trajectory that is watched is taken in parts; keys depend on the step alone, so the text is the same.
     stride = max(1, num_steps // 64) if watch else num_steps
     for start in range(0, num_steps, stride):
         stop = min(start + stride, num_steps)
         xt = reverse_steps(params, key_steps, given, xt, start, stop, num_steps)
         if watch:
-            watch(stop, _texts(run, np.asarray(given.clamp(xt)), template.length))
+            shown = functools.partial(_texts, run, given.clamp(jax.block_until_ready(xt)), template.length)
+            watch(stop, num_steps + 1, shown)
     tokens = np.asarray(denoise(params, key_denoise, given, xt))
     if watch:
-        watch(num_steps + 1, _texts(run, tokens, template.length))
+        watch(num_steps + 1, num_steps + 1, functools.partial(_texts, run, tokens, template.length))
     rows = tokens[:, : template.length]
     return [
         Sample(
@@ -156,7 +158,7 @@ def generate(
     suffix: str = "",
     template: str = "",
     seed: int = 0,
-    watch: Callable[[int, list[str]], None] | None = None,
+    watch: terminals.Watch | None = None,
     **settings: Any,
 ) -> list[Sample]:
     """Draws texts from the newest checkpoint (its moving average) of a run.
@@ -235,8 +237,8 @@ def _assemble(run: runs.Run, parts: list[Int[np.ndarray, "..."] | int], shown: i
     return Template(tokens=tokens, is_given=is_given, length=total if shown is None else shown)
 
 
-def _texts(run: runs.Run, tokens: Int[np.ndarray, "B L"], length: int) -> list[str]:
-    return ["".join(_pieces(run, row)) for row in tokens[:, :length]]
+def _texts(run: runs.Run, tokens: Int[Array, "B L"] | Int[np.ndarray, "B L"], length: int) -> list[str]:
+    return ["".join(_pieces(run, row)) for row in np.asarray(tokens)[:, :length]]
 
 
 def _pieces(run: runs.Run, row: Int[np.ndarray, "L"]) -> Iterator[str]:

@@ -1,29 +1,57 @@
-"""Watching text being denoised in a terminal."""
+"""Watching text being denoised, in a terminal or a log."""
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
-Watch = Callable[[int, list[str]], None]
+# (steps taken, all of them, the texts so far)
+Watch = Callable[[int, int, Callable[[], list[str]]], None]
+SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextlib.contextmanager
-def watcher(wanted: bool) -> Iterator[Watch | None]:
-    """What `generate.draw_samples` calls as it goes: a picture redrawn in place, or lines without a terminal."""
-    if not wanted:
-        yield None
-    elif sys.stderr.isatty():
-        from rich import console, live, text
+def watcher(*, shows_text: bool) -> Iterator[Watch]:
+    """What `generate.draw_samples` calls as it goes, written to standard error.
 
-        screen = console.Console(stderr=True, highlight=False)
-        with live.Live(console=screen, auto_refresh=False, transient=True) as picture:
+    In a terminal a progress bar, or with `shows_text` the text redrawn in place; without one a line now and then, or
+    all texts every time.
+    """
+    if sys.stderr.isatty():
+        yield from _redrawn(shows_text)
+    elif shows_text:
+        yield lambda taken, _, texts: print(f"step {taken}\n" + "\n---\n".join(texts()), file=sys.stderr, flush=True)
+    else:
+        yield _line_now_and_then()
 
-            def redraw(taken: int, texts: list[str]) -> None:
-                frame = text.Text(f"step {taken}\n", style="dim")
-                for number, body in enumerate(texts, start=1):
+
+def _redrawn(shows_text: bool) -> Iterator[Watch]:
+    from rich import console, live, progress_bar, table, text
+
+    screen = console.Console(stderr=True, highlight=False)
+    with live.Live(console=screen, auto_refresh=False, transient=True) as picture:
+
+        def redraw(taken: int, total: int, texts: Callable[[], list[str]]) -> None:
+            frame = text.Text(f"step {taken} of {total}\n", style="dim")
+            if shows_text:
+                for number, body in enumerate(texts(), start=1):
                     frame.append(f"--- sample {number}\n", style="dim").append(body + "\n")
                 picture.update(frame, refresh=True)
+            else:
+                line = table.Table.grid(padding=(0, 1))
+                line.add_row(progress_bar.ProgressBar(total=total, completed=taken, width=40), frame)
+                picture.update(line, refresh=True)
 
-            yield redraw
-    else:
-        yield lambda taken, texts: print(f"step {taken}\n" + "\n---\n".join(texts), file=sys.stderr, flush=True)
+        yield redraw
+
+
+def _line_now_and_then() -> Watch:
+    last = time.monotonic()
+
+    def write(taken: int, total: int, texts: Callable[[], list[str]]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            print(f"step {taken} of {total}", file=sys.stderr, flush=True)
+
+    return write

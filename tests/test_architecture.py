@@ -15,6 +15,7 @@ FLOORS = (
         "benchmark_published",
         "categoricals",
         "graphs",
+        "hosts",
         "noise_schedules",
         "sharding",
         "tiles",

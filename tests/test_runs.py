@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from sedd_jax import checkpoints, cli, evaluate, generate, runs, train
+from sedd_jax import checkpoints, cli, evaluate, generate, runs, terminals, train
 from sedd_jax import config as configs
 
 ALPHABET = "abcdefgh"
@@ -286,6 +286,13 @@ def test_watch_shows_masks_turning_into_the_same_text(trained):
     assert all(frame.startswith("ab") for frame in frames)
     assert out.splitlines()[1] == frames[-1]
     assert out == call(*argv)[1]
+
+
+def test_long_sampling_reports_its_progress(trained, monkeypatch):
+    argv = ("sample", f"--workdir={trained[0]}", "--num_steps=4", "--num_samples=1")
+    assert call(*argv)[2] == ""
+    monkeypatch.setattr(terminals, "SECONDS_BETWEEN_LINES", 0.0)
+    assert call(*argv)[2].splitlines() == [f"step {taken} of 5" for taken in range(1, 6)]
 
 
 def test_braces_are_written_twice(trained):
