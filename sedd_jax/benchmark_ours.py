@@ -3,7 +3,6 @@
 Reads a job (a line of JSON), compiles, says so, and then for every line with a number takes that many steps.
 """
 
-import functools
 import json
 import pathlib
 import resource
@@ -67,13 +66,12 @@ def train_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[
     """Seconds to compile, and a function that takes one optimizer step on a batch of random tokens."""
     optimizer = optimizers.make_optimizer(run.config.optimizer)
     create = train.make_state_fn(run, optimizer, mesh)
-    key = jax.random.key(run.config.seed)
     shape = (run.config.training.batch_size, run.config.data.length)
     x0 = np.random.default_rng(0).integers(run.tokenizer.vocab_size, size=shape, dtype=np.int32)
-    step_fn = train.make_step_fn(run, optimizer, mesh, jax.eval_shape(create, key))
+    step_fn = train.make_step_fn(run, optimizer, mesh, jax.eval_shape(create))
     # Compiled before the state is made, so that peak memory is the step's.
-    compile_seconds, compiled = _compile(step_fn, jax.eval_shape(create, key), jax.ShapeDtypeStruct(shape, jnp.int32))
-    state = create(key)
+    compile_seconds, compiled = _compile(step_fn, jax.eval_shape(create), jax.ShapeDtypeStruct(shape, jnp.int32))
+    state = create()
 
     def step() -> Any:
         nonlocal state
@@ -86,9 +84,8 @@ def train_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[
 def sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[[], Any]]:
     """Seconds to compile, and a function that takes the step at t = 1/2 of a trajectory, half of the tokens noise."""
     settings = run.config.sampling
-    create = jax.jit(functools.partial(networks.init, config=run.network))
-    shardings = sharding.tree_shardings(mesh, jax.eval_shape(create, jax.random.key(0)))
-    params = jax.device_put(create(jax.random.key(run.config.seed)), shardings)
+    create = lambda: networks.init(jax.random.key(run.config.seed), run.network)
+    params = jax.jit(create, out_shardings=sharding.tree_shardings(mesh, jax.eval_shape(create)))()
     shape = (settings.num_samples, run.config.data.length)
     tokens = np.random.default_rng(0).integers(run.tokenizer.vocab_size, size=shape, dtype=np.int32)
     limit = run.graph.sample_limit(jax.random.key(0), shape)

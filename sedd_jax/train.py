@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from sedd_jax import (
     accelerators,
@@ -81,7 +81,6 @@ def train_step(
     *,
     run: runs.Run,
     optimizer: optax.GradientTransformation,
-    base_key: PRNGKeyArray,
 ) -> tuple[train_state.TrainState, Metrics]:
     """One optimizer step on a batch.
 
@@ -90,6 +89,7 @@ def train_step(
     token.
     """
     num_micro = run.config.training.num_micro_batches
+    base_key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
     key_times, key_micro = jax.random.split(jax.random.fold_in(base_key, state.step))
     t = losses.sample_times(key_times, x0.shape[0])
 
@@ -126,18 +126,20 @@ def initial_state(
     run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, saved: checkpoints.Checkpoints
 ) -> tuple[train_state.TrainState, int]:
     """The newest checkpoint, or a fresh state, laid out on the mesh; and its step."""
-    state = make_state_fn(run, optimizer, mesh)(jax.random.key(run.config.seed))
+    state = make_state_fn(run, optimizer, mesh)()
     step = saved.latest_step()
     return (state, 0) if step is None else (saved.restore(step, state), step)
 
 
 def make_state_fn(
     run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> Callable[[Any], train_state.TrainState]:
-    """`train_state.create(key)` compiled for the mesh."""
-    create = functools.partial(train_state.create, config=run.network, optimizer=optimizer)
-    shardings = sharding.tree_shardings(mesh, jax.eval_shape(create, jax.random.key(0)))
-    return jax.jit(create, out_shardings=shardings)
+) -> Callable[[], train_state.TrainState]:
+    """A function that makes the fresh state of a run, compiled for the mesh."""
+
+    def create() -> train_state.TrainState:
+        return train_state.create(jax.random.key(run.config.seed), run.network, optimizer)
+
+    return jax.jit(create, out_shardings=sharding.tree_shardings(mesh, jax.eval_shape(create)))
 
 
 def make_step_fn(
@@ -145,11 +147,8 @@ def make_step_fn(
 ) -> StepFn:
     """`train_step` compiled for the mesh, the state donated."""
     shardings = sharding.tree_shardings(mesh, state)
-    step = functools.partial(
-        train_step, run=run, optimizer=optimizer, base_key=jax.random.fold_in(jax.random.key(run.config.seed), 1)
-    )
     return jax.jit(
-        step,
+        functools.partial(train_step, run=run, optimizer=optimizer),
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, None),
         donate_argnums=0,
