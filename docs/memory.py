@@ -1,6 +1,6 @@
 """Draws docs/memory.png: what a training step of the small network needs on a TPU v5e chip, as compiled for four.
 
-pip install -e '.[tpu]' && python docs/memory.py     # no TPU needed; 5 minutes
+pip install -e '.[tpu-plan]' && python docs/memory.py     # no TPU needed; 5 minutes
 """
 
 import os
