@@ -178,7 +178,9 @@ def test_cudnn_on_a_gpu_equals_plain():
     run_python(ON_GPU)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu-plan]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu-plan]'"
+)
 def test_splash_compiles_for_a_tpu():
     # No TPU is asked for, and none is held against another process.
     run_python(FOR_TPU, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
