@@ -9,12 +9,11 @@ import pathlib
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from matplotlib import pyplot
 
 from sedd_jax import config as configs
-from sedd_jax import optimizers, runs, sharding, tokenizers, train
+from sedd_jax import runs, sharding, tokenizers, train
 
 SEQUENCES, GIB = 8, 2**30  # a device
 
@@ -24,11 +23,8 @@ def measure(vocab_size: int, length: int) -> dict[str, float]:
     config = configs.parse(configs.merge({"data": {"length": length}, "training": {"batch_size": 4 * SEQUENCES}}))
     run = runs.Run(workdir=pathlib.Path(), config=config, tokenizer=tokenizers.Ids(vocab_size=vocab_size))
     mesh = sharding.make_mesh(config.mesh, topologies.get_topology_desc("v5e:2x2", "tpu").devices)
-    with jax.set_mesh(mesh):
-        optimizer = optimizers.make_optimizer(config.optimizer)
-        state = jax.eval_shape(train.make_state_fn(run, optimizer, mesh))
-        batch = jax.ShapeDtypeStruct((4 * SEQUENCES, length), jnp.int32)
-        compiled = train.make_step_fn(run, optimizer, mesh, state).lower(state, batch).compile()
+    state, lowered = train.lower_step(run, mesh)
+    compiled = lowered.compile()
     memory = compiled.memory_analysis()
     weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params)) / GIB
     return {

@@ -21,11 +21,9 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from sedd_jax import config as configs
-from sedd_jax import hosts
+from sedd_jax import hosts, tokenizers
 
 KINDS = ("train", "sample")
-# Tokens of the tokenizers, masks left out; a corpus' own characters are taken to be 100.
-VOCAB_SIZES = {"gpt2": 50_257, "text8": 27, "wordpiece": 30_521, "characters": 100}
 PUBLISHED = pathlib.Path(__file__).with_name("benchmark_published.py")
 # Steps are taken until a turn is this long, so that starting and stopping the clock costs nothing beside it.
 SECONDS_PER_TURN = 1.0
@@ -115,7 +113,7 @@ def benchmark(
     Raises:
         ValueError: where a program cannot run, with its last line.
     """
-    vocab_size = vocab_size_of(config.data.tokenizer) if vocab_size is None else vocab_size
+    vocab_size = tokenizers.vocab_size_of(config.data.tokenizer) if vocab_size is None else vocab_size
     for name, value in (("repeats", repeats), ("vocab_size", vocab_size)):
         if value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
@@ -133,12 +131,6 @@ def benchmark(
     for kind in KINDS:
         result[kind] = _measure(kind, config, vocab_size, repeats, commands)
     return result
-
-
-def vocab_size_of(tokenizer: str) -> int:
-    """Tokens that a tokenizer will have, the mask left out, from its name alone."""
-    kind, _, argument = tokenizer.partition(":")
-    return int(argument) if kind == "ids" else VOCAB_SIZES[kind]
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `sedd train | eval | sample | convert | bench`. Results go to stdout, everything else to stderr."""
+"""The command line, `sedd COMMAND`. Results go to stdout, everything else to stderr."""
 
 import importlib.util
 import json
@@ -191,12 +191,41 @@ def bench(argv: list[str]) -> None:
         print(json.dumps(result))
 
 
+def plan(argv: list[str]) -> None:
+    """Compile a config's step for a TPU slice that is not here: does it fit, what does it cost.
+
+    sedd plan --config=configs/owt_small.py --topology=v5e:4x4 [--sample] [--config.a.b=value ...]
+    """
+    hosts.compile_for_others()
+    values = flags.FlagValues()
+    flags.DEFINE_string("topology", None, "generation and chips along each axis, such as v5e:4x4", flag_values=values)
+    flags.DEFINE_integer("num_slices", 1, "slices of that shape", flag_values=values)
+    flags.DEFINE_integer(
+        "vocab_size", None, "tokens, the mask left out; the tokenizer's if not given", flag_values=values
+    )
+    flags.DEFINE_bool("sample", False, "a sampling step instead of a training step", flag_values=values)
+    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    given = _parse_config(plan, values, argv)
+    if given is None:
+        return
+    if not given["topology"]:
+        raise flags.IllegalFlagValueError("--topology=NAME must be given, such as v5e:4x4")
+    as_json = given.pop("json")
+    from sedd_jax import plan as program
+
+    result = program.plan(**given)
+    print(program.table(result))
+    if as_json:
+        print(json.dumps(result))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
     "convert": convert,
     "bench": bench,
+    "plan": plan,
 }
 
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import sys
+from collections.abc import Iterator
 
 CPUINFO = pathlib.Path("/proc/cpuinfo")
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -35,6 +36,25 @@ def keep_compiled_programs() -> None:
     features = _cpuinfo("flags") or _cpuinfo("Features")
     kind = hashlib.sha256(f"{platform.machine()} {processor()} {features}".encode()).hexdigest()[:12]
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "sedd_jax" / kind))
+
+
+def compile_for_others() -> None:
+    """Keeps JAX from looking for a TPU here; to be called before it is imported."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Keeps what libraries write to standard error from below Python out of it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _cpuinfo(field: str) -> str:

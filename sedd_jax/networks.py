@@ -120,7 +120,7 @@ class ScoreNetwork(nn.Module):
             unroll=_scan_unroll(config),
         )
         x, _ = blocks(config, name="blocks")(x, condition, keys)
-        shift, scale = jnp.split(_modulation(2, config, "final_modulation")(condition)[:, None], 2, axis=-1)
+        shift, scale = jnp.split(_modulation(2, config, "final_modulation", condition), 2, axis=-1)
         x = _layer_norm(self, "final_norm", x) * (1 + scale) + shift
         # The head's weights live here with the others; `score_heads` applies them.
         self.param("head_kernel", nn.initializers.zeros, (config.hidden_size, config.padded_states))
@@ -139,8 +139,8 @@ class SigmaEmbedding(nn.Module):
         frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
         angles = sigma[:, None] * frequencies[None]
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        x = nn.silu(_dense(self.cond_dim, 2 * half, "float32", "in")(x))
-        return _dense(self.cond_dim, self.cond_dim, "float32", "out")(x)
+        x = nn.silu(_pinned(_dense(self.cond_dim, 2 * half, "float32", "in")(x)))
+        return _pinned(_dense(self.cond_dim, self.cond_dim, "float32", "out")(x))
 
 
 class Block(nn.Module):
@@ -154,7 +154,7 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B L D"], None]:
         config = self.config
         key_attention, key_mlp = (None, None) if key is None else jax.random.split(key)
-        modulation = _modulation(6, config, "modulation")(condition)[:, None]
+        modulation = _modulation(6, config, "modulation", condition)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = jnp.split(
             modulation, 6, axis=-1
         )
@@ -196,9 +196,15 @@ def _dense(features: int, fan_in: int, dtype: str, name: str, *, use_bias: bool 
     return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, bias_init=init, name=name)
 
 
-def _modulation(chunks: int, config: NetworkConfig, name: str) -> nn.Dense:
+def _modulation(chunks: int, config: NetworkConfig, name: str, condition: Float[Array, "B C"]) -> Float[Array, "B 1 E"]:
     zeros = nn.initializers.zeros
-    return nn.Dense(chunks * config.hidden_size, dtype=jnp.float32, kernel_init=zeros, bias_init=zeros, name=name)
+    dense = nn.Dense(chunks * config.hidden_size, dtype=jnp.float32, kernel_init=zeros, bias_init=zeros, name=name)
+    return _pinned(dense(condition))[:, None]
+
+
+def _pinned(x: Float[Array, "B C"]) -> Float[Array, "B C"]:
+    """Split by sequences only: a kernel that is split by columns would pull the gradient along, and its batch apart."""
+    return sharding.constrain(x, "batch", None)
 
 
 def _uniform_init(fan_in: int):

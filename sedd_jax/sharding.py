@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -64,7 +65,18 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"mesh {dict(zip(AXES, sizes, strict=True))} does not fill {len(devices)} devices: set mesh.data=-1 or "
             "change a size"
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    axis_types = (AxisType.Auto,) * 3
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=axis_types, devices=devices)
+    # Only gradients cross the slow network between slices: each holds whole copies of the model.
+    if shape[0] % num_slices:
+        raise ValueError(
+            f"mesh.data={shape[0]} must be divisible by the {num_slices} slices: make fsdp x tensor fit into one"
+        )
+    within = (shape[0] // num_slices, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (num_slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=axis_types)
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:

@@ -22,6 +22,9 @@ _GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 _END_OF_TEXT = "<|endoftext|>"
 _NUM_CODE_POINTS = 0x110000
 
+# Tokens of the tokenizers, masks left out; a corpus' own characters are taken to be 100.
+VOCAB_SIZES = {"gpt2": 50_257, "text8": 27, "wordpiece": 30_521, "characters": 100}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Characters:
@@ -238,6 +241,18 @@ def build(spec: str, documents: Callable[[], Iterable[str]]) -> Tokenizer:
     `characters` takes its alphabet, sorted, from `documents()`. Give those of every split: the set of characters is all
     that held-out text lends, and no evaluation then meets a character without an id. text8 is a space (0) and a to z.
     """
+    kind, argument = _parse(spec)
+    return _BUILDERS[kind](argument, documents)
+
+
+def vocab_size_of(spec: str) -> int:
+    """Tokens that a tokenizer will have, the mask left out, from its spec alone."""
+    kind, argument = _parse(spec)
+    return _ids(argument).vocab_size if kind == "ids" else VOCAB_SIZES[kind]
+
+
+def _parse(spec: str) -> tuple[str, str]:
+    """Kind and argument of a tokenizer's spec."""
     kind, colon, argument = spec.partition(":")
     if kind not in _BUILDERS:
         nearest = difflib.get_close_matches(kind, _BUILDERS, n=1)
@@ -245,7 +260,7 @@ def build(spec: str, documents: Callable[[], Iterable[str]]) -> Tokenizer:
         raise ValueError(f"tokenizer={spec!r} is of no known kind: {hint}give one of {', '.join(_FORMS)}")
     if bool(argument) not in _TAKES_ARGUMENT[kind] or bool(colon) != bool(argument):
         raise ValueError(f"tokenizer={spec!r} is not complete, or more than that: give one of {', '.join(_FORMS)}")
-    return _BUILDERS[kind](argument, documents)
+    return kind, argument
 
 
 def from_json(description: dict[str, Any]) -> Tokenizer:

@@ -155,6 +155,16 @@ def make_step_fn(
     )
 
 
+def lower_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[train_state.TrainState, jax.stages.Lowered]:
+    """The state's shapes, and `train_step` traced for the mesh's devices, which need not be here."""
+    optimizer = optimizers.make_optimizer(run.config.optimizer)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(make_state_fn(run, optimizer, mesh))
+        x0 = jax.ShapeDtypeStruct((run.config.training.batch_size, run.config.data.length), jnp.int32)
+        step_fn: Any = make_step_fn(run, optimizer, mesh, state)
+        return state, step_fn.lower(state, x0)
+
+
 def _loop(
     run: runs.Run,
     state: train_state.TrainState,

@@ -14,6 +14,7 @@ FLOORS = (
         "attentions",
         "benchmark_published",
         "categoricals",
+        "collectives",
         "graphs",
         "hosts",
         "noise_schedules",
@@ -31,7 +32,7 @@ FLOORS = (
         "torch_weights",
     ),
     ("batches", "checkpoints", "config", "curves", "runs", "terminals", "train_state"),
-    ("benchmark", "benchmark_ours", "convert", "evaluate", "generate", "train"),
+    ("benchmark", "benchmark_ours", "convert", "evaluate", "generate", "plan", "train"),
     ("cli",),
     ("__main__",),
 )

@@ -142,11 +142,6 @@ def test_what_the_published_program_lacks_is_refused(name, value, tmp_path, caps
     assert f"--config.{name}={value}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("spec", "size"), [("gpt2", 50257), ("wordpiece:vocab.txt", 30521), ("ids:77", 77)])
-def test_vocabulary_of_a_tokenizer_needs_no_file(spec, size):
-    assert benchmark.vocab_size_of(spec) == size
-
-
 @pytest.mark.skipif(
     "SEDD_REFERENCE" not in os.environ, reason="SEDD_REFERENCE names no checkout of the published program"
 )

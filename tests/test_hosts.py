@@ -63,3 +63,15 @@ def test_the_users_cache_stays(machine):
 
 def test_processor_is_the_first_cores(machine):
     assert hosts.processor() == "Some CPU 1"
+
+
+def test_silence_ends_and_keeps_errors(capfd):
+    def fail():
+        with hosts.silenced():
+            os.write(2, b"noise")
+            raise ValueError("kept")
+
+    with pytest.raises(ValueError, match="kept"):
+        fail()
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"

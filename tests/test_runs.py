@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from sedd_jax import checkpoints, cli, evaluate, generate, runs, terminals, train
+from sedd_jax import checkpoints, cli, evaluate, generate, networks, runs, terminals, train
 from sedd_jax import config as configs
 
 ALPHABET = "abcdefgh"
@@ -286,6 +286,18 @@ def test_watch_shows_masks_turning_into_the_same_text(trained):
     assert all(frame.startswith("ab") for frame in frames)
     assert out.splitlines()[1] == frames[-1]
     assert out == call(*argv)[1]
+
+
+def test_steps_and_seeds_do_not_recompile(trained, monkeypatch):
+    argv = ("sample", f"--workdir={trained[0]}", "--num_samples=1")
+    first = call(*argv, "--num_steps=4", "--seed=0")[1]
+
+    def traced_again(*_):
+        raise AssertionError("the network was traced again")
+
+    monkeypatch.setattr(networks, "apply", traced_again)
+    assert call(*argv, "--num_steps=4", "--seed=0")[1] == first
+    assert call(*argv, "--num_steps=7", "--seed=1")[1] != first
 
 
 def test_long_sampling_reports_its_progress(trained, monkeypatch):

@@ -187,3 +187,8 @@ def test_gpt2_ranks_give_the_known_ids():
     tokenizer = _build(f"gpt2:{SHARED_RANKS}")
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (50257, 50256)
     assert tokenizer.encode("Hello world, it's 2023!\n\n").tolist() == [15496, 995, 11, 340, 338, 1160, 1954, 0, 628]
+
+
+@pytest.mark.parametrize(("spec", "size"), [("gpt2", 50257), ("wordpiece:vocab.txt", 30521), ("ids:77", 77)])
+def test_vocabulary_of_a_tokenizer_needs_no_file(spec, size):
+    assert tokenizers.vocab_size_of(spec) == size

@@ -1,0 +1,111 @@
+"""What the devices of a compiled program tell each other, read from its text (HLO)."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+_INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """One collective operation of a program.
+
+    Attributes:
+        kind: one of `KINDS`.
+        shapes: dtype and dimensions of its results on one device.
+        group_size: devices that take part together.
+        times: how often a step runs it: loops around it multiplied.
+    """
+
+    kind: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    group_size: int
+    times: int
+
+    @property
+    def bytes_sent(self) -> float:
+        """Bytes that each device sends in all its runs, by the algorithms that send least (rings)."""
+        size = sum(_BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in self.shapes)
+        others = self.group_size - 1
+        share = {
+            "all-gather": others / self.group_size,
+            "all-to-all": others / self.group_size,
+            "all-reduce": 2 * others / self.group_size,
+            "reduce-scatter": others,
+            "collective-permute": 1,
+        }[self.kind]
+        return float(size * share * self.times)
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collectives of a compiled program (`Compiled.as_text()`).
+
+    An operation that the compiler has cut into overlapping pieces counts once, by its channel.
+    """
+    times = _times_run(hlo)
+    found: dict[str, Collective] = {}
+    for computation, line in _lines(hlo):
+        match = _INSTRUCTION.search(line)
+        if match is None:
+            continue
+        shapes = [
+            (dtype, tuple(int(size) for size in sizes.split(",") if size))
+            for dtype, sizes in _ARRAY.findall(match.group(1))
+        ]
+        if match.group(3) and match.group(2) != "all-reduce":
+            # The operand, the result and the counters of an operation that ends later.
+            shapes = shapes[1:2]
+        channel = re.search(r"channel_id=(\d+)", line)
+        collective = Collective(match.group(2), tuple(shapes), _group_size(line), times.get(computation, 1))
+        found[channel.group(1) if channel else line] = collective
+    return list(found.values())
+
+
+def _lines(hlo: str) -> Iterator[tuple[str, str]]:
+    """Every line with the name of the computation it is in."""
+    computation = ""
+    for line in hlo.splitlines():
+        if line.endswith("{") and (header := re.match(r"(?:ENTRY )?%?([\w.-]+) ", line)):
+            computation = header.group(1)
+        else:
+            yield computation, line
+
+
+def _times_run(hlo: str) -> dict[str, int]:
+    """How often each computation runs, from the loops that call it; a loop that may end early counts once."""
+    callers: dict[str, list[tuple[str, int]]] = {}
+    bounds: dict[str, int] = {}
+    loops: list[tuple[str, str, str]] = []
+    for computation, line in _lines(hlo):
+        constant = re.search(r"= s32\[\]\S* constant\((\d+)\)", line)
+        if constant:
+            bounds[computation] = max(bounds.get(computation, 1), int(constant.group(1)))
+        loop = re.search(r"condition=%?([\w.-]+), body=%?([\w.-]+)", line)
+        if loop:
+            loops.append((computation, loop.group(1), loop.group(2)))
+        else:
+            for called in re.findall(r"(?:calls|to_apply|called_computations)=\{?%?([\w.-]+)", line):
+                callers.setdefault(called, []).append((computation, 1))
+    for computation, condition, body in loops:
+        callers.setdefault(body, []).append((computation, bounds.get(condition, 1)))
+
+    def count(computation: str) -> int:
+        return max((count(caller) * bound for caller, bound in callers.get(computation, [])), default=1)
+
+    return {computation: count(computation) for computation in callers}
+
+
+def _group_size(line: str) -> int:
+    """Devices in a group, from any of the ways in which HLO writes groups."""
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named.group(2)))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(counted.group(1))
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return len(listed.group(1).split(","))
+    return 2  # A permutation has pairs.

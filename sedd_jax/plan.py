@@ -1,0 +1,252 @@
+"""Whether a config fits a TPU slice and what a step costs there at best, on a machine that has none.
+
+The real training step (or sampling step) is compiled for the slice; memory and collectives are the compiler's, time is
+a floor from what one chip can do.
+"""
+
+import math
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from sedd_jax import accelerators, collectives, generate, hosts, networks, runs, samplers, sharding, tokenizers, train
+from sedd_jax import config as configs
+
+TOPOLOGIES = "v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1"
+GIB = 2**30
+
+
+def plan(
+    config: configs.Config, *, topology: str, num_slices: int = 1, vocab_size: int | None = None, sample: bool = False
+) -> dict[str, Any]:
+    """Compiles a config's training step for a TPU slice; where it does not fit, looks for a change that makes it fit.
+
+    Args:
+        config: a validated config.
+        topology: generation and chips along each axis, such as "v5e:4x4".
+        num_slices: slices of that shape, connected by the data centre's network.
+        vocab_size: tokens, the mask left out; the tokenizer's if None.
+        sample: compile one sampling step (sampling.num_samples) instead of the training step.
+
+    Returns:
+        Whether it fits; GiB a device by kind; collectives by kind with bytes a device sends in a step; seconds that
+        arithmetic, memory and interconnect need at their peaks; and for training the tokens/s, utilization and days
+        that the slowest of the three allows.
+
+    Raises:
+        ValueError: where the slice does not exist or its devices do not divide the batch.
+    """
+    vocab_size = tokenizers.vocab_size_of(config.data.tokenizer) if vocab_size is None else vocab_size
+    for name, value in (("num_slices", num_slices), ("vocab_size", vocab_size)):
+        if value < 1:
+            raise ValueError(f"--{name}={value} must be at least 1")
+    devices = _devices(topology, num_slices)
+    accelerator = accelerators.find(devices[0].device_kind)
+    assert accelerator is not None, devices[0].device_kind
+    result = {
+        "topology": topology,
+        "num_slices": num_slices,
+        "num_devices": len(devices),
+        "accelerator": accelerator.name,
+        "config": configs.to_dict(config),
+        "vocab_size": vocab_size,
+        "sample": sample,
+    }
+    result |= _compile(config, vocab_size, devices, accelerator, sample)
+    if not result["fits"] and not sample:
+        for fields in _remedies(config, len(devices)):
+            changed = configs.parse(configs.merge(configs.flatten(configs.to_dict(config)) | fields))
+            if _compile(changed, vocab_size, devices, accelerator, sample)["fits"]:
+                return result | {"remedy": fields}
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    config = result["config"]
+    network, slices = config["network"], f"{result['num_slices']} x " if result["num_slices"] > 1 else ""
+    batch = config["sampling"]["num_samples"] if result["sample"] else config["training"]["batch_size"]
+    lines = [
+        f"{'sampling' if result['sample'] else 'training'} step of {network['hidden_size']} x {network['num_layers']}, "
+        f"{batch} sequences of {config['data']['length']}, {result['vocab_size']} tokens, {network['dtype']}, "
+        f"remat {network['remat']}",
+        f"on {slices}{result['topology']}: {result['num_devices']} devices ({result['accelerator']}), mesh "
+        + ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items()),
+        "",
+    ]
+    if not result["fits"]:
+        lines.append(f"DOES NOT FIT: {result['why']}")
+        if "remedy" in result:
+            flags = " ".join(f"--config.{name}={value}" for name, value in result["remedy"].items())
+            lines.append(f"fits with {flags}")
+        elif not result["sample"]:
+            lines.append("nor with everything recomputed, one sequence a device at a time, and all arrays split")
+        return "\n".join(lines)
+    memory = result["memory_gib"]
+    lines += [f"{'GiB a device':<22}{sum(memory.values()):>8.2f} of {result['hbm_gib']:.0f}: fits"]
+    lines += [f"  {name:<20}{value:>8.2f}" for name, value in memory.items()]
+    lines += [f"{'collectives a step':<22}{'number':>8}{'GB sent by a device':>22}"]
+    lines += [
+        f"  {kind:<20}{of['number']:>8}{of['bytes_sent'] / 1e9:>22.3f}" for kind, of in result["collectives"].items()
+    ]
+    lines += ["milliseconds at peak rates"]
+    lines += [f"  {name:<20}{1e3 * seconds:>8.1f}" for name, seconds in result["seconds"].items()]
+    if not result["sample"]:
+        lines += [
+            f"at best {result['tokens_per_second']:,.0f} tokens/s, {result['utilization']:.0%} of peak, "
+            f"{result['days']:.1f} days for {config['training']['num_steps']:,} steps"
+        ]
+    return "\n".join(lines)
+
+
+def _devices(topology: str, num_slices: int) -> list[jax.Device]:
+    hosts.compile_for_others()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # A program for absent devices cannot be read back.
+    # Both cores of a chip are one device on v4, as they are when it runs; on v5p that is the default.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    try:
+        # It complains of missing what only a TPU host has.
+        with hosts.silenced():
+            slices = topologies.get_topology_desc(topology, "tpu", num_slices=num_slices, **options)
+    except jax.errors.JaxRuntimeError as error:
+        if "libtpu" in str(error) or "No jax plugin" in str(error):
+            raise ValueError("plan needs libtpu: pip install 'sedd_jax[tpu-plan]'") from error
+        why = str(error).partition(": ")[2] or str(error)
+        raise ValueError(f"--topology={topology}: {why}; known are for example {TOPOLOGIES}") from error
+    return list(slices.devices)
+
+
+def _compile(
+    config: configs.Config,
+    vocab_size: int,
+    devices: list[jax.Device],
+    accelerator: accelerators.Accelerator,
+    sample: bool,
+) -> dict[str, Any]:
+    run = runs.Run(workdir=pathlib.Path(), config=config, tokenizer=tokenizers.Ids(vocab_size=vocab_size))
+    mesh = sharding.make_mesh(config.mesh, devices)
+    known: dict[str, Any] = {"mesh": dict(mesh.shape), "hbm_gib": accelerator.hbm_bytes / GIB}
+    if sample:
+        inputs, lowered = _lower_sampling_step(run, mesh)
+    else:
+        train.check_batch(config, mesh)
+        inputs, lowered = train.lower_step(run, mesh)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return known | {"fits": False, "why": _one_line(str(error))}
+    used: Any = compiled.memory_analysis()
+    with jax.set_mesh(mesh):
+        memory = _by_kind(inputs, mesh)
+    memory["gradients, activations"] = used.temp_size_in_bytes / GIB
+    memory["program"] = used.generated_code_size_in_bytes / GIB
+    found = collectives.collectives(compiled.as_text() or "")
+    known |= {
+        "fits": True,
+        "memory_gib": memory,
+        "collectives": {
+            kind: {
+                "number": sum(one.times for one in found if one.kind == kind),
+                "bytes_sent": sum(one.bytes_sent for one in found if one.kind == kind),
+            }
+            for kind in collectives.KINDS
+            if any(one.kind == kind for one in found)
+        },
+    }
+    sent = sum(one.bytes_sent for one in found)
+    return known | _floors(run, accelerator, len(devices), memory, sent, sample)
+
+
+def _lower_sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[networks.Params, jax.stages.Lowered]:
+    settings = run.config.sampling
+    shape = (settings.num_samples, run.config.data.length)
+    fns = generate.make_sampling_fns(run.network, run.graph, run.noise, sampler=settings.sampler, draw=settings.draw)
+    params = jax.eval_shape(lambda: networks.init(jax.random.key(0), run.network))
+    laid_out = jax.tree.map(
+        lambda leaf, spread: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread),
+        params,
+        sharding.tree_shardings(mesh, params),
+    )
+    given = jax.eval_shape(lambda: samplers.nothing_given(shape))
+    xt, key = given.tokens, jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        return params, fns[0].lower(laid_out, key, given, xt, 0, 1, settings.num_steps)
+
+
+def _by_kind(inputs: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """GiB a device of the arrays that a step starts with."""
+
+    def size(tree: Any) -> float:
+        shapes = jax.tree.map(
+            lambda leaf, spread: math.prod(spread.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+            tree,
+            sharding.tree_shardings(mesh, tree),
+        )
+        return sum(jax.tree.leaves(shapes)) / GIB
+
+    if not hasattr(inputs, "opt_state"):
+        return {"parameters": size(inputs)}
+    return {
+        "parameters": size(inputs.params),
+        "moving average": size(inputs.ema_params),
+        "optimizer": size(inputs.opt_state),
+    }
+
+
+def _floors(
+    run: runs.Run,
+    accelerator: accelerators.Accelerator,
+    num_devices: int,
+    memory: dict[str, float],
+    bytes_sent: float,
+    sample: bool,
+) -> dict[str, Any]:
+    """Seconds of a step that arithmetic, memory and interconnect need at their peaks, and what follows from them."""
+    config = run.config
+    tokens = (config.sampling.num_samples if sample else config.training.batch_size) * config.data.length
+    flops = tokens * run.network.flops_per_token(config.data.length) / (3 if sample else 1) / num_devices
+    # Recomputed blocks are another forward pass. What a step holds is written once and read once at least.
+    work = flops * 4 / 3 if config.network.remat == "blocks" and not sample else flops
+    seconds = {
+        "arithmetic": work / accelerator.peak_flops,
+        "memory": 2 * sum(memory.values()) * GIB / accelerator.hbm_bandwidth,
+        "interconnect": bytes_sent / accelerator.ici_bandwidth,
+    }
+    step = max(seconds.values())
+    return {
+        "seconds": seconds,
+        "flops_per_device": flops,
+        "tokens_per_second": tokens / step,
+        "utilization": flops / accelerator.peak_flops / step,
+        "days": step * config.training.num_steps / 86_400,
+    }
+
+
+def _remedies(config: configs.Config, num_devices: int) -> Iterator[dict[str, Any]]:
+    """Fields to change, the cheapest in time first."""
+    fields: dict[str, Any] = {}
+    if config.network.remat != "blocks":
+        fields["network.remat"] = "blocks"
+        yield dict(fields)
+    training, split = config.training, config.mesh.fsdp * config.mesh.tensor
+    if split == 1:
+        yield fields | {"mesh.data": 1, "mesh.fsdp": num_devices}
+    micro = training.num_micro_batches
+    while training.batch_size % (2 * micro) == 0 and training.batch_size // (2 * micro) >= num_devices:
+        micro *= 2
+        yield fields | {"training.num_micro_batches": micro}
+    if split == 1:
+        yield fields | {"training.num_micro_batches": micro, "mesh.data": 1, "mesh.fsdp": num_devices}
+
+
+def _one_line(message: str) -> str:
+    """The sentence of a compiler's message that holds the sizes."""
+    sizes = re.search(r"[^.:]*\([\d.]+[KMG]\) exceeds[^.]*\([\d.]+[KMG]\)", message)
+    return " ".join((sizes.group() if sizes else message.partition("\n")[0]).split())
