@@ -12,6 +12,8 @@ from absl import flags, logging
 
 from sedd_jax import hosts
 
+TRY_AGAIN = 75  # EX_TEMPFAIL: launchers start a run again that ends with it.
+Command = Callable[[list[str]], int | None]  # From arguments to an exit status, None for success.
 PACKAGE = pathlib.Path(__file__).parent
 
 
@@ -23,7 +25,7 @@ def run() -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Runs one command and returns its exit status: 0, 1 for a failure, 2 for wrong arguments."""
+    """Runs one command and returns its exit status: 0, 1 for a failure, 2 for wrong arguments, 75 for a stopped run."""
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(usage())
         return 0 if argv else 2
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.ERROR)
     logging.use_absl_handler()
     try:
-        COMMANDS[name](arguments)
+        return COMMANDS[name](arguments) or 0
     except flags.Error as error:
         return _fail(f"sedd {name}", f"{error}; see `sedd {name} --help`", 2)
     except (ValueError, OSError, ImportError) as error:
@@ -43,7 +45,6 @@ def main(argv: list[str]) -> int:
         return _fail(f"sedd {name}", _one_line(error), 1)
     except KeyboardInterrupt:
         return _fail(f"sedd {name}", "interrupted: the same command goes on from the newest checkpoint", 130)
-    return 0
 
 
 def usage() -> str:
@@ -54,7 +55,7 @@ def usage() -> str:
     )
 
 
-def train(argv: list[str]) -> None:
+def train(argv: list[str]) -> int:
     """Train on text; the same command resumes.
 
     sedd train --config=configs/quickstart.py --workdir=runs/quickstart [--config.a.b=value ...]
@@ -66,13 +67,14 @@ def train(argv: list[str]) -> None:
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
     given = _parse_config(train, values, argv, "workdir")
     if given is None:
-        return
+        return 0
     from sedd_jax import train as program
 
     metrics = program.train(given["config"], given["workdir"])
     print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()))
     if given["json"]:
         print(json.dumps(metrics))
+    return 0 if metrics["step"] >= given["config"].training.num_steps else TRY_AGAIN
 
 
 def evaluate(argv: list[str]) -> None:
@@ -219,7 +221,7 @@ def plan(argv: list[str]) -> None:
         print(json.dumps(result))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Command] = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
@@ -230,7 +232,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def _parse_config(
-    command: Callable[[list[str]], None], values: flags.FlagValues, argv: list[str], *directories: str
+    command: Command, values: flags.FlagValues, argv: list[str], *directories: str
 ) -> dict[str, Any] | None:
     """`_parse` for a command that takes a config, validated; None where help was asked for, which it prints."""
     from ml_collections import config_flags
@@ -294,7 +296,7 @@ def _asks_for_help(argv: list[str]) -> bool:
     return any(argument in ("--help", "-h", "-help") for argument in argv)
 
 
-def _print_help(command: Callable[[list[str]], None], values: flags.FlagValues, extra: list[str] | None = None) -> None:
+def _print_help(command: Command, values: flags.FlagValues, extra: list[str] | None = None) -> None:
     summary, _, example = (line.strip() for line in (command.__doc__ or "").strip().splitlines()[:3])
     print(f"{summary}\n\n  {example}\n\nflags:")
     for line in extra or []:

@@ -21,6 +21,7 @@ from sedd_jax import (
     curves,
     evaluate,
     generate,
+    hosts,
     losses,
     metric_writers,
     optimizers,
@@ -41,6 +42,8 @@ class NonFiniteLossError(ValueError):
 def train(config: configs.Config, workdir: pathlib.Path, *, stream: io.TextIOBase | None = None) -> dict[str, Any]:
     """Trains until config.training.num_steps, going on from the newest checkpoint where the directory has one.
 
+    On SIGTERM it saves the step that it is at and returns early.
+
     Args:
         config: a validated config.
         workdir: run directory, made if it does not exist.
@@ -58,7 +61,7 @@ def train(config: configs.Config, workdir: pathlib.Path, *, stream: io.TextIOBas
     run = runs.start(workdir, config)
     optimizer = optimizers.make_optimizer(config.optimizer)
     saved = checkpoints.Checkpoints(run.checkpoint_dir, keep=config.training.keep_checkpoints)
-    with contextlib.closing(saved), jax.set_mesh(mesh):
+    with contextlib.closing(saved), jax.set_mesh(mesh), hosts.told_to_stop() as told_to_stop:
         state, step = initial_state(run, optimizer, mesh, saved)
         step_fn = make_step_fn(run, optimizer, mesh, state)
         accelerator = accelerators.find(jax.devices()[0].device_kind)
@@ -72,7 +75,7 @@ def train(config: configs.Config, workdir: pathlib.Path, *, stream: io.TextIOBas
             peak_flops=None if accelerator is None else accelerator.peak_flops * mesh.size,
             stream=stream,
         ) as writer:
-            return _loop(run, state, step, step_fn, saved, writer, mesh)
+            return _loop(run, state, step, step_fn, saved, writer, mesh, told_to_stop)
 
 
 def train_step(
@@ -173,6 +176,7 @@ def _loop(
     saved: checkpoints.Checkpoints,
     writer: metric_writers.MetricWriter,
     mesh: jax.sharding.Mesh,
+    told_to_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     settings = run.config.training
     data = run.split("train")
@@ -195,25 +199,29 @@ def _loop(
         if pending is not None:
             _check_finite(*pending, saved)
         pending = (step, metrics)
+        stops = told_to_stop()
         due = functools.partial(_is_due, step, settings.num_steps)
         if due(settings.log_every):
             _check_finite(step, metrics, saved)
             train_metrics = _train_metrics(run, data, metrics)
             written |= train_metrics
             writer.write(step, train_metrics)
-        if due(settings.eval_every):
+        if due(settings.eval_every) and not stops:
             with writer.pause():
                 held_out_metrics = held_out(state.ema_params)
             written |= held_out_metrics
             writer.write(step, held_out_metrics)
-        if due(settings.sample_every):
+        if due(settings.sample_every) and not stops:
             with writer.pause():
                 writer.say(_write_samples(run, state.ema_params, step))
-        if due(settings.checkpoint_every):
+        if due(settings.checkpoint_every) or stops:
             with writer.pause():
                 _check_finite(step, metrics, saved)
                 saved.save(step, state)
                 curves.plot_curves(run.workdir / "metrics.jsonl", run.workdir / "loss.png", references)
+        if stops and step < settings.num_steps:
+            writer.say(f"stopped by SIGTERM at step {step}, which is saved: the same command goes on")
+            break
     return written
 
 

@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import math
+import os
 import pathlib
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -161,11 +163,24 @@ def test_samples_follow_the_chain(trained):
 
 def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path):
     full, parts = tmp_path / "full", tmp_path / "parts"
-    short = {"num_steps": 4, "log_every": 1, "eval_every": 0, "sample_every": 0, "checkpoint_every": 2}
-    train.train(one_device_config(settings(source, **short)), full, stream=io.StringIO())
-    for num_steps in (2, 4):
-        stream = io.StringIO()
-        train.train(one_device_config(settings(source, **short | {"num_steps": num_steps})), parts, stream=stream)
+    config = one_device_config(settings(source, num_steps=4, log_every=1, eval_every=0, sample_every=0))
+    train.train(config, full, stream=io.StringIO())
+
+    class Terminates(io.StringIO):
+        """Ends the process when it reads of step 1."""
+
+        def write(self, text):
+            if "step 1/4" in text:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().write(text)
+
+    before = signal.getsignal(signal.SIGTERM)
+    stream = Terminates()
+    assert train.train(config, parts, stream=stream)["step"] == 2
+    assert stream.getvalue().endswith("stopped by SIGTERM at step 2, which is saved: the same command goes on\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+    stream = io.StringIO()
+    assert train.train(config, parts, stream=stream)["step"] == 4
     assert f"resumed {parts} at step 2" in stream.getvalue()
     (step, params), (other_step, other) = runs.load(full).ema_params(), runs.load(parts).ema_params()
     assert step == other_step == 4
@@ -177,6 +192,12 @@ def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path
 
     assert logged(full) == logged(parts)
     assert [step for step, _, _ in logged(parts)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("step", "status"), [(2, 75), (4, 0)])
+def test_a_run_that_was_stopped_asks_to_be_started_again(step, status, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda config, workdir: {"step": step})
+    assert call("train", f"--workdir={tmp_path}", "--config.training.num_steps=4")[0] == status
 
 
 def test_micro_batches_average_their_gradients_and_have_noise_of_their_own(source, tmp_path):
