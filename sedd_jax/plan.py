@@ -145,7 +145,7 @@ def _compile(
     used: Any = compiled.memory_analysis()
     with jax.set_mesh(mesh):
         memory = _by_kind(inputs, mesh)
-    memory["gradients, activations"] = used.temp_size_in_bytes / GIB
+    memory["gradients, activations"] = (used.peak_memory_in_bytes - used.argument_size_in_bytes) / GIB
     memory["program"] = used.generated_code_size_in_bytes / GIB
     found = collectives.collectives(compiled.as_text() or "")
     known |= {

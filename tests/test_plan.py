@@ -55,7 +55,7 @@ def test_a_step_that_fits():
 
 
 def test_a_step_that_does_not_fit_gets_a_change_that_was_compiled():
-    status, out, _ = plan(*SMALL, "--topology=v5e:1x1", "--config.training.batch_size=2048")
+    status, out, _ = plan(*SMALL, "--topology=v5e:2x2", "--config.training.batch_size=8192")
     assert status == 0
     assert "DOES NOT FIT" in out
     assert "G) exceeds available HBM (15.75G)" in out
