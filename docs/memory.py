@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from matplotlib import pyplot
 
 from sedd_jax import config as configs
-from sedd_jax import runs, sharding, tokenizers, train
+from sedd_jax import runs, sharding, train
 
 SEQUENCES, GIB = 8, 2**30  # a device
 
@@ -21,7 +21,7 @@ SEQUENCES, GIB = 8, 2**30  # a device
 def measure(vocab_size: int, length: int) -> dict[str, float]:
     """GiB a device, by use."""
     config = configs.parse(configs.merge({"data": {"length": length}, "training": {"batch_size": 4 * SEQUENCES}}))
-    run = runs.Run(workdir=pathlib.Path(), config=config, tokenizer=tokenizers.Ids(vocab_size=vocab_size))
+    run = runs.unsaved(config, vocab_size)
     mesh = sharding.make_mesh(config.mesh, topologies.get_topology_desc("v5e:2x2", "tpu").devices)
     state, lowered = train.lower_step(run, mesh)
     compiled = lowered.compile()
@@ -30,7 +30,7 @@ def measure(vocab_size: int, length: int) -> dict[str, float]:
     return {
         "state": memory.argument_size_in_bytes / GIB,
         "gradients": weights,
-        "activations": memory.temp_size_in_bytes / GIB - weights,
+        "activations": (memory.peak_memory_in_bytes - memory.argument_size_in_bytes) / GIB - weights,
         "one array of logits": 4 * SEQUENCES * length * run.network.padded_states / GIB,
     }
 

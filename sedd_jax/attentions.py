@@ -37,12 +37,15 @@ def attend(qkv: Float[Array, "B L Q"], num_heads: int, implementation: str) -> F
     """
     batch, length, width = qkv.shape
     q_BLHK, k_BLHK, v_BLHK = (x.reshape(batch, length, num_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
-    if implementation == "auto":
-        implementation = choose(sharding.platform(), length, qkv.dtype)
     batch_axes, tensor = sharding.mapped_axes(batch)
     spec = PartitionSpec(batch_axes, None, tensor if num_heads % sharding.axis_size(tensor) == 0 else ())
-    run = sharding.per_device(ATTENTIONS[implementation], (spec,) * 3, spec)
+    run = sharding.per_device(ATTENTIONS[resolve(implementation, length, qkv.dtype)], (spec,) * 3, spec)
     return run(rotate(q_BLHK), rotate(k_BLHK), v_BLHK).reshape(batch, length, width // 3)
+
+
+def resolve(implementation: str, length: int, dtype: Any) -> str:
+    """The implementation itself, or where it is "auto" the fastest of the current platform."""
+    return choose(sharding.platform(), length, dtype) if implementation == "auto" else implementation
 
 
 def choose(platform: str, length: int, dtype: Any) -> str:

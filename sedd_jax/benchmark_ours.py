@@ -4,7 +4,6 @@ Reads a job (a line of JSON), compiles, says so, and then for every line with a 
 """
 
 import json
-import pathlib
 import resource
 import sys
 import time
@@ -24,7 +23,6 @@ from sedd_jax import (
     runs,
     samplers,
     sharding,
-    tokenizers,
     train,
 )
 from sedd_jax import config as configs
@@ -36,7 +34,7 @@ def main() -> None:
     # Seconds to compile are those of a machine that has not seen the program.
     jax.config.update("jax_enable_compilation_cache", False)
     config = configs.parse(job["config"])
-    run = runs.Run(workdir=pathlib.Path(), config=config, tokenizer=tokenizers.Ids(vocab_size=job["vocab_size"]))
+    run = runs.unsaved(config, job["vocab_size"])
     mesh = sharding.make_mesh(config.mesh)
     train.check_batch(config, mesh)
     with jax.set_mesh(mesh):
@@ -44,14 +42,17 @@ def main() -> None:
         jax.block_until_ready(step())
         device = mesh.devices.flat[0]
         accelerator = accelerators.find(device.device_kind)
+        network, length = config.network, config.data.length
         ready = {
             "compile_seconds": compile_seconds,
             "versions": f"jax {jax.__version__}, Python {sys.version.split()[0]}",
-            "attention": _attention(config.network, config.data.length),
+            "attention": attentions.resolve(
+                config.network.attention, config.data.length, jnp.dtype(config.network.dtype)
+            ),
             "device": device.device_kind,
             "num_devices": mesh.size,
             "peak_flops": None if accelerator is None else accelerator.peak_flops * mesh.size,
-            "flops_per_token": run.network.flops_per_token(config.data.length),
+            "flops_per_token": run.network.flops_per_token(length),
         }
         print(json.dumps(ready), file=channel, flush=True)
         for line in sys.stdin:
@@ -64,14 +65,11 @@ def main() -> None:
 
 def train_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[[], Any]]:
     """Seconds to compile, and a function that takes one optimizer step on a batch of random tokens."""
-    optimizer = optimizers.make_optimizer(run.config.optimizer)
-    create = train.make_state_fn(run, optimizer, mesh)
     shape = (run.config.training.batch_size, run.config.data.length)
     x0 = np.random.default_rng(0).integers(run.tokenizer.vocab_size, size=shape, dtype=np.int32)
-    step_fn = train.make_step_fn(run, optimizer, mesh, jax.eval_shape(create))
     # Compiled before the state is made, so that peak memory is the step's.
-    compile_seconds, compiled = _compile(step_fn, jax.eval_shape(create), jax.ShapeDtypeStruct(shape, jnp.int32))
-    state = create()
+    compile_seconds, compiled = _compile(lambda: train.lower_step(run, mesh)[1])
+    state = train.make_state_fn(run, optimizers.make_optimizer(run.config.optimizer), mesh)()
 
     def step() -> Any:
         nonlocal state
@@ -95,20 +93,15 @@ def sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callab
     )
     half = settings.num_steps // 2
     inputs = (params, jax.random.key(0), samplers.nothing_given(shape), xt, half, half + 1, settings.num_steps)
-    compile_seconds, compiled = _compile(reverse_steps, *inputs)
+    compile_seconds, compiled = _compile(lambda: reverse_steps.lower(*inputs))
     return compile_seconds, lambda: compiled(*inputs)
 
 
-def _compile(fn: Any, *inputs: Any) -> tuple[float, Any]:
+def _compile(lower: Callable[[], jax.stages.Lowered]) -> tuple[float, jax.stages.Compiled]:
+    """Seconds to trace and compile a program, and the program."""
     started = time.perf_counter()
-    compiled = fn.lower(*inputs).compile()
+    compiled = lower().compile()
     return time.perf_counter() - started, compiled
-
-
-def _attention(network: networks.NetworkConfig, length: int) -> str:
-    if network.attention == "auto":
-        return attentions.choose(sharding.platform(), length, jnp.dtype(network.dtype))
-    return network.attention
 
 
 def _peak_bytes(device: jax.Device) -> int:

@@ -16,7 +16,7 @@ HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def processor() -> str:
     """The processor's name."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def use_huge_pages() -> None:
@@ -35,8 +35,9 @@ def keep_compiled_programs() -> None:
     """Lets JAX keep what takes it over a second to compile, in the user's cache, unless told where or not to."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
     # JAX does not tell processors apart, and a program compiled for one may not run on another.
-    features = _cpuinfo("flags") or _cpuinfo("Features")
-    kind = hashlib.sha256(f"{platform.machine()} {processor()} {features}".encode()).hexdigest()[:12]
+    core = _cpuinfo()
+    features = core.get("flags", core.get("Features"))
+    kind = hashlib.sha256(f"{platform.machine()} {core.get('model name')} {features}".encode()).hexdigest()[:12]
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "sedd_jax" / kind))
 
 
@@ -76,11 +77,10 @@ def silenced() -> Iterator[None]:
         os.close(kept)
 
 
-def _cpuinfo(field: str) -> str:
-    """A field of the first core, "" where the system does not tell."""
-    with contextlib.suppress(OSError):
-        for line in CPUINFO.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == field:
-                return value.strip()
-    return ""
+def _cpuinfo() -> dict[str, str]:
+    """Fields of the first core; none where the system does not tell."""
+    try:
+        first = CPUINFO.read_text().partition("\n\n")[0]
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}

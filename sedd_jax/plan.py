@@ -5,7 +5,6 @@ a floor from what one chip can do.
 """
 
 import math
-import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,6 @@ from sedd_jax import accelerators, collectives, generate, hosts, networks, runs,
 from sedd_jax import config as configs
 
 TOPOLOGIES = "v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1"
-GIB = 2**30
 
 
 def plan(
@@ -128,9 +126,9 @@ def _compile(
     accelerator: accelerators.Accelerator,
     sample: bool,
 ) -> dict[str, Any]:
-    run = runs.Run(workdir=pathlib.Path(), config=config, tokenizer=tokenizers.Ids(vocab_size=vocab_size))
+    run = runs.unsaved(config, vocab_size)
     mesh = sharding.make_mesh(config.mesh, devices)
-    known: dict[str, Any] = {"mesh": dict(mesh.shape), "hbm_gib": accelerator.hbm_bytes / GIB}
+    known: dict[str, Any] = {"mesh": dict(mesh.shape), "hbm_gib": accelerator.hbm_bytes / accelerators.GIB}
     if sample:
         inputs, lowered = _lower_sampling_step(run, mesh)
     else:
@@ -145,8 +143,8 @@ def _compile(
     used: Any = compiled.memory_analysis()
     with jax.set_mesh(mesh):
         memory = _by_kind(inputs, mesh)
-    memory["gradients, activations"] = (used.peak_memory_in_bytes - used.argument_size_in_bytes) / GIB
-    memory["program"] = used.generated_code_size_in_bytes / GIB
+    memory["gradients, activations"] = (used.peak_memory_in_bytes - used.argument_size_in_bytes) / accelerators.GIB
+    memory["program"] = used.generated_code_size_in_bytes / accelerators.GIB
     found = collectives.collectives(compiled.as_text() or "")
     known |= {
         "fits": True,
@@ -189,7 +187,7 @@ def _by_kind(inputs: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
             tree,
             sharding.tree_shardings(mesh, tree),
         )
-        return sum(jax.tree.leaves(shapes)) / GIB
+        return sum(jax.tree.leaves(shapes)) / accelerators.GIB
 
     if not hasattr(inputs, "opt_state"):
         return {"parameters": size(inputs)}
@@ -216,7 +214,7 @@ def _floors(
     work = flops * 4 / 3 if config.network.remat == "blocks" and not sample else flops
     seconds = {
         "arithmetic": work / accelerator.peak_flops,
-        "memory": 2 * sum(memory.values()) * GIB / accelerator.hbm_bandwidth,
+        "memory": 2 * sum(memory.values()) * accelerators.GIB / accelerator.hbm_bandwidth,
         "interconnect": bytes_sent / accelerator.ici_bandwidth,
     }
     step = max(seconds.values())

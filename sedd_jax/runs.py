@@ -111,6 +111,11 @@ def start_converted(workdir: pathlib.Path, config: configs.Config, tokenizer: to
     return load(workdir)
 
 
+def unsaved(config: configs.Config, vocab_size: int) -> Run:
+    """A run that no directory holds, for what only compiles its steps or times them on random tokens."""
+    return Run(workdir=pathlib.Path(), config=config, tokenizer=tokenizers.Ids(vocab_size=vocab_size))
+
+
 def load(workdir: pathlib.Path) -> Run:
     """Opens a run directory.
 

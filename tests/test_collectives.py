@@ -2,14 +2,13 @@
 
 import functools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from sedd_jax import collectives, networks, runs, sharding, tokenizers, train
+from sedd_jax import collectives, networks, runs, sharding, train
 from sedd_jax import config as configs
 
 
@@ -92,8 +91,9 @@ def step_text(shape):
             }
         )
     )
-    run = runs.Run(workdir=pathlib.Path(), config=config, tokenizer=tokenizers.Ids(vocab_size=1023))
-    return train.lower_step(run, sharding.make_mesh(config.mesh))[1].compile().as_text()
+    return (
+        train.lower_step(runs.unsaved(config, vocab_size=1023), sharding.make_mesh(config.mesh))[1].compile().as_text()
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
