@@ -49,8 +49,8 @@ class PackedSplit:
         """Every sequence in the order of the text, as a view of the file without the tail shorter than one."""
         return self.tokens[: self.num_sequences * self.length].reshape(-1, self.length)
 
-    def batch(self, step: int, *, batch_size: int, seed: int) -> Int[np.ndarray, "B L"]:
-        """The training batch of a step (int32), a function of (seed, step) alone.
+    def batch(self, step: int, *, batch_size: int, seed: int, rows: slice = slice(None)) -> Int[np.ndarray, "rows L"]:
+        """Rows of the training batch of a step (int32), a function of (seed, step) alone, whoever asks for which.
 
         Every epoch reads the text as a ring from a random start, cut into non-overlapping sequences in random order. So
         each token is equally likely to be among the few that an epoch leaves out, and no cut is the same twice. A batch
@@ -58,7 +58,7 @@ class PackedSplit:
         """
         if step < 0 or batch_size < 1:
             raise ValueError(f"step={step}, batch_size={batch_size}: step counts from 0, and a batch holds 1 or more")
-        epochs, places = np.divmod(step * batch_size + np.arange(batch_size), self.num_sequences)
+        epochs, places = np.divmod(step * batch_size + np.arange(batch_size)[rows], self.num_sequences)
         starts = np.concatenate(
             [
                 _epoch_starts(seed, int(epoch), self.num_tokens, self.length)[places[epochs == epoch]]

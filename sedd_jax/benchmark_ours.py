@@ -42,7 +42,6 @@ def main() -> None:
         jax.block_until_ready(step())
         device = mesh.devices.flat[0]
         accelerator = accelerators.find(device.device_kind)
-        network, length = config.network, config.data.length
         ready = {
             "compile_seconds": compile_seconds,
             "versions": f"jax {jax.__version__}, Python {sys.version.split()[0]}",
@@ -52,7 +51,7 @@ def main() -> None:
             "device": device.device_kind,
             "num_devices": mesh.size,
             "peak_flops": None if accelerator is None else accelerator.peak_flops * mesh.size,
-            "flops_per_token": run.network.flops_per_token(length),
+            "flops_per_token": run.network.flops_per_token(config.data.length),
         }
         print(json.dumps(ready), file=channel, flush=True)
         for line in sys.stdin:

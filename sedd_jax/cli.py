@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import logging as python_logging
+import os
 import pathlib
 import sys
 import traceback
@@ -21,6 +23,9 @@ def run() -> None:
     """Entry point of the console script."""
     hosts.use_huge_pages()
     hosts.keep_compiled_programs()
+    # What fails in the threads of libraries is told once, by the line of the command that fails.
+    sys.unraisablehook = lambda _: None
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     sys.exit(main(sys.argv[1:]))
 
 
@@ -32,7 +37,7 @@ def main(argv: list[str]) -> int:
     name, *arguments = argv
     if name not in COMMANDS:
         return _fail("sedd", f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
     logging.use_absl_handler()
     try:
         return COMMANDS[name](arguments) or 0
@@ -64,13 +69,18 @@ def train(argv: list[str]) -> int:
     flags.DEFINE_string(
         "workdir", None, "run directory, made if missing, resumed if it holds a run", flag_values=values
     )
+    flags.DEFINE_integer(
+        "step", None, "checkpoint to go on from, newer ones removed; else the newest", flag_values=values
+    )
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    _define_processes(values)
     given = _parse_config(train, values, argv, "workdir")
     if given is None:
         return 0
+    _join_processes(given)
     from sedd_jax import train as program
 
-    metrics = program.train(given["config"], given["workdir"])
+    metrics = program.train(given["config"], given["workdir"], from_step=given["step"])
     print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()))
     if given["json"]:
         print(json.dumps(metrics))
@@ -84,16 +94,19 @@ def evaluate(argv: list[str]) -> None:
     """
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint; the newest if not given", flag_values=values)
     flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "part of the text", flag_values=values)
     flags.DEFINE_integer("num_times", 8, "draws of time and noise for each sequence", flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "sequences at once", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of times and noise", flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    _define_processes(values)
     if _asks_for_help(argv):
         _print_help(evaluate, values)
         return
     given = _parse(values, argv, "workdir")
     as_json = given.pop("json")
+    _join_processes(given)
     from sedd_jax import evaluate as program
 
     result = program.evaluate(**given)
@@ -109,6 +122,7 @@ def sample(argv: list[str]) -> None:
     """
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint; the newest if not given", flag_values=values)
     flags.DEFINE_integer("num_steps", None, "reverse steps; the run's config if not given", flag_values=values)
     flags.DEFINE_integer("num_samples", None, "texts; the run's config if not given", flag_values=values)
     flags.DEFINE_string("sampler", None, "euler, tau_leaping or tweedie; the run's if not given", flag_values=values)
@@ -120,10 +134,13 @@ def sample(argv: list[str]) -> None:
     flags.DEFINE_bool("watch", False, "show the text as it is denoised", flag_values=values)
     flags.DEFINE_string("out", "", "also write text, tokens, seed, nfe and sampler to this .jsonl", flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    _define_processes(values)
     if _asks_for_help(argv):
         _print_help(sample, values)
         return
-    given = {name: value for name, value in _parse(values, argv, "workdir").items() if value is not None}
+    given = _parse(values, argv, "workdir")
+    is_first = _join_processes(given)
+    given = {name: value for name, value in given.items() if value is not None}
     wants_watch, out, as_json = given.pop("watch"), given.pop("out"), given.pop("json")
     if out and not pathlib.Path(out).absolute().parent.is_dir():
         raise ValueError(f"--out={out} is in a directory that does not exist: make it first")
@@ -134,7 +151,7 @@ def sample(argv: list[str]) -> None:
         samples = program.generate(**given, watch=watch)
     for drawn in samples:
         print(f"--- sample {drawn.index + 1} of {len(samples)}\n{drawn.text}")
-    if out:
+    if out and is_first:
         program.write_jsonl(samples, pathlib.Path(out))
     if as_json:
         print(json.dumps([program.as_dict(drawn) for drawn in samples], ensure_ascii=False))
@@ -148,6 +165,7 @@ def convert(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("from", None, "directory with config.json + model.safetensors, or a run", flag_values=values)
     flags.DEFINE_string("to", None, "directory to write, of the other kind", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint of a run; the newest if not given", flag_values=values)
     flags.DEFINE_string(
         "tokenizer", "", "for a run: gpt2:FILE, text8, ...; by default from the size", flag_values=values
     )
@@ -158,7 +176,7 @@ def convert(argv: list[str]) -> None:
     given = _parse(values, argv, "from", "to")
     from sedd_jax import convert as program
 
-    done = program.convert(given["from"], given["to"], tokenizer=given["tokenizer"])
+    done = program.convert(given["from"], given["to"], step=given["step"], tokenizer=given["tokenizer"])
     print(done)
     if given["json"]:
         print(json.dumps({"from": str(given["from"]), "to": str(given["to"]), "done": done}))
@@ -256,6 +274,22 @@ def _parse_config(
     return given | {"config": configs.parse(given["config"])}
 
 
+def _define_processes(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0, of many", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "processes; TPU pods, SLURM and GKE tell", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "this one's number, from 0", flag_values=values)
+
+
+def _join_processes(given: dict[str, Any]) -> bool:
+    """Takes the flags of `_define_processes` out and obeys them; whether this is the process whose results are kept."""
+    from sedd_jax import processes
+
+    processes.join(*(given.pop(name) for name in ("coordinator_address", "num_processes", "process_id")))
+    if not processes.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
+    return processes.is_first()
+
+
 def _load_config(argv: list[str]) -> tuple[str, Any, list[str]]:
     """Takes --config=FILE out of the arguments: its path, the fields it sets, and the other arguments."""
     path, rest = "", []
@@ -281,6 +315,8 @@ def _load_config(argv: list[str]) -> tuple[str, Any, list[str]]:
 
 def _parse(values: flags.FlagValues, argv: list[str], *directories: str) -> dict[str, Any]:
     """Values of all flags by name; `directories` must be given and become paths."""
+    from sedd_jax import storage
+
     remaining = values(["sedd", *argv])
     if len(remaining) > 1:
         raise flags.UnrecognizedFlagError(remaining[1])
@@ -288,7 +324,7 @@ def _parse(values: flags.FlagValues, argv: list[str], *directories: str) -> dict
     for name in directories:
         if not given[name]:
             raise flags.IllegalFlagValueError(f"--{name}=DIR must be given")
-        given[name] = pathlib.Path(given[name])
+        given[name] = storage.directory(given[name])
     return given
 
 

@@ -69,6 +69,7 @@ class TrainingConfig:
         sample_every: steps between samples; 0 is never.
         checkpoint_every: steps between checkpoints; the last step is always saved.
         keep_checkpoints: newest checkpoints kept.
+        keep_checkpoints_every: checkpoints at multiples of this step are kept for good; 0 is none.
     """
 
     num_steps: int = 400_000
@@ -80,6 +81,7 @@ class TrainingConfig:
     sample_every: int = 10_000
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 3
+    keep_checkpoints_every: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,7 +228,7 @@ def validate(config: Config) -> None:
     _validate_choice("network.attention", config.network.attention, ("auto", *attentions.ATTENTIONS))
     _validate_choice("network.dtype", config.network.dtype, ("float32", "bfloat16"))
     for name, value in flatten(to_dict(config)).items():
-        at_least = 0 if re.search(r"eval_every|sample_every|seed|warmup", name) else 1
+        at_least = 0 if re.search(r"eval_every|sample_every|seed|warmup|keep_checkpoints_every", name) else 1
         if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("mesh.") and value < at_least:
             raise ValueError(f"config.{name}={value} must be at least {at_least}")
         if isinstance(value, float) and not (math.isfinite(value) and value >= 0):

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from sedd_jax import config as configs
-from sedd_jax import networks, optimizers, runs, tokenizers, torch_weights, train_state
+from sedd_jax import networks, optimizers, runs, storage, tokenizers, torch_weights, train_state
 
 _WEIGHTS = "model.safetensors"
 # Where the published config.json keeps what ours does.
@@ -42,12 +42,15 @@ _FIELDS = (
 )
 
 
-def convert(source: pathlib.Path, target: pathlib.Path, *, tokenizer: str = "") -> str:
+def convert(
+    source: storage.Directory, target: storage.Directory, *, step: int | None = None, tokenizer: str = ""
+) -> str:
     """Converts a published directory into a run directory, or a run directory's moving average into a published one.
 
     Args:
         source: either kind of directory.
         target: a directory that does not exist yet.
+        step: of a run directory's checkpoint; the newest if None.
         tokenizer: for a run directory: a spec as in config.data.tokenizer; GPT-2 for 50257 tokens and plain ids
             otherwise.
 
@@ -57,12 +60,19 @@ def convert(source: pathlib.Path, target: pathlib.Path, *, tokenizer: str = "") 
     Raises:
         ValueError: where the source is neither kind, is damaged, or its config and weights disagree.
     """
+    for flag, place in (("from", source), ("to", target)):
+        if not isinstance(place, pathlib.Path):
+            raise ValueError(f"--{flag}={place} is in a bucket: copy it, and give a local directory")
+    assert isinstance(source, pathlib.Path)
+    assert isinstance(target, pathlib.Path)
     if (source / _WEIGHTS).exists():
+        if step is not None:
+            raise ValueError(f"--step={step} has no use here: {source} holds one set of weights")
         return _to_run(source, target, tokenizer)
     if (source / "checkpoints").exists():
         if tokenizer:
             raise ValueError(f"--tokenizer={tokenizer} has no use here: {source} is a run directory and has its own")
-        return _to_torch(source, target)
+        return _to_torch(source, target, step)
     raise ValueError(
         f"{source} has neither {_WEIGHTS} (a published PyTorch directory) nor checkpoints/ (a run directory): give "
         "one of them"
@@ -102,7 +112,7 @@ def _to_run(source: pathlib.Path, target: pathlib.Path, spec: str) -> str:
     return f"wrote run directory {target}: {_size(params)} parameters, optimizer state fresh"
 
 
-def _to_torch(source: pathlib.Path, target: pathlib.Path) -> str:
+def _to_torch(source: pathlib.Path, target: pathlib.Path, step: int | None) -> str:
     run = runs.load(source)
     if run.graph.num_states - 1 != getattr(run.graph, "mask_id", run.graph.num_states - 1):
         raise ValueError(
@@ -110,7 +120,7 @@ def _to_torch(source: pathlib.Path, target: pathlib.Path) -> str:
         )
     if target.exists():
         raise ValueError(f"{target} exists: use another --to")
-    step, params = run.ema_params()
+    step, params = run.ema_params(step=step)
     tensors = torch_weights.to_torch(params, run.network)
     target.mkdir(parents=True)
     (target / "config.json").write_text(json.dumps(_published_config(run), indent=2) + "\n", encoding="utf-8")

@@ -1,15 +1,14 @@
 """Bounds on the likelihood of held-out text."""
 
-import functools
 import math
-import pathlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from sedd_jax import batches, losses, networks, runs, score_heads, sharding
+from sedd_jax import batches, losses, networks, runs, score_heads, sharding, storage
 
 
 class Estimate(NamedTuple):
@@ -38,8 +37,12 @@ def sequence_bounds(
 
 
 def make_bounds_fn(run: runs.Run):
-    """A compiled `sequence_bounds(params, key, x0, t)` for this run."""
-    return jax.jit(functools.partial(sequence_bounds, run=run))
+    """A compiled `sequence_bounds(params, key, x0, t)` for this run, whose values every process holds."""
+
+    def bounds(params, key, x0, t):
+        return jax.tree.map(sharding.replicate, sequence_bounds(params, key, x0, t, run=run))
+
+    return jax.jit(bounds)
 
 
 def estimate_bounds(
@@ -89,13 +92,44 @@ def estimate_bounds(
     return Estimate(float(means[0]), math.sqrt(variances[0])), Estimate(float(means[1]), math.sqrt(variances[1]))
 
 
+def make_held_out(run: runs.Run) -> Callable[[Any], dict[str, float]]:
+    """A function of parameters that bounds a fixed part of the valid split, spread evenly over it, in bits."""
+    data = run.split("valid")
+    every = -(-data.num_sequences // run.config.training.eval_sequences)
+    sequences = data.sequences()[::every]
+    bounds_fn = make_bounds_fn(run)
+    per_unit = data.characters_per_token if run.tokenizer.unit == "character" else 1.0
+
+    def held_out(params: Any) -> dict[str, float]:
+        estimates = estimate_bounds(
+            bounds_fn, params, sequences, batch_size=run.config.training.batch_size, num_times=1, seed=0
+        )
+        metrics = {}
+        named = {"score_entropy": estimates[0]}
+        if run.config.graph.name == "absorb":
+            named["cross_entropy"] = estimates[1]
+        for name, bound in named.items():
+            metrics[f"valid/{name}_bits"] = bound.mean / (math.log(2) * per_unit)
+            metrics[f"valid/{name}_bits_stderr"] = bound.stderr / (math.log(2) * per_unit)
+        return metrics
+
+    return held_out
+
+
 def evaluate(
-    workdir: pathlib.Path, *, split: str = "valid", num_times: int = 8, batch_size: int = 32, seed: int = 0
+    workdir: storage.Directory,
+    *,
+    step: int | None = None,
+    split: str = "valid",
+    num_times: int = 8,
+    batch_size: int = 32,
+    seed: int = 0,
 ) -> dict[str, object]:
-    """Both bounds of a run's newest checkpoint (its moving average) on one split.
+    """Both bounds of a run's checkpoint (its moving average) on one split.
 
     Args:
         workdir: the run directory.
+        step: the checkpoint; the newest if None.
         split: train, valid or test.
         num_times: draws of time and noise for every sequence; more lower the standard error.
         batch_size: sequences evaluated at once.
@@ -111,11 +145,10 @@ def evaluate(
             raise ValueError(f"--{name}={value} must be at least 1")
     run = runs.load(workdir)
     data = run.split(split)
-    step, params = run.ema_params()
     sequences = data.sequences()
     mesh = sharding.make_mesh(sharding.MeshConfig())
+    step, params = run.ema_params(mesh, step)
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, sharding.tree_shardings(mesh, params))
         score_entropy, cross_entropy = estimate_bounds(
             make_bounds_fn(run), params, sequences, batch_size=batch_size, num_times=num_times, seed=seed
         )

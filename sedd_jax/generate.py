@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from sedd_jax import config as configs
-from sedd_jax import networks, runs, samplers, score_draws, sharding, terminals
+from sedd_jax import networks, runs, samplers, score_draws, sharding, storage, terminals
 
 _GAP = re.compile(r"\{\{|\}\}|\{(\d+)\}|\{[^{}]*\}?|\}")
 
@@ -152,8 +152,9 @@ def draw_samples(
 
 
 def generate(
-    workdir: pathlib.Path,
+    workdir: storage.Directory,
     *,
+    step: int | None = None,
     prefix: str = "",
     suffix: str = "",
     template: str = "",
@@ -161,10 +162,11 @@ def generate(
     watch: terminals.Watch | None = None,
     **settings: Any,
 ) -> list[Sample]:
-    """Draws texts from the newest checkpoint (its moving average) of a run.
+    """Draws texts from a checkpoint (its moving average) of a run.
 
     Args:
         workdir: the run directory.
+        step: the checkpoint; the newest if None.
         prefix: see `around`.
         suffix: see `around`.
         template: see `parse_template`.
@@ -179,9 +181,8 @@ def generate(
         raise ValueError("--template cannot be combined with --prefix or --suffix: write them into the template")
     parsed = around(run, prefix, suffix) if prefix or suffix else parse_template(run, template)
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    step, params = run.ema_params()
+    step, params = run.ema_params(mesh, step)
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, sharding.tree_shardings(mesh, params))
         return draw_samples(run, params, parsed, changed, seed=seed, step=step, watch=watch)
 
 
@@ -202,7 +203,7 @@ def make_sampling_fns(
 ) -> tuple[Any, Any]:
     """`reverse_steps(params, key, given, xt, start, stop, num_steps)` and `denoise(params, key, given, xt)`, jitted.
 
-    Step numbers and keys are traced and do not recompile.
+    Step numbers and keys are traced and do not recompile. Every process holds all tokens that they return.
     """
 
     def move_fn(params: networks.Params) -> samplers.MoveFn:
@@ -214,10 +215,11 @@ def make_sampling_fns(
 
     def reverse_steps(params, key, given, xt, start, stop, num_steps):
         fn = move_fn(params)
-        return samplers.reverse_steps(key, fn, graph, noise, given, xt, start, stop, num_steps, sampler=sampler)
+        xt = samplers.reverse_steps(key, fn, graph, noise, given, xt, start, stop, num_steps, sampler=sampler)
+        return sharding.replicate(xt)
 
     def denoise(params, key, given, xt):
-        return samplers.denoise(key, move_fn(params), graph, noise, given, xt)
+        return sharding.replicate(samplers.denoise(key, move_fn(params), graph, noise, given, xt))
 
     return jax.jit(reverse_steps), jax.jit(denoise)
 

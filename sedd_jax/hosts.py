@@ -5,10 +5,8 @@ import hashlib
 import os
 import pathlib
 import platform
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 CPUINFO = pathlib.Path("/proc/cpuinfo")
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -44,23 +42,6 @@ def keep_compiled_programs() -> None:
 def compile_for_others() -> None:
     """Keeps JAX from looking for a TPU here; to be called before it is imported."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
-
-
-@contextlib.contextmanager
-def told_to_stop() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM has come, which does not end the process meanwhile.
-
-    Signals reach a program's main thread alone; in another the function always says no.
-    """
-    told = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield told.is_set
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-        yield told.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -219,6 +219,25 @@ def _describe(metrics: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
+class NoWriter:
+    """What the training loop holds in a process whose numbers another one writes."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def pause(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def __enter__(self) -> "NoWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
 class MetricWriter:
     """What the training loop holds: writes metrics.jsonl and tensorboard/ in the run directory, and the terminal.
 
@@ -279,3 +298,6 @@ class MetricWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+Writer = MetricWriter | NoWriter

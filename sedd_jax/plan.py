@@ -167,15 +167,10 @@ def _lower_sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[networ
     shape = (settings.num_samples, run.config.data.length)
     fns = generate.make_sampling_fns(run.network, run.graph, run.noise, sampler=settings.sampler, draw=settings.draw)
     params = jax.eval_shape(lambda: networks.init(jax.random.key(0), run.network))
-    laid_out = jax.tree.map(
-        lambda leaf, spread: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread),
-        params,
-        sharding.tree_shardings(mesh, params),
-    )
     given = jax.eval_shape(lambda: samplers.nothing_given(shape))
     xt, key = given.tokens, jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        return params, fns[0].lower(laid_out, key, given, xt, 0, 1, settings.num_steps)
+        return params, fns[0].lower(sharding.shapes_on(mesh, params), key, given, xt, 0, 1, settings.num_steps)
 
 
 def _by_kind(inputs: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import jax
 
-from sedd_jax import batches, checkpoints, corpora, graphs, networks, noise_schedules, tokenizers
+from sedd_jax import batches, checkpoints, corpora, graphs, networks, noise_schedules, sharding, storage, tokenizers
 from sedd_jax import config as configs
 
 
@@ -20,12 +19,12 @@ class Run:
     """A run directory, opened.
 
     Attributes:
-        workdir: the directory.
+        workdir: the directory, local or in a bucket.
         config: what the run is made of.
         tokenizer: between text and tokens.
     """
 
-    workdir: pathlib.Path
+    workdir: storage.Directory
     config: configs.Config
     tokenizer: tokenizers.Tokenizer
 
@@ -42,62 +41,71 @@ class Run:
         return dataclasses.replace(self.config.network, num_states=self.graph.num_states)
 
     @property
-    def checkpoint_dir(self) -> pathlib.Path:
-        return self.workdir / "checkpoints"
+    def local(self) -> pathlib.Path:
+        """Where this process reads and writes all but checkpoints."""
+        return storage.local_copy(self.workdir)
+
+    @property
+    def checkpoint_dir(self) -> storage.Directory:
+        return self.workdir / storage.CHECKPOINTS
 
     def split(self, name: str) -> batches.PackedSplit:
         """One split of the run's packed text."""
-        directory = self.workdir / "data"
+        storage.download(self.workdir, "data")
+        directory = self.local / "data"
         if not directory.exists():
             raise ValueError(
                 f"{self.workdir} has no data of its own, as a converted checkpoint has none: train or sample"
             )
         return batches.open_split(directory, name, self.config.data.length, tokenizer=self.tokenizer)
 
-    def ema_params(self) -> tuple[int, networks.Params]:
-        """Step and moving average of the newest checkpoint."""
+    def ema_params(self, mesh: jax.sharding.Mesh | None = None, step: int | None = None) -> tuple[int, networks.Params]:
+        """Step and moving average of a checkpoint (the newest if None), laid out on a mesh (one device if None)."""
+        mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
         if not self.checkpoint_dir.exists():
             raise ValueError(
                 f"{self.workdir} has no checkpoint yet: train longer than config.training.checkpoint_every"
             )
         with contextlib.closing(checkpoints.Checkpoints(self.checkpoint_dir)) as saved:
-            step = saved.latest_step()
-            if step is None:
+            found = saved.find(step)
+            if found is None:
                 raise ValueError(f"{self.workdir} has no complete checkpoint: train longer")
-            return step, saved.restore_ema(step, self._abstract_params())
-
-    def _abstract_params(self) -> networks.Params:
-        one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.eval_shape(lambda: networks.init(jax.random.key(0), self.network))
-        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one_device), shapes)
+            shapes = jax.eval_shape(lambda: networks.init(jax.random.key(0), self.network))
+            return found, saved.restore_ema(found, sharding.shapes_on(mesh, shapes))
 
 
-def start(workdir: pathlib.Path, config: configs.Config) -> Run:
-    """Opens the run in `workdir` to go on with it, or makes a new one: tokenizer built, text packed.
+def start(workdir: storage.Directory, config: configs.Config) -> None:
+    """Makes the run in `workdir` ready to go on, or makes a new one: tokenizer built, text packed.
 
-    A new directory appears whole or not at all.
+    A new directory appears whole or not at all; in a bucket config.json comes last.
 
     Raises:
         ValueError: where the directory is not a run's, its config differs in what may not, or its text is damaged.
     """
-    if (workdir / "config.json").exists():
+    local = storage.local_copy(workdir)
+    if storage.holds(workdir, "config.json"):
         run = load(workdir)
         changed = configs.changes(run.config, config)
         if changed:
             raise ValueError(f"{workdir} was started with another config: {'; '.join(changed)}; use another --workdir")
-        if (workdir / "data").exists():
-            batches.verify(workdir / "data")
-        _write_json(workdir / "config.json", configs.to_dict(config))
-        return dataclasses.replace(run, config=config)
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        storage.download(workdir, "data", "metrics.jsonl", "samples", "tensorboard")
+        if (local / "data").exists():
+            batches.verify(local / "data")
+        _write_json(local / "config.json", configs.to_dict(config))
+        storage.upload(workdir)
+        return
+    # A start that was killed may have left these in a bucket, where nothing can appear whole.
+    ours = {"data", "tokenizer.json"} if storage.is_remote(workdir) else set()
+    if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - ours):
         raise ValueError(f"{workdir} exists and is not a run directory: use another --workdir")
     tokenizer = tokenizers.build(config.data.tokenizer, lambda: _all_documents(config.data.source))
-    with _new_directory(workdir) as partial:
+    storage.clear(workdir)
+    with _new_directory(local) as partial:
         batches.pack(config.data.source, tokenizer, partial / "data")
         for split in corpora.SPLITS:
             batches.open_split(partial / "data", split, config.data.length)
         _describe(partial, config, tokenizer)
-    return load(workdir)
+    storage.upload(workdir)
 
 
 def start_converted(workdir: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer, state: Any) -> Run:
@@ -116,18 +124,20 @@ def unsaved(config: configs.Config, vocab_size: int) -> Run:
     return Run(workdir=pathlib.Path(), config=config, tokenizer=tokenizers.Ids(vocab_size=vocab_size))
 
 
-def load(workdir: pathlib.Path) -> Run:
+def load(workdir: storage.Directory) -> Run:
     """Opens a run directory.
 
     Raises:
         ValueError: where it is none, or its files are damaged.
     """
-    if not (workdir / "config.json").exists():
+    if not storage.holds(workdir, "config.json"):
         raise ValueError(
             f"{workdir} is not a run directory, it has no config.json: give the --workdir of a training run"
         )
-    config = configs.parse(_read_json(workdir / "config.json"))
-    tokenizer = tokenizers.from_json(_read_json(workdir / "tokenizer.json"))
+    storage.download(workdir, "config.json", "tokenizer.json")
+    local = storage.local_copy(workdir)
+    config = configs.parse(_read_json(local / "config.json"))
+    tokenizer = tokenizers.from_json(_read_json(local / "tokenizer.json"))
     return Run(workdir=workdir, config=config, tokenizer=tokenizer)
 
 
@@ -144,8 +154,10 @@ def _describe(directory: pathlib.Path, config: configs.Config, tokenizer: tokeni
 @contextlib.contextmanager
 def _new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
     """A directory beside `final` that takes its name on success and vanishes on failure."""
-    partial = final.parent / f".{final.name}.partial-{os.getpid()}"
+    partial = final.parent / f".{final.name}.partial"
     try:
+        if partial.exists():
+            shutil.rmtree(partial)  # What a kill has left.
         partial.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"cannot write to {final}: {error.strerror}; use another directory") from error

@@ -96,6 +96,15 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
+def shapes_on(mesh: Mesh, tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays or shapes, laid out on the mesh by the rules."""
+    return jax.tree.map(
+        lambda leaf, spread: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread),
+        tree,
+        tree_shardings(mesh, tree),
+    )
+
+
 def batch_sharding(mesh: Mesh, batch_axis: int = 0) -> NamedSharding:
     """The sharding of an array whose given axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * batch_axis, BATCH_AXES))

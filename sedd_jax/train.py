@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +20,13 @@ from sedd_jax import (
     curves,
     evaluate,
     generate,
-    hosts,
     losses,
     metric_writers,
     optimizers,
+    processes,
     runs,
     sharding,
+    storage,
     train_state,
 )
 from sedd_jax import config as configs
@@ -39,43 +39,50 @@ class NonFiniteLossError(ValueError):
     """The loss stopped being a number."""
 
 
-def train(config: configs.Config, workdir: pathlib.Path, *, stream: io.TextIOBase | None = None) -> dict[str, Any]:
+def train(
+    config: configs.Config,
+    workdir: storage.Directory,
+    *,
+    from_step: int | None = None,
+    stream: io.TextIOBase | None = None,
+) -> dict[str, Any]:
     """Trains until config.training.num_steps, going on from the newest checkpoint where the directory has one.
 
-    On SIGTERM it saves the step that it is at and returns early.
+    On SIGTERM (to any of its processes) it saves the step that it is at and returns early.
 
     Args:
         config: a validated config.
-        workdir: run directory, made if it does not exist.
+        workdir: run directory, local or gs://, made if it does not exist; every process must see it.
+        from_step: the checkpoint to go on from if not the newest; newer ones are removed.
         stream: where progress goes; standard error if None.
 
     Returns:
         The step reached and the last value of every metric written.
 
     Raises:
-        ValueError: where config, corpus or directory do not allow a run.
+        ValueError: where config, corpus or directory do not allow a run, or the checkpoint is damaged.
+        OSError: where the directory cannot be written any more; names the newest checkpoint.
         NonFiniteLossError: names the step and the newest checkpoint.
     """
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
-    run = runs.start(workdir, config)
+    processes.first_then_all("start", lambda: runs.start(workdir, config))
+    if not storage.holds(workdir, "config.json"):
+        raise ValueError(
+            f"{workdir} is not there for {processes.describe()}: give a directory that all share, or gs://"
+        )
+    run = runs.load(workdir)
     optimizer = optimizers.make_optimizer(config.optimizer)
-    saved = checkpoints.Checkpoints(run.checkpoint_dir, keep=config.training.keep_checkpoints)
-    with contextlib.closing(saved), jax.set_mesh(mesh), hosts.told_to_stop() as told_to_stop:
-        state, step = initial_state(run, optimizer, mesh, saved)
-        step_fn = make_step_fn(run, optimizer, mesh, state)
-        accelerator = accelerators.find(jax.devices()[0].device_kind)
-        with metric_writers.MetricWriter(
-            workdir,
-            num_steps=config.training.num_steps,
-            start_step=step,
-            unit=run.tokenizer.unit,
-            tokens_per_step=config.training.batch_size * config.data.length,
-            flops_per_token=run.network.flops_per_token(config.data.length),
-            peak_flops=None if accelerator is None else accelerator.peak_flops * mesh.size,
-            stream=stream,
-        ) as writer:
-            return _loop(run, state, step, step_fn, saved, writer, mesh, told_to_stop)
+    keep = {"keep": config.training.keep_checkpoints, "keep_every": config.training.keep_checkpoints_every}
+    saved = checkpoints.Checkpoints(run.checkpoint_dir, **keep)
+    try:
+        with contextlib.closing(saved), jax.set_mesh(mesh), processes.told_to_stop() as told_to_stop:
+            state, step = initial_state(run, optimizer, mesh, saved, from_step)
+            step_fn = make_step_fn(run, optimizer, mesh, state)
+            with _make_writer(run, mesh, step, stream) as writer:
+                return _loop(run, state, step, step_fn, saved, writer, mesh, told_to_stop)
+    except OSError as error:
+        raise OSError(f"{error}: {_newest(saved)}; make {workdir} writable, then the same command goes on") from error
 
 
 def train_step(
@@ -126,12 +133,24 @@ def train_step(
 
 
 def initial_state(
-    run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, saved: checkpoints.Checkpoints
+    run: runs.Run,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    saved: checkpoints.Checkpoints,
+    from_step: int | None = None,
 ) -> tuple[train_state.TrainState, int]:
-    """The newest checkpoint, or a fresh state, laid out on the mesh; and its step."""
-    state = make_state_fn(run, optimizer, mesh)()
-    step = saved.latest_step()
-    return (state, 0) if step is None else (saved.restore(step, state), step)
+    """A checkpoint (the newest if None), or a fresh state, laid out on the mesh; and its step.
+
+    With `from_step`, newer checkpoints are removed once it is read.
+    """
+    create = make_state_fn(run, optimizer, mesh)
+    step = saved.find(from_step)
+    if step is None:
+        return create(), 0
+    state = saved.restore(step, sharding.shapes_on(mesh, jax.eval_shape(create)))
+    if from_step is not None:
+        saved.remove_after(from_step)
+    return state, step
 
 
 def make_state_fn(
@@ -174,14 +193,13 @@ def _loop(
     step: int,
     step_fn: StepFn,
     saved: checkpoints.Checkpoints,
-    writer: metric_writers.MetricWriter,
+    writer: metric_writers.Writer,
     mesh: jax.sharding.Mesh,
-    told_to_stop: Callable[[], bool],
+    told_to_stop: Callable[[int], bool],
 ) -> dict[str, Any]:
     settings = run.config.training
     data = run.split("train")
-    batch_sharding = sharding.batch_sharding(mesh)
-    held_out = make_held_out(run)
+    held_out = evaluate.make_held_out(run)
     references = _reference_entropies(run)
     written: dict[str, Any] = {"step": step}
     pending: tuple[int, Metrics] | None = None
@@ -191,18 +209,18 @@ def _loop(
         )
         writer.say(f"resumed {run.workdir} at step {step}{nothing}")
     while step < settings.num_steps:
-        x0 = data.batch(step, batch_size=settings.batch_size, seed=run.config.seed)
-        state, metrics = step_fn(state, jax.device_put(x0, batch_sharding))
+        state, metrics = step_fn(state, _batch(run, data, step, mesh))
         step += 1
         written["step"] = step
         # The step before is read only now, when the device already has the next one to do.
         if pending is not None:
             _check_finite(*pending, saved)
         pending = (step, metrics)
-        stops = told_to_stop()
+        stops = told_to_stop(step)
         due = functools.partial(_is_due, step, settings.num_steps)
         if due(settings.log_every):
             _check_finite(step, metrics, saved)
+            saved.check()
             train_metrics = _train_metrics(run, data, metrics)
             written |= train_metrics
             writer.write(step, train_metrics)
@@ -217,41 +235,44 @@ def _loop(
         if due(settings.checkpoint_every) or stops:
             with writer.pause():
                 _check_finite(step, metrics, saved)
+                if processes.is_first():
+                    curves.plot_curves(run.local / "metrics.jsonl", run.local / "loss.png", references)
+                    storage.upload(run.workdir)  # Before the checkpoint, whose steps' metrics must be there.
                 saved.save(step, state)
-                curves.plot_curves(run.workdir / "metrics.jsonl", run.workdir / "loss.png", references)
         if stops and step < settings.num_steps:
             writer.say(f"stopped by SIGTERM at step {step}, which is saved: the same command goes on")
             break
     return written
 
 
+def _batch(run: runs.Run, data: batches.PackedSplit, step: int, mesh: jax.sharding.Mesh) -> Int[Array, "B L"]:
+    """The batch of a step, of which each process reads what its devices hold."""
+    size = run.config.training.batch_size
+    read = lambda index: data.batch(step, batch_size=size, seed=run.config.seed, rows=index[0])
+    return jax.make_array_from_callback((size, data.length), sharding.batch_sharding(mesh), read)
+
+
+def _make_writer(
+    run: runs.Run, mesh: jax.sharding.Mesh, step: int, stream: io.TextIOBase | None
+) -> metric_writers.Writer:
+    if not processes.is_first():
+        return metric_writers.NoWriter()
+    config, accelerator = run.config, accelerators.find(jax.devices()[0].device_kind)
+    return metric_writers.MetricWriter(
+        run.local,
+        num_steps=config.training.num_steps,
+        start_step=step,
+        unit=run.tokenizer.unit,
+        tokens_per_step=config.training.batch_size * config.data.length,
+        flops_per_token=run.network.flops_per_token(config.data.length),
+        peak_flops=None if accelerator is None else accelerator.peak_flops * mesh.size,
+        stream=stream,
+    )
+
+
 def _is_due(step: int, num_steps: int, every: int) -> bool:
     """Whether something done every so many steps (0: never) and after the last one is to be done now."""
     return every > 0 and (step % every == 0 or step == num_steps)
-
-
-def make_held_out(run: runs.Run) -> Callable[[Any], dict[str, float]]:
-    """A function of parameters that bounds a fixed part of the valid split, spread evenly over it, in bits."""
-    data = run.split("valid")
-    every = -(-data.num_sequences // run.config.training.eval_sequences)
-    sequences = data.sequences()[::every]
-    bounds_fn = evaluate.make_bounds_fn(run)
-    per_unit = data.characters_per_token if run.tokenizer.unit == "character" else 1.0
-
-    def held_out(params: Any) -> dict[str, float]:
-        estimates = evaluate.estimate_bounds(
-            bounds_fn, params, sequences, batch_size=run.config.training.batch_size, num_times=1, seed=0
-        )
-        metrics = {}
-        named = {"score_entropy": estimates[0]}
-        if run.config.graph.name == "absorb":
-            named["cross_entropy"] = estimates[1]
-        for name, bound in named.items():
-            metrics[f"valid/{name}_bits"] = bound.mean / (math.log(2) * per_unit)
-            metrics[f"valid/{name}_bits_stderr"] = bound.stderr / (math.log(2) * per_unit)
-        return metrics
-
-    return held_out
 
 
 def _train_metrics(run: runs.Run, data: batches.PackedSplit, metrics: Metrics) -> dict[str, float]:
@@ -273,7 +294,9 @@ def _write_samples(run: runs.Run, params: Any, step: int) -> str:
     whole = generate.parse_template(run, "")
     samples = generate.draw_samples(run, params, whole, run.config.sampling, seed=step, step=step)
     text = "\n".join(f"--- sample {sample.index + 1} at step {step}\n{sample.text}" for sample in samples)
-    directory = run.workdir / "samples"
+    if not processes.is_first():
+        return text
+    directory = run.local / "samples"
     directory.mkdir(exist_ok=True)
     (directory / f"{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
     return text
@@ -294,8 +317,12 @@ def check_batch(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
 def _check_finite(step: int, metrics: Metrics, saved: checkpoints.Checkpoints) -> None:
     for name in ("train/loss", "train/grad_norm"):
         if not np.isfinite(metrics[name]):
-            newest = saved.latest_step()
-            remedy = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is of step {newest}"
+            saved.wait()
             raise NonFiniteLossError(
-                f"{name} is {float(metrics[name])} at step {step}: {remedy}; lower the learning rate"
+                f"{name} is {float(metrics[name])} at step {step}: {_newest(saved)}; lower the learning rate"
             )
+
+
+def _newest(saved: checkpoints.Checkpoints) -> str:
+    newest = saved.find(None)
+    return "there is no checkpoint yet" if newest is None else f"the newest checkpoint is of step {newest}"

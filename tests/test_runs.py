@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from sedd_jax import checkpoints, cli, evaluate, generate, networks, runs, terminals, train
+from sedd_jax import checkpoints, cli, evaluate, generate, networks, processes, runs, terminals, train
 from sedd_jax import config as configs
 
 ALPHABET = "abcdefgh"
@@ -81,6 +81,8 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         first = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda *_: first)
+        # JAX runs here already, so no process can join others.
+        patch.setattr(processes, "join", lambda *_: None)
         yield
 
 
@@ -196,7 +198,7 @@ def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path
 
 @pytest.mark.parametrize(("step", "status"), [(2, 75), (4, 0)])
 def test_a_run_that_was_stopped_asks_to_be_started_again(step, status, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train", lambda config, workdir: {"step": step})
+    monkeypatch.setattr(train, "train", lambda config, workdir, from_step: {"step": step})
     assert call("train", f"--workdir={tmp_path}", "--config.training.num_steps=4")[0] == status
 
 

@@ -1,0 +1,114 @@
+"""Run directories in a Google Cloud Storage bucket, gs://BUCKET/RUN.
+
+A program works on a local copy in the user's cache, and brings into the bucket what it writes there. Only checkpoints
+go to the bucket and back directly.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+Directory = pathlib.Path | epath.Path
+CHECKPOINTS = "checkpoints"
+_sent: dict[pathlib.Path, tuple[int, int]] = {}  # Size and time of each local file as the bucket has it.
+
+
+def directory(name: str) -> Directory:
+    """The directory of a name, gs:// or local.
+
+    Raises:
+        ImportError: where gs:// is asked for without gcsfs.
+    """
+    if not name.startswith("gs://"):
+        return pathlib.Path(name)
+    try:
+        import fsspec
+        import gcsfs  # noqa: F401, which fsspec finds
+    except ImportError as error:
+        raise ImportError(f"{name} needs gcsfs: pip install 'sedd_jax[gcs]'") from error
+    # What other processes write must be seen.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return epath.Path(name.rstrip("/"))
+
+
+def is_remote(place: Directory) -> bool:
+    """Whether a directory is in a bucket."""
+    return not isinstance(place, pathlib.Path)
+
+
+def local_copy(place: Directory) -> pathlib.Path:
+    """Where this process works on a directory: the place itself where it is local."""
+    if isinstance(place, pathlib.Path):
+        return place
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+    name = f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:12]}-{jax.process_index()}"
+    return cache / "sedd_jax" / "buckets" / name
+
+
+def holds(place: Directory, name: str) -> bool:
+    """Whether a directory has a file or directory of this name."""
+    if not is_remote(place):
+        return (place / name).exists()
+    with _bucket(place) as bucket:
+        return bucket.exists(f"{place}/{name}")
+
+
+def clear(place: Directory) -> None:
+    """Removes the local copy of a directory in a bucket."""
+    if is_remote(place):
+        shutil.rmtree(local_copy(place), ignore_errors=True)
+
+
+def download(place: Directory, *names: str) -> None:
+    """Brings files and directories of a bucket into the local copy; packed text only where it is another one there."""
+    if not is_remote(place):
+        return
+    local = local_copy(place)
+    with _bucket(place) as bucket:
+        for name in names:
+            header = local / name / "header.json"
+            if header.exists() and header.read_bytes() == (place / name / "header.json").read_bytes():
+                continue
+            for found in bucket.find(f"{place}/{name}"):
+                file = local / found.removeprefix(f"{place}/".removeprefix("gs://"))
+                file.parent.mkdir(parents=True, exist_ok=True)
+                bucket.get_file(found, str(file))
+                _sent[file] = _version(file)
+
+
+def upload(place: Directory) -> None:
+    """Brings what has changed in the local copy into the bucket."""
+    if not is_remote(place):
+        return
+    local = local_copy(place)
+    with _bucket(place) as bucket:
+        # config.json last: it makes the directory a run's.
+        files = (path for path in local.rglob("*") if path.is_file())
+        for file in sorted(files, key=lambda file: (file.name == "config.json", file)):
+            version = _version(file)
+            if _sent.get(file) != version:
+                bucket.put_file(str(file), f"{place}/{file.relative_to(local)}")
+                _sent[file] = version
+
+
+@contextlib.contextmanager
+def _bucket(place: Directory) -> Iterator[Any]:
+    """The file system of buckets, whose failures name the directory."""
+    import fsspec
+
+    try:
+        yield fsspec.filesystem("gcs")
+    except Exception as error:
+        raise OSError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def _version(file: pathlib.Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
