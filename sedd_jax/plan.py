@@ -15,7 +15,16 @@ from jax.experimental import topologies
 from sedd_jax import accelerators, collectives, generate, hosts, networks, runs, samplers, sharding, tokenizers, train
 from sedd_jax import config as configs
 
-TOPOLOGIES = "v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1"
+# What libtpu knows and Google lends: axes of a slice, its chips at most, shapes to show.
+_FLAT = "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
+_DEEP = "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8 and so on"
+SLICES = {
+    "v4": (3, 4096, _DEEP),
+    "v5e": (2, 256, _FLAT),
+    "v5p": (3, 6144, _DEEP),
+    "v6e": (2, 256, _FLAT),
+    "tpu7x": (3, 9216, _DEEP),
+}
 
 
 def plan(
@@ -42,7 +51,8 @@ def plan(
     for name, value in (("num_slices", num_slices), ("vocab_size", vocab_size)):
         if value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
-    devices = _devices(topology, num_slices)
+    check_topology(topology)
+    devices = make_devices(topology, num_slices)
     accelerator = accelerators.find(devices[0].device_kind)
     assert accelerator is not None, devices[0].device_kind
     result = {
@@ -101,12 +111,40 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _devices(topology: str, num_slices: int) -> list[jax.Device]:
+def check_topology(topology: str) -> None:
+    """Raises ValueError, which says what there is, where a topology names no slice: libtpu's own messages do not."""
+    generation, _, shape = topology.partition(":")
+    if generation not in SLICES:
+        known = ", ".join(SLICES)
+        raise ValueError(
+            f"--topology={topology}: no such TPU; known are {known}, with chips along each axis: v5e:4x4, v5p:2x2x2"
+        )
+    num_axes, most, examples = SLICES[generation]
+    sizes = [int(size) if size.isdecimal() else 0 for size in shape.split("x")]
+    is_one_chip = num_axes == 2 and sizes == [1, 1]
+    is_even = not any(size % 2 for size in sizes[:2])
+    if len(sizes) != num_axes or not 0 < math.prod(sizes) <= most or not (is_even or is_one_chip):
+        raise ValueError(
+            f"--topology={topology}: a {generation} slice has chips along {num_axes} axes, even along the first two, "
+            f"{most} in all at most: {generation}:{examples}"
+        )
+
+
+def make_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
+    """Devices to compile for, which are not here.
+
+    Raises:
+        ValueError: where libtpu is missing or rejects the topology.
+    """
     hosts.compile_for_others()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # A program for absent devices cannot be read back.
-    # Both cores of a chip are one device on v4, as they are when it runs; on v5p that is the default.
-    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    options: dict[str, Any] = {}
+    if topology.startswith("v4:"):
+        # Both cores of a chip are one device, as they are when it runs; on v5p that is the default.
+        options["chip_config_name"] = "megacore"
+    if topology.endswith(":1x1"):
+        options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu expects four.
     try:
         # It complains of missing what only a TPU host has.
         with hosts.silenced():
@@ -114,8 +152,7 @@ def _devices(topology: str, num_slices: int) -> list[jax.Device]:
     except jax.errors.JaxRuntimeError as error:
         if "libtpu" in str(error) or "No jax plugin" in str(error):
             raise ValueError("plan needs libtpu: pip install 'sedd_jax[tpu-plan]'") from error
-        why = str(error).partition(": ")[2] or str(error)
-        raise ValueError(f"--topology={topology}: {why}; known are for example {TOPOLOGIES}") from error
+        raise ValueError(f"--topology={topology}: {str(error).partition(': ')[2] or error}") from error
     return list(slices.devices)
 
 

@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from sedd_jax import cli
+from sedd_jax import plan as program
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu-plan]'"
@@ -22,11 +24,15 @@ SMALL = (
 )
 
 
+def run_alone(*arguments):
+    """Python in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
 def plan(*arguments):
     """Exit status, standard output and standard error of `sedd plan`."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    command = [sys.executable, "-m", "sedd_jax", "plan", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_alone("-m", "sedd_jax", "plan", *arguments)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -74,10 +80,13 @@ def test_a_sampling_step_on_two_slices():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=v5litepod:4x4"], "--topology=v5litepod:4x4: Invalid TPU external name: TPU v5litepod; known are"),
         (["--topology=v5e:4x4", "--config.training.batch_size=10"], "leaves 10 sequences for 16 devices"),
         (["--topology=v5e:4x4", "--config.mesh.tensor=5"], "does not fill 16 devices"),
         (["--topology=v5e:4x4", "--num_slices=0"], "--num_slices=0 must be at least 1"),
+        (
+            ["--topology=v5e:3x5"],
+            "--topology=v5e:3x5: a v5e slice has chips along 2 axes, even along the first two, 256",
+        ),
     ],
 )
 def test_wrong_arguments(arguments, message):
@@ -85,6 +94,77 @@ def test_wrong_arguments(arguments, message):
     assert status == 1
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["", ":", "v5e", "v5litepod:4x4", "h100:8", "v7x:2x2x1", "v3:2x2", "V5E:4x4", "v5:2x2x2"]
+)
+def test_names_that_are_no_slice_get_the_known_ones(name):
+    with pytest.raises(ValueError, match=f"^--topology={name}: .*(v4, v5e, v5p, v6e, tpu7x|v5e:1x1, 2x2, 2x4, 4x4)"):
+        program.check_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("generation", "shapes", "accepted"),
+    [
+        ("v5e", ["", "4", "4x", "4x4x4", "0x4", "-4x4", "1x2", "3x5", "16x32", "axb", "4x²"], "v5e:1x1, 2x2, 2x4, 4x4"),
+        ("v5p", ["", "4x4", "1x1x1", "1x1", "3x3x3", "0x2x2", "16x16x25", "2x2x2x1"], "v5p:2x2x1, 2x2x2, 2x2x4, 2x4x4"),
+    ],
+)
+def test_shapes_that_are_no_slice_get_the_accepted_ones(generation, shapes, accepted):
+    for shape in shapes:
+        with pytest.raises(ValueError, match=f"^--topology={generation}:{shape}: .* at most: {accepted}"):
+            program.check_topology(f"{generation}:{shape}")
+
+
+SLICES = """
+import json, sys
+import jax
+from sedd_jax import accelerators, plan
+
+def look(topology, num_slices):
+    plan.check_topology(topology)
+    devices = plan.make_devices(topology, num_slices)
+    one = jax.sharding.NamedSharding(jax.sharding.Mesh(devices[:1], "x"), jax.sharding.PartitionSpec())
+    too_large = jax.ShapeDtypeStruct((2**18, 2**18), "float32", sharding=one)
+    try:
+        jax.jit(lambda x: x + 1).lower(too_large).compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+    accelerator = accelerators.find(devices[0].device_kind)
+    in_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    return accelerator.name, len(devices), in_slices, accelerator.hbm_bytes, message
+
+print(json.dumps([look(*one) for one in json.loads(sys.argv[1])]))
+"""
+
+
+def test_devices_and_their_memory_are_what_the_compiler_says():
+    """Every generation: JAX's devices, the accelerator of their kind, and the memory that a program may use."""
+    half = "TPU7x, one of two cores"
+    expected = {
+        ("v4:2x2x1", 1): ("TPU v4", 4),
+        ("v4:2x2x2", 4): ("TPU v4", 32),
+        ("v5e:1x1", 1): ("TPU v5e", 1),
+        ("v5e:4x4", 2): ("TPU v5e", 32),
+        ("v5e:16x16", 1): ("TPU v5e", 256),
+        ("v5p:2x2x2", 1): ("TPU v5p", 8),
+        ("v5p:16x16x24", 1): ("TPU v5p", 6144),
+        ("v6e:1x1", 1): ("TPU v6e", 1),
+        ("v6e:4x4", 1): ("TPU v6e", 16),
+        ("tpu7x:2x2x1", 1): (half, 8),
+        ("tpu7x:4x4x4", 1): (half, 128),
+    }
+    assert {topology.partition(":")[0] for topology, _ in expected} == program.SLICES.keys()
+    done = run_alone("-c", SLICES, json.dumps(list(expected)))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for ((_, num_slices), (name, num_devices)), (*what, hbm_bytes, message) in zip(
+        expected.items(), found, strict=True
+    ):
+        assert what == [name, num_devices, num_slices]
+        available = float(re.search(r"exceeds available HBM \(([\d.]+)G\)", message).group(1)) * 2**30
+        assert 0.95 < available / hbm_bytes < 1.01
 
 
 def test_topology_must_be_given(capsys):
