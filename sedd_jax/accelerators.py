@@ -6,7 +6,8 @@ a GPU the name its CUDA driver gives. Numbers are per JAX device, from the vendo
 - TPU: https://docs.cloud.google.com/tpu/docs/ followed by v4, v5e, v5p, v6e or tpu7x, "System architecture". On v4 and
   v5p the two cores of a chip are one JAX device; on TPU7x each is its own, so that row is half of the published chip.
   Interconnects are printed for both directions (v5e 400 GB/s, v5p and TPU7x 1200, v6e 800): half of that. For v4:
-  Jouppi et al. 2023 (arXiv 2304.01433), six links of 50 GB/s.
+  Jouppi et al. 2023 (arXiv 2304.01433), six links of 50 GB/s. The network between slices is printed per chip (v5p
+  50 Gb/s, v6e and TPU7x 100) or per pod of 256 chips (v5e 6.4 Tb/s), and for v4 not at all.
 - V100: https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf
 - A100: https://www.nvidia.com/en-us/data-center/a100/, "Specifications".
 - L4, H100, H200: https://www.nvidia.com/en-us/data-center/ followed by l4, h100 or h200, "Specifications". These print
@@ -23,7 +24,8 @@ import dataclasses
 class Accelerator:
     """One JAX device: dense bfloat16 FLOP/s, bytes of device memory, bytes/s between that memory and the chip.
 
-    `ici_bandwidth` is what a TPU sends to its neighbours over all links, in bytes/s; 0 for a GPU.
+    `ici_bandwidth` is what a TPU sends to its neighbours over all links, `dcn_bandwidth` what it sends to other slices
+    over the data centre's network, in bytes/s; 0 for a GPU and where no figure is published.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Accelerator:
     hbm_bytes: int
     hbm_bandwidth: float
     ici_bandwidth: float = 0.0
+    dcn_bandwidth: float = 0.0
 
 
 # Google states binary gigabytes, NVIDIA decimal ones.
@@ -38,15 +41,37 @@ GIB = 2**30
 GB = 10**9
 
 TPU_V4 = Accelerator(name="TPU v4", peak_flops=275e12, hbm_bytes=32 * GIB, hbm_bandwidth=1200e9, ici_bandwidth=300e9)
-TPU_V5E = Accelerator(name="TPU v5e", peak_flops=197e12, hbm_bytes=16 * GIB, hbm_bandwidth=819e9, ici_bandwidth=200e9)
-TPU_V5P = Accelerator(name="TPU v5p", peak_flops=459e12, hbm_bytes=95 * GIB, hbm_bandwidth=2765e9, ici_bandwidth=600e9)
-TPU_V6E = Accelerator(name="TPU v6e", peak_flops=918e12, hbm_bytes=32 * GIB, hbm_bandwidth=1638e9, ici_bandwidth=400e9)
+TPU_V5E = Accelerator(
+    name="TPU v5e",
+    peak_flops=197e12,
+    hbm_bytes=16 * GIB,
+    hbm_bandwidth=819e9,
+    ici_bandwidth=200e9,
+    dcn_bandwidth=6.4e12 / 8 / 256,
+)
+TPU_V5P = Accelerator(
+    name="TPU v5p",
+    peak_flops=459e12,
+    hbm_bytes=95 * GIB,
+    hbm_bandwidth=2765e9,
+    ici_bandwidth=600e9,
+    dcn_bandwidth=50e9 / 8,
+)
+TPU_V6E = Accelerator(
+    name="TPU v6e",
+    peak_flops=918e12,
+    hbm_bytes=32 * GIB,
+    hbm_bandwidth=1638e9,
+    ici_bandwidth=400e9,
+    dcn_bandwidth=100e9 / 8,
+)
 TPU_7X = Accelerator(
     name="TPU7x, one of two cores",
     peak_flops=2307e12 / 2,
     hbm_bytes=96 * GIB,
     hbm_bandwidth=7380e9 / 2,
     ici_bandwidth=600e9 / 2,
+    dcn_bandwidth=100e9 / 8 / 2,
 )
 # Volta multiplies matrices in float16 only, so its row holds that rate; bfloat16 runs far below it.
 V100_SXM_16 = Accelerator(name="V100 SXM 16 GB", peak_flops=125e12, hbm_bytes=16 * GB, hbm_bandwidth=900e9)

@@ -3,11 +3,13 @@
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 _INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+# Between slices the host sends and receives, for a transfer of one of these kinds.
+_BETWEEN_SLICES = re.compile(r'= \((.*?), u32\[\].*? send\(.*_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 
 
@@ -16,15 +18,17 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`.
-        shapes: dtype and dimensions of its results on one device.
-        group_size: devices that take part together.
+        shapes: dtype and dimensions of its results on one device; of what a device gives, between slices.
+        group_size: devices that take part together, or slices.
         times: how often a step runs it: loops around it multiplied.
+        between_slices: whether it takes the network between slices, each device with its peers there.
     """
 
     kind: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     group_size: int
     times: int
+    between_slices: bool = False
 
     @property
     def bytes_sent(self) -> float:
@@ -32,37 +36,42 @@ class Collective(NamedTuple):
         size = sum(_BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in self.shapes)
         others = self.group_size - 1
         share = {
-            "all-gather": others / self.group_size,
+            "all-gather": others if self.between_slices else others / self.group_size,
             "all-to-all": others / self.group_size,
             "all-reduce": 2 * others / self.group_size,
-            "reduce-scatter": others,
+            "reduce-scatter": others / self.group_size if self.between_slices else others,
             "collective-permute": 1,
         }[self.kind]
         return float(size * share * self.times)
 
 
-def collectives(hlo: str) -> list[Collective]:
+def collectives(hlo: str, num_slices: int = 1) -> list[Collective]:
     """The collectives of a compiled program (`Compiled.as_text()`).
 
-    An operation that the compiler has cut into overlapping pieces counts once, by its channel.
+    An operation that the compiler has cut into overlapping pieces counts once, by its channel, which an operation of
+    another kind or shape may share.
     """
     times = _times_run(hlo)
-    found: dict[str, Collective] = {}
+    found: dict[Any, Collective] = {}
     for computation, line in _lines(hlo):
-        match = _INSTRUCTION.search(line)
-        if match is None:
-            continue
-        shapes = [
-            (dtype, tuple(int(size) for size in sizes.split(",") if size))
-            for dtype, sizes in _ARRAY.findall(match.group(1))
-        ]
-        if match.group(3) and match.group(2) != "all-reduce":
-            # The operand, the result and the counters of an operation that ends later.
-            shapes = shapes[1:2]
-        channel = re.search(r"channel_id=(\d+)", line)
-        collective = Collective(match.group(2), tuple(shapes), _group_size(line), times.get(computation, 1))
-        found[channel.group(1) if channel else line] = collective
+        runs = times.get(computation, 1)
+        if match := _BETWEEN_SLICES.search(line):
+            kind = match.group(2).lower().replace("_", "-")
+            found[line] = Collective(kind, _shapes(match.group(1)), num_slices, runs, between_slices=True)
+        elif match := _INSTRUCTION.search(line):
+            shapes = _shapes(match.group(1))
+            if match.group(3) and match.group(2) != "all-reduce":
+                # The operand, the result and the counters of an operation that ends later.
+                shapes = shapes[1:2]
+            channel = re.search(r"channel_id=(\d+)", line)
+            key = (match.group(2), shapes, channel.group(1), runs) if channel else line
+            found[key] = Collective(match.group(2), shapes, _group_size(line), runs)
     return list(found.values())
+
+
+def _shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    found = _ARRAY.findall(text)
+    return tuple((dtype, tuple(int(size) for size in sizes.split(",") if size)) for dtype, sizes in found)
 
 
 def _lines(hlo: str) -> Iterator[tuple[str, str]]:
@@ -79,19 +88,26 @@ def _times_run(hlo: str) -> dict[str, int]:
     """How often each computation runs, from the loops that call it; a loop that may end early counts once."""
     callers: dict[str, list[tuple[str, int]]] = {}
     bounds: dict[str, int] = {}
-    loops: list[tuple[str, str, str]] = []
+    loops: list[tuple[str, str, str, str]] = []
+    # What an instruction takes its first number from: a loop that was peeled does not start at 0.
+    sources: dict[str, str] = {}
     for computation, line in _lines(hlo):
         constant = re.search(r"= s32\[\]\S* constant\((\d+)\)", line)
         if constant:
             bounds[computation] = max(bounds.get(computation, 1), int(constant.group(1)))
-        loop = re.search(r"condition=%?([\w.-]+), body=%?([\w.-]+)", line)
+        if source := re.search(r"%([\w.-]+) = .*? (?:constant|copy|tuple)\(%?([\w.-]+)", line):
+            sources[source.group(1)] = source.group(2)
+        loop = re.search(r" while\(%?([\w.-]+)\), condition=%?([\w.-]+), body=%?([\w.-]+)", line)
         if loop:
-            loops.append((computation, loop.group(1), loop.group(2)))
+            loops.append((computation, loop.group(1), loop.group(2), loop.group(3)))
         else:
             for called in re.findall(r"(?:calls|to_apply|called_computations)=\{?%?([\w.-]+)", line):
                 callers.setdefault(called, []).append((computation, 1))
-    for computation, condition, body in loops:
-        callers.setdefault(body, []).append((computation, bounds.get(condition, 1)))
+    for computation, start, condition, body in loops:
+        while start in sources:
+            start = sources[start]
+        first = int(start) if start.isdecimal() else 0
+        callers.setdefault(body, []).append((computation, max(1, bounds.get(condition, 1) - first)))
 
     def count(computation: str) -> int:
         return max((count(caller) * bound for caller, bound in callers.get(computation, [])), default=1)

@@ -78,6 +78,39 @@ def test_an_operation_cut_into_pieces_counts_once():
     ]
 
 
+SLICES = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %c = f32[4,256]{1,0} all-reduce(%x), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  %s = (bf16[64,8]{1,0}, u32[], token[]) send(%y, %z), channel_id=6, as={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %r = (bf16[64,8]{1,0}, u32[], token[]) recv(%z), channel_id=5, as={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %most = s32[]{:T(128)} constant(4)
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %one = s32[]{:T(128)} constant(1)
+  %copied = s32[]{:T(128)} copy(%one)
+  %start = (s32[]{:T(128)}, f32[8]{0}) tuple(%copied, %p)
+  %loop = (s32[]{:T(128)}, f32[8]{0}) while(%start), condition=%condition, body=%body
+  %scattered = f32[32,128]{1,0} reduce-scatter(%x), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
+  %gathered = f32[128,128]{1,0} all-gather(%x), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
+  %whole = (f32[16]{0}, u32[], token[]) send(%y, %z), channel_id=8, as={_xla_megascale_transfer_type="ALL_GATHER"}
+}
+"""
+
+
+def test_between_slices_and_in_a_loop_whose_first_round_was_peeled_off():
+    """As libtpu writes a step of two slices: a sum between them is cut to a device's share, sent, and gathered."""
+    found = collectives.collectives(SLICES, num_slices=4)
+    assert [(one.kind, one.group_size, one.times, one.between_slices, one.bytes_sent) for one in found] == [
+        ("all-reduce", 4, 3, False, 3 * 2 * 3 / 4 * 4 * 256 * 4),
+        ("all-reduce", 4, 3, True, 3 * 2 * 3 / 4 * 64 * 8 * 2),
+        ("reduce-scatter", 4, 1, False, 3 * 32 * 128 * 4),
+        ("all-gather", 4, 1, False, 3 / 4 * 128 * 128 * 4),
+        ("all-gather", 4, 1, True, 3 * 16 * 4),
+    ]
+
+
 @functools.cache
 def step_text(shape):
     """A training step of a tiny network on a mesh of this shape, compiled."""
