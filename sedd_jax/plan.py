@@ -41,8 +41,8 @@ def plan(
 
     Returns:
         Whether it fits; GiB a device by kind; collectives by kind with bytes a device sends in a step; seconds that
-        arithmetic, memory and interconnect need at their peaks; and for training the tokens/s, utilization and days
-        that the slowest of the three allows.
+        arithmetic, memory and networks need at their peaks; tokens/s (of finished samples, where sampling), utilization
+        and days of training that the slowest of them allows.
 
     Raises:
         ValueError: where the slice does not exist or its devices do not divide the batch.
@@ -97,17 +97,21 @@ def table(result: dict[str, Any]) -> str:
     memory = result["memory_gib"]
     lines += [f"{'GiB a device':<22}{sum(memory.values()):>8.2f} of {result['hbm_gib']:.0f}: fits"]
     lines += [f"  {name:<20}{value:>8.2f}" for name, value in memory.items()]
-    lines += [f"{'collectives a step':<22}{'number':>8}{'GB sent by a device':>22}"]
+    lines += [f"{'collectives a step':<28}{'number':>8}{'GB sent by a device':>22}"]
     lines += [
-        f"  {kind:<20}{of['number']:>8}{of['bytes_sent'] / 1e9:>22.3f}" for kind, of in result["collectives"].items()
+        f"  {kind:<26}{of['number']:>8}{of['bytes_sent'] / 1e9:>22.3f}" for kind, of in result["collectives"].items()
     ]
     lines += ["milliseconds at peak rates"]
-    lines += [f"  {name:<20}{1e3 * seconds:>8.1f}" for name, seconds in result["seconds"].items()]
-    if not result["sample"]:
-        lines += [
-            f"at best {result['tokens_per_second']:,.0f} tokens/s, {result['utilization']:.0%} of peak, "
-            f"{result['days']:.1f} days for {config['training']['num_steps']:,} steps"
-        ]
+    lines += [
+        f"  {name:<20}" + ("no figure is published: not counted" if seconds is None else f"{1e3 * seconds:>8.1f}")
+        for name, seconds in result["seconds"].items()
+    ]
+    goal = (
+        f"for samples of {config['sampling']['num_steps']:,} steps"
+        if result["sample"]
+        else f"{result['days']:.1f} days for {config['training']['num_steps']:,} steps"
+    )
+    lines += [f"at best {result['tokens_per_second']:,.0f} tokens/s, {result['utilization']:.0%} of peak, {goal}"]
     return "\n".join(lines)
 
 
@@ -180,23 +184,20 @@ def _compile(
     used: Any = compiled.memory_analysis()
     with jax.set_mesh(mesh):
         memory = _by_kind(inputs, mesh)
-    memory["gradients, activations"] = (used.peak_memory_in_bytes - used.argument_size_in_bytes) / accelerators.GIB
+    memory["activations" if sample else "gradients, activations"] = (
+        used.peak_memory_in_bytes - used.argument_size_in_bytes
+    ) / accelerators.GIB
     memory["program"] = used.generated_code_size_in_bytes / accelerators.GIB
-    found = collectives.collectives(compiled.as_text() or "")
-    known |= {
-        "fits": True,
-        "memory_gib": memory,
-        "collectives": {
-            kind: {
-                "number": sum(one.times for one in found if one.kind == kind),
-                "bytes_sent": sum(one.bytes_sent for one in found if one.kind == kind),
-            }
-            for kind in collectives.KINDS
-            if any(one.kind == kind for one in found)
-        },
-    }
-    sent = sum(one.bytes_sent for one in found)
-    return known | _floors(run, accelerator, len(devices), memory, sent, sample)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    found = collectives.collectives(compiled.as_text() or "", num_slices)
+    sent: dict[str, Any] = {}
+    for one in found:
+        name = f"{one.kind} between slices" if one.between_slices else one.kind
+        of = sent.setdefault(name, {"number": 0, "bytes_sent": 0.0})
+        of["number"] += one.times
+        of["bytes_sent"] += one.bytes_sent
+    known |= {"fits": True, "memory_gib": memory, "collectives": sent}
+    return known | _floors(run, accelerator, mesh, memory, found, sample)
 
 
 def _lower_sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[networks.Params, jax.stages.Lowered]:
@@ -233,30 +234,40 @@ def _by_kind(inputs: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
 def _floors(
     run: runs.Run,
     accelerator: accelerators.Accelerator,
-    num_devices: int,
+    mesh: jax.sharding.Mesh,
     memory: dict[str, float],
-    bytes_sent: float,
+    found: list[collectives.Collective],
     sample: bool,
 ) -> dict[str, Any]:
-    """Seconds of a step that arithmetic, memory and interconnect need at their peaks, and what follows from them."""
-    config = run.config
-    tokens = (config.sampling.num_samples if sample else config.training.batch_size) * config.data.length
-    flops = tokens * run.network.flops_per_token(config.data.length) / (3 if sample else 1) / num_devices
-    # Recomputed blocks are another forward pass. What a step holds is written once and read once at least.
-    work = flops * 4 / 3 if config.network.remat == "blocks" and not sample else flops
+    """Seconds of a step that arithmetic, memory and networks need at their peaks, and what follows from them."""
+    config, network, length = run.config, run.network, run.config.data.length
+    sequences = config.sampling.num_samples if sample else config.training.batch_size
+    batch_devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    # A batch that the devices do not divide is whole on all of them.
+    parts = mesh.shape["tensor"] * (1 if sequences % batch_devices else batch_devices)
+    flops = sequences * length * network.flops_per_token(length) / (3 if sample else 1) / parts
+    head = sequences * length * 6.0 * network.hidden_size * network.num_states / parts
+    # Recomputed blocks are another forward pass, without the head.
+    work = flops + (flops - head) / 3 if network.remat == "blocks" and not sample else flops
+    sent = {between: sum(one.bytes_sent for one in found if one.between_slices == between) for between in (False, True)}
     seconds = {
         "arithmetic": work / accelerator.peak_flops,
-        "memory": 2 * sum(memory.values()) * accelerators.GIB / accelerator.hbm_bandwidth,
-        "interconnect": bytes_sent / accelerator.ici_bandwidth,
+        # What a training step holds is written once and read once at least; a sampling step may only read it.
+        "memory": (1 if sample else 2) * sum(memory.values()) * accelerators.GIB / accelerator.hbm_bandwidth,
+        "interconnect": sent[False] / accelerator.ici_bandwidth,
     }
-    step = max(seconds.values())
-    return {
+    if sent[True]:
+        # Unknown for v4.
+        seconds["between slices"] = sent[True] / accelerator.dcn_bandwidth if accelerator.dcn_bandwidth else None
+    step = max(one for one in seconds.values() if one is not None)
+    num_steps = config.sampling.num_steps if sample else 1
+    known = {
         "seconds": seconds,
         "flops_per_device": flops,
-        "tokens_per_second": tokens / step,
+        "tokens_per_second": sequences * length / (step * num_steps),
         "utilization": flops / accelerator.peak_flops / step,
-        "days": step * config.training.num_steps / 86_400,
     }
+    return known if sample else known | {"days": step * config.training.num_steps / 86_400}
 
 
 def _remedies(config: configs.Config, num_devices: int) -> Iterator[dict[str, Any]]:
