@@ -66,7 +66,7 @@ def plan(
     }
     result |= _compile(config, vocab_size, devices, accelerator, sample)
     if not result["fits"] and not sample:
-        for fields in _remedies(config, len(devices)):
+        for fields in remedies(config, len(devices) // num_slices, num_slices):
             changed = configs.parse(configs.merge(configs.flatten(configs.to_dict(config)) | fields))
             if _compile(changed, vocab_size, devices, accelerator, sample)["fits"]:
                 return result | {"remedy": fields}
@@ -158,6 +158,26 @@ def make_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
             raise ValueError("plan needs libtpu: pip install 'sedd_jax[tpu-plan]'") from error
         raise ValueError(f"--topology={topology}: {str(error).partition(': ')[2] or error}") from error
     return list(slices.devices)
+
+
+def remedies(config: configs.Config, slice_devices: int, num_slices: int) -> Iterator[dict[str, Any]]:
+    """Fields of a training step to change, the cheapest in time first."""
+    fields: dict[str, Any] = {}
+    if config.network.remat != "blocks":
+        fields["network.remat"] = "blocks"
+        yield dict(fields)
+    training, split = config.training, config.mesh.fsdp * config.mesh.tensor
+    # The model is split within a slice, into parts that its arrays' sizes divide.
+    fsdp = math.gcd(config.network.hidden_size, slice_devices)
+    splitting = {"mesh.data": slice_devices // fsdp * num_slices, "mesh.fsdp": fsdp}
+    if split == 1:
+        yield fields | splitting
+    micro = training.num_micro_batches
+    while training.batch_size % (2 * micro) == 0 and training.batch_size // (2 * micro) >= slice_devices * num_slices:
+        micro *= 2
+        yield fields | {"training.num_micro_batches": micro}
+    if split == 1:
+        yield fields | {"training.num_micro_batches": micro} | splitting
 
 
 def _compile(
@@ -268,23 +288,6 @@ def _floors(
         "utilization": flops / accelerator.peak_flops / step,
     }
     return known if sample else known | {"days": step * config.training.num_steps / 86_400}
-
-
-def _remedies(config: configs.Config, num_devices: int) -> Iterator[dict[str, Any]]:
-    """Fields to change, the cheapest in time first."""
-    fields: dict[str, Any] = {}
-    if config.network.remat != "blocks":
-        fields["network.remat"] = "blocks"
-        yield dict(fields)
-    training, split = config.training, config.mesh.fsdp * config.mesh.tensor
-    if split == 1:
-        yield fields | {"mesh.data": 1, "mesh.fsdp": num_devices}
-    micro = training.num_micro_batches
-    while training.batch_size % (2 * micro) == 0 and training.batch_size // (2 * micro) >= num_devices:
-        micro *= 2
-        yield fields | {"training.num_micro_batches": micro}
-    if split == 1:
-        yield fields | {"training.num_micro_batches": micro, "mesh.data": 1, "mesh.fsdp": num_devices}
 
 
 def _one_line(message: str) -> str:

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from sedd_jax import cli
+from sedd_jax import config as configs
 from sedd_jax import plan as program
 
 pytestmark = pytest.mark.skipif(
@@ -66,6 +67,19 @@ def test_a_step_that_does_not_fit_gets_a_change_that_was_compiled():
     assert "DOES NOT FIT" in out
     assert "G) exceeds available HBM (15.75G)" in out
     assert "fits with --config.network.remat=blocks" in out
+
+
+@pytest.mark.parametrize(("slice_devices", "num_slices", "fsdp"), [(16, 1, 16), (4, 2, 4), (512, 2, 256)])
+def test_changes_split_the_model_within_a_slice_into_equal_parts(slice_devices, num_slices, fsdp):
+    devices = slice_devices * num_slices
+    config = configs.parse(configs.merge({"training": {"batch_size": 4 * devices}}))
+    changes = list(program.remedies(config, slice_devices, num_slices))
+    assert changes[:3] == [
+        {"network.remat": "blocks"},
+        {"network.remat": "blocks", "mesh.data": devices // fsdp, "mesh.fsdp": fsdp},
+        {"network.remat": "blocks", "training.num_micro_batches": 2},
+    ]
+    assert changes[-1] == changes[1] | {"training.num_micro_batches": 4}
 
 
 def test_a_sampling_step_on_two_slices():
