@@ -10,6 +10,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 _INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 # Between slices the host sends and receives, for a transfer of one of these kinds.
 _BETWEEN_SLICES = re.compile(r'= \((.*?), u32\[\].*? send\(.*_xla_megascale_transfer_type="(\w+)"')
+# A sum of which each device keeps its part may be written as a fusion of an all-reduce with a slice.
+_SCATTER = re.compile(r"= (.*?) fusion\(.*calls=%?(all-reduce-scatter[\w.-]*)")
 _ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 
 
@@ -52,10 +54,16 @@ def collectives(hlo: str, num_slices: int = 1) -> list[Collective]:
     another kind or shape may share.
     """
     times = _times_run(hlo)
+    scatters = {name: line for name, line in _lines(hlo) if name.startswith("all-reduce-scatter") and "channel" in line}
     found: dict[Any, Collective] = {}
     for computation, line in _lines(hlo):
         runs = times.get(computation, 1)
-        if match := _BETWEEN_SLICES.search(line):
+        if computation in scatters:
+            continue
+        if (match := _SCATTER.search(line)) and match.group(2) in scatters:
+            size = _group_size(scatters[match.group(2)])
+            found[line] = Collective("reduce-scatter", _shapes(match.group(1)), size, runs)
+        elif match := _BETWEEN_SLICES.search(line):
             kind = match.group(2).lower().replace("_", "-")
             found[line] = Collective(kind, _shapes(match.group(1)), num_slices, runs, between_slices=True)
         elif match := _INSTRUCTION.search(line):

@@ -79,6 +79,10 @@ def test_an_operation_cut_into_pieces_counts_once():
 
 
 SLICES = """
+%all-reduce-scatter.1 (input: f32[1024]) -> f32[256] {
+  %sum = f32[1024]{0} all-reduce(%input), channel_id=3, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[256]{0} dynamic-slice(%sum, %i), dynamic_slice_sizes={256}
+}
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %c = f32[4,256]{1,0} all-reduce(%x), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
   %s = (bf16[64,8]{1,0}, u32[], token[]) send(%y, %z), channel_id=6, as={_xla_megascale_transfer_type="ALL_REDUCE"}
@@ -92,6 +96,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %copied = s32[]{:T(128)} copy(%one)
   %start = (s32[]{:T(128)}, f32[8]{0}) tuple(%copied, %p)
   %loop = (s32[]{:T(128)}, f32[8]{0}) while(%start), condition=%condition, body=%body
+  %fused = f32[256]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %scattered = f32[32,128]{1,0} reduce-scatter(%x), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
   %gathered = f32[128,128]{1,0} all-gather(%x), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
   %whole = (f32[16]{0}, u32[], token[]) send(%y, %z), channel_id=8, as={_xla_megascale_transfer_type="ALL_GATHER"}
@@ -105,6 +110,7 @@ def test_between_slices_and_in_a_loop_whose_first_round_was_peeled_off():
     assert [(one.kind, one.group_size, one.times, one.between_slices, one.bytes_sent) for one in found] == [
         ("all-reduce", 4, 3, False, 3 * 2 * 3 / 4 * 4 * 256 * 4),
         ("all-reduce", 4, 3, True, 3 * 2 * 3 / 4 * 64 * 8 * 2),
+        ("reduce-scatter", 4, 1, False, 3 * 256 * 4),
         ("reduce-scatter", 4, 1, False, 3 * 32 * 128 * 4),
         ("all-gather", 4, 1, False, 3 / 4 * 128 * 128 * 4),
         ("all-gather", 4, 1, True, 3 * 16 * 4),

@@ -181,6 +181,29 @@ def test_devices_and_their_memory_are_what_the_compiler_says():
         assert 0.95 < available / hbm_bytes < 1.01
 
 
+SUM = """
+import json
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from sedd_jax import collectives, plan, sharding
+
+mesh = sharding.make_mesh(sharding.MeshConfig(), plan.make_devices("v5e:2x2", num_slices=2))
+parts = jax.ShapeDtypeStruct((8, 2**20), "float32", sharding=NamedSharding(mesh, PartitionSpec("data")))
+whole = NamedSharding(mesh, PartitionSpec())
+text = jax.jit(lambda x: x.sum(0), out_shardings=whole).lower(parts).compile().as_text()
+print(json.dumps([(one.between_slices, one.bytes_sent) for one in collectives.collectives(text, num_slices=2)]))
+"""
+
+
+def test_a_sum_over_two_slices_crosses_the_network_between_them_in_parts():
+    """Each of the 4 devices of a slice exchanges its quarter with its peer in the other slice."""
+    done = run_alone("-c", SUM)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert sum(sent for between_slices, sent in found if between_slices) == 4 * 2**20 / 4
+    assert sum(sent for between_slices, sent in found if not between_slices) == 2 * 3 / 4 * 4 * 2**20
+
+
 def test_topology_must_be_given(capsys):
     assert cli.main(["plan"]) == 2
     assert "--topology=NAME must be given" in capsys.readouterr().err
