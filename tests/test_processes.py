@@ -34,6 +34,8 @@ SETTINGS = {
     "sampling.num_samples": 3,
 }
 
+NO_SAMPLES = {"training.sample_every": 0}  # Programs that need not be compiled once more.
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -134,12 +136,12 @@ def test_two_processes_train_like_one(alone, together):
 def test_a_tensor_axis_that_crosses_processes_and_sigterm_to_one_of_four(place, alone):
     """What four processes have begun, of which one was told to stop, one process ends on another mesh."""
     workdir = place / "four"
-    statuses, err, _ = train(place, workdir, 4, (1, 2, 4), stop_at="step 2/")
+    statuses, err, _ = train(place, workdir, 4, (1, 2, 4), stop_at="step 2/", **NO_SAMPLES)
     assert statuses == [75] * 4, err
     stopped = int(re.search(r"stopped by SIGTERM at step (\d+), which is saved", err).group(1))
     assert 2 <= stopped < 16
     assert parameters(workdir)[0] == stopped
-    statuses, err, _ = train(place, workdir, 1, (4, 2, 1))
+    statuses, err, _ = train(place, workdir, 1, (4, 2, 1), **NO_SAMPLES)
     assert statuses == [0], err
     assert f"resumed {workdir} at step {stopped}" in err
     assert_close(workdir, alone)
@@ -147,9 +149,9 @@ def test_a_tensor_axis_that_crosses_processes_and_sigterm_to_one_of_four(place, 
 
 def test_a_stopped_run_of_two_goes_on_bit_for_bit(place, together):
     workdir = place / "stopped"
-    statuses, err, _ = train(place, workdir, 2, (2, 2, 2), stop_at="step 3/")
+    statuses, err, _ = train(place, workdir, 2, (2, 2, 2), stop_at="step 3/", **NO_SAMPLES)
     assert statuses == [75, 75], err
-    statuses, err, _ = train(place, workdir, 2, (2, 2, 2))
+    statuses, err, _ = train(place, workdir, 2, (2, 2, 2), **NO_SAMPLES)
     assert statuses == [0, 0], err
     assert logged(workdir) == logged(together)
     (step, params), (other_step, expected) = parameters(workdir), parameters(together)

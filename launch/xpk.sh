@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# TPU slices of a GKE cluster that xpk made. xpk writes a JobSet, which starts the run again when it was stopped.
+#
+#   PROJECT=my-project ZONE=us-west4-a CLUSTER=my-cluster IMAGE=gcr.io/my-project/sedd \
+#     WORKDIR=gs://my-bucket/owt_small launch/xpk.sh [--config.a.b=value ...]
+#
+# Needed: xpk, with kubectl and gcloud logged in; IMAGE built from launch/Dockerfile. The cluster's nodes may write to
+# WORKDIR. They have no text: begin the run where the text is, with `sedd train` and the same config and workdir, and
+# stop it when its first step is done. DRY_RUN=1 prints the command.
+set -euo pipefail
+
+: "${PROJECT:=}"
+: "${ZONE:=}"
+: "${CLUSTER:=}"
+: "${NAME:=sedd}"
+: "${TPU_TYPE:=v5litepod-16}"
+: "${NUM_SLICES:=1}"
+: "${IMAGE:=}"
+: "${CONFIG:=configs/owt_small.py}"
+: "${WORKDIR:=}"
+: "${MAX_RESTARTS:=100}"
+: "${GRACE_SECONDS:=300}" # between SIGTERM and the end, to save
+: "${DRY_RUN:=0}"
+
+cd "$(dirname "$0")/.."
+source launch/common.sh
+
+check_given PROJECT ZONE CLUSTER IMAGE WORKDIR
+check_bucket
+check_count NUM_SLICES MAX_RESTARTS GRACE_SECONDS
+check_program xpk "pip install xpk"
+
+# exec lets xpk's SIGTERM reach sedd, not a shell around it.
+printf -v command ' %q' sedd train "--config=$CONFIG" "--workdir=$WORKDIR" "$@"
+run exec xpk workload create "--workload=$NAME" "--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE" \
+  "--tpu-type=$TPU_TYPE" "--num-slices=$NUM_SLICES" "--docker-image=$IMAGE" \
+  "--max-restarts=$MAX_RESTARTS" --restart-on-exit-codes=75 "--termination-grace-period-seconds=$GRACE_SECONDS" \
+  "--command=source launch/accelerator_flags.sh && exec$command"
