@@ -134,7 +134,7 @@ class Checkpoints:
         if why:
             before = max((other for other in self.steps() if other < step), default=None)
             remedy = "there is none before it" if before is None else f"--step={before} uses the one before it"
-            raise ValueError(f"checkpoint {self._directory / str(step)} is damaged ({why}): {remedy}")
+            raise ValueError(f"checkpoint {self._directory / str(step)} is damaged or cannot be read ({why}): {remedy}")
         return items
 
     @contextlib.contextmanager
