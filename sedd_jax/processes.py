@@ -54,7 +54,7 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
 
 def is_first() -> bool:
     """Whether this process is the one that writes what is written once."""
-    return jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0  # Devices are not looked for yet.
 
 
 def first_then_all(name: str, fn: Callable[[], object]) -> None:

@@ -163,7 +163,9 @@ def test_damage_is_found_and_the_one_before_named(saved_twice, tmp_path, how):
         except ValueError as error:
             message = str(error)
         if message:
-            assert re.search(rf"{directory}/2 is damaged or cannot be read \(.*\): --step=1 uses the one before it", message)
+            assert re.search(
+                rf"{directory}/2 is damaged or cannot be read \(.*\): --step=1 uses the one before it", message
+            )
             refused += 1
         else:
             assert_same(found, expected)
