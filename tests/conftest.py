@@ -1,6 +1,8 @@
 """The strict harness: eight CPU devices, shapes checked; rank promotion, key reuse and (by pyproject) warnings fail."""
 
 import os
+import shutil
+import subprocess
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compilation is most of what tests do, so it optimises less.
@@ -13,6 +15,18 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 jaxtyping.install_import_hook("sedd_jax", "beartype.beartype")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount the small file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture

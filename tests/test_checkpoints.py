@@ -4,7 +4,6 @@ import contextlib
 import gc
 import re
 import shutil
-import subprocess
 import time
 
 import jax
@@ -184,25 +183,13 @@ def test_a_damaged_checkpoint_with_none_before_it(saved_twice, tmp_path):
         assert_same(saved.restore_ema(2, state(0).ema_params), state(2).ema_params)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount the small file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 def test_a_full_disk_is_told_and_loses_nothing(small_disk):
     directory = small_disk / "checkpoints"
     with pytest.raises(OSError, match=rf"could not be written to {directory} \(.*No space left on device"):
-        save(directory, *range(1, 9))
+        save(directory, *range(1, 30))
     with contextlib.closing(checkpoints.Checkpoints(directory, keep=9)) as saved:
         newest = saved.find(None)
-        assert 1 <= newest < 8
+        assert 1 <= newest < 29
     assert_same(restore(directory, newest), state(newest))
 
 

@@ -4,7 +4,6 @@ Real processes: `sedd train` in this interpreter's stead, with compiled programs
 """
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -16,6 +15,7 @@ import gcs_emulator
 import jax
 import numpy as np
 import pytest
+import small_runs
 
 from sedd_jax import evaluate, runs
 
@@ -40,22 +40,14 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     directory = tmp_path_factory.mktemp("kills")
-    for split in ("train", "valid", "test"):
-        letters = np.random.default_rng(0).choice(list("abcdefgh "), size=3_000)
-        (directory / f"{split}.txt").write_text("".join(letters), encoding="utf-8")
+    small_runs.write_letters(directory, 3_000)
     return directory
 
 
 def start(place, workdir, *arguments, variables=None, **settings):
     values = SETTINGS | {"data.source": f"text:{place}/{{split}}.txt"} | settings
     command = [sys.executable, "-m", "sedd_jax", "train", f"--workdir={workdir}", *arguments]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=1",
-        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    environment |= variables or {}
+    environment = small_runs.environment(place / "compiled") | (variables or {})
     command += [f"--config.{name}={value}" for name, value in values.items()]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -74,17 +66,8 @@ def uninterrupted(place):
     return place / "uninterrupted"
 
 
-def logged(workdir):
-    return without_speed((workdir / "metrics.jsonl").read_text())
-
-
-def without_speed(metrics):
-    records = [json.loads(line) for line in metrics.splitlines()]
-    return [{name: value for name, value in record.items() if "per_second" not in name} for record in records]
-
-
 def assert_same_run(workdir, expected):
-    assert logged(workdir) == logged(expected)
+    assert small_runs.logged(workdir) == small_runs.logged(expected)
     (step, params), (other_step, other) = runs.load(workdir).ema_params(), runs.load(expected).ema_params()
     assert step == other_step
     jax.tree.map(np.testing.assert_array_equal, params, other)
@@ -145,17 +128,6 @@ def test_a_damaged_checkpoint_is_used_by_nobody_and_the_one_before_only_when_tol
     assert_same_run(workdir, uninterrupted)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount the small file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 def test_a_full_disk_stops_the_run_and_names_the_last_good_step(place, uninterrupted, small_disk):
     workdir = small_disk / "run"
     status, err = train(place, workdir, **{"training.keep_checkpoints": 40})
@@ -189,11 +161,13 @@ def test_a_run_in_a_bucket_survives_the_loss_of_its_machine(place, uninterrupted
         status, err = train(place, workdir, variables=second, **seldom)
         assert status == 0, err
         assert f"resumed {workdir} at step" in err
-        assert without_speed(server.blobs["runs/mine/metrics.jsonl"].data.decode()) == logged(uninterrupted)
+        assert small_runs.without_speed(server.blobs["runs/mine/metrics.jsonl"].data.decode()) == small_runs.logged(
+            uninterrupted
+        )
         names = {name.split("/")[2] for name in server.blobs}
         assert names == {path.name for path in uninterrupted.iterdir()}
         command = [sys.executable, "-m", "sedd_jax", "eval", f"--workdir={workdir}", "--num_times=1", "--json"]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | first
+        environment = small_runs.environment(place / "compiled") | first
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

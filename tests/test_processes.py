@@ -1,8 +1,6 @@
 """Real processes with devices of their own train one run together, are stopped, and go on, elsewhere too."""
 
 import contextlib
-import json
-import os
 import re
 import signal
 import socket
@@ -11,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import small_runs
 
 from sedd_jax import processes, runs, sharding
 
@@ -41,9 +40,7 @@ NO_SAMPLES = {"training.sample_every": 0}  # Programs that need not be compiled 
 def place(tmp_path_factory):
     """A directory with text, in which compiled programs are kept for the next process."""
     directory = tmp_path_factory.mktemp("processes")
-    for split in ("train", "valid", "test"):
-        letters = np.random.default_rng(0).choice(list("abcdefgh "), size=5_000)
-        (directory / f"{split}.txt").write_text("".join(letters), encoding="utf-8")
+    small_runs.write_letters(directory, 5_000)
     return directory
 
 
@@ -58,12 +55,7 @@ def started(place, workdir, num_processes, mesh, *arguments, **settings):
     command = [sys.executable, "-m", "sedd_jax", "train", f"--workdir={workdir}", *arguments]
     command += [f"--config.{name}={value}" for name, value in values.items()]
     command += [f"--num_processes={num_processes}", f"--coordinator_address=localhost:{port}"]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // num_processes} --xla_backend_optimization_level=1",
-        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = small_runs.environment(place / "compiled", 8 // num_processes)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     children = [
         subprocess.Popen([*command, f"--process_id={number}"], env=environment, **pipes)
@@ -91,12 +83,6 @@ def train(*arguments, stop_at=None, **settings):
         return [child.returncode for child in children], said + outputs[0][1], [err for _, err in outputs[1:]]
 
 
-def logged(workdir):
-    """What a run has written of each step, without how fast it was."""
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if "per_second" not in name} for record in records]
-
-
 def parameters(workdir):
     return runs.load(workdir).ema_params()
 
@@ -118,7 +104,7 @@ def together(place):
 
 
 def assert_close(workdir, other):
-    ours, theirs = logged(workdir), logged(other)
+    ours, theirs = small_runs.logged(workdir), small_runs.logged(other)
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     for record, expected in zip(ours, theirs, strict=True):
         assert record == pytest.approx(expected, rel=2e-4)
@@ -153,7 +139,7 @@ def test_a_stopped_run_of_two_goes_on_bit_for_bit(place, together):
     assert statuses == [75, 75], err
     statuses, err, _ = train(place, workdir, 2, (2, 2, 2), **NO_SAMPLES)
     assert statuses == [0, 0], err
-    assert logged(workdir) == logged(together)
+    assert small_runs.logged(workdir) == small_runs.logged(together)
     (step, params), (other_step, expected) = parameters(workdir), parameters(together)
     assert step == other_step
     np.testing.assert_array_equal(params["head_kernel"], expected["head_kernel"])
