@@ -29,14 +29,18 @@ def use_huge_pages() -> None:
             os.execv(sys.executable, sys.orig_argv)
 
 
+def cache_directory() -> pathlib.Path:
+    """Where this program keeps what it can make or fetch again."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "sedd_jax"
+
+
 def keep_compiled_programs() -> None:
     """Lets JAX keep what takes it over a second to compile, in the user's cache, unless told where or not to."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
     # JAX does not tell processors apart, and a program compiled for one may not run on another.
     core = _cpuinfo()
     features = core.get("flags", core.get("Features"))
     kind = hashlib.sha256(f"{platform.machine()} {core.get('model name')} {features}".encode()).hexdigest()[:12]
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "sedd_jax" / kind))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_directory() / kind))
 
 
 def compile_for_others() -> None:

@@ -6,7 +6,6 @@ go to the bucket and back directly.
 
 import contextlib
 import hashlib
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from typing import Any
 
 import jax
 from etils import epath
+
+from sedd_jax import hosts
 
 Directory = pathlib.Path | epath.Path
 CHECKPOINTS = "checkpoints"
@@ -47,9 +48,8 @@ def local_copy(place: Directory) -> pathlib.Path:
     """Where this process works on a directory: the place itself where it is local."""
     if isinstance(place, pathlib.Path):
         return place
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
     name = f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:12]}-{jax.process_index()}"
-    return cache / "sedd_jax" / "buckets" / name
+    return hosts.cache_directory() / "buckets" / name
 
 
 def holds(place: Directory, name: str) -> bool:
