@@ -1,7 +1,4 @@
-"""Every recorded array is compared with ours by some test.
-
-The recorded text pairs of the published detokenizers (detokenizers.json) are the one exception: nothing here uses them.
-"""
+"""Every recorded array is compared with ours by some test; recorded rows of text are, in test_detokenizers.py."""
 
 import importlib
 
