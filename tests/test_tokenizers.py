@@ -1,14 +1,16 @@
 """Every tokenizer gives back the text it was given, describes itself, and says what it cannot do."""
 
 import base64
+import io
 import json
 import pathlib
 import string
 
 import numpy as np
 import pytest
+import sentencepiece
 
-from sedd_jax import tokenizers
+from sedd_jax import alphabets, tokenizers
 
 SHARED_RANKS = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tokenizers" / "gpt2.tiktoken"
 
@@ -29,13 +31,19 @@ def vocabulary_file(tmp_path):
     return path
 
 
+@pytest.fixture(scope="module")
+def pieces():
+    text = "def f(x):\n    return x + 1  # naïve\n\n\n" * 50 + "".join(map(str, range(500)))
+    return tokenizers.build("sentencepiece:300", lambda: [text, "class A:\n\tpass\n" * 50])
+
+
 def _build(spec, *documents):
     return tokenizers.build(spec, lambda: documents)
 
 
 def test_characters_take_the_sorted_alphabet_of_all_documents():
     tokenizer = _build("characters", "ba\n", "é𝄞")
-    assert tokenizer == tokenizers.Characters(alphabet="\nabé𝄞")
+    assert tokenizer == alphabets.Characters(alphabet="\nabé𝄞")
     assert (tokenizer.vocab_size, tokenizers.num_ids(tokenizer)) == (5, 5)
     assert (tokenizer.unit, tokenizer.mask_id, tokenizer.eos_id) == ("character", None, None)
     ids = tokenizer.encode("𝄞ab\né")
@@ -82,7 +90,7 @@ def test_ids_are_numbers_below_their_count():
 @pytest.mark.parametrize("alphabet", ["", "aba"])
 def test_alphabets_name_each_character_once(alphabet):
     with pytest.raises(ValueError, match="is empty or repeats"):
-        tokenizers.Characters(alphabet=alphabet)
+        alphabets.Characters(alphabet=alphabet)
 
 
 def test_byte_pairs_merge_by_rank_and_round_trip(ranks_file):
@@ -128,14 +136,14 @@ def test_fingerprints_follow_the_content_not_the_place(ranks_file, tmp_path):
     assert _build("text8").fingerprint() != _build("characters", "ab").fingerprint()
 
 
-def test_every_kind_survives_json(ranks_file, vocabulary_file):
-    for spec in ("characters", "text8", "ids:7", f"gpt2:{ranks_file}", f"wordpiece:{vocabulary_file}"):
-        tokenizer = _build(spec, "some text")
+def test_every_kind_survives_json(ranks_file, vocabulary_file, pieces):
+    specs = ("characters", "text8", "bytes", "ids:7", f"gpt2:{ranks_file}", f"wordpiece:{vocabulary_file}")
+    for tokenizer in (pieces, *(_build(spec, "some text") for spec in specs)):
         stored = tokenizers.from_json(json.loads(json.dumps(tokenizer.to_json())))
         assert stored == tokenizer
         assert stored.fingerprint() == tokenizer.fingerprint()
-    with pytest.raises(ValueError, match=r"kind='bytes' is unknown.*characters"):
-        tokenizers.from_json({"kind": "bytes"})
+    with pytest.raises(ValueError, match=r"kind='morse' is unknown.*characters"):
+        tokenizers.from_json({"kind": "morse"})
 
 
 def test_relative_paths_are_stored_whole(ranks_file, monkeypatch, tmp_path):
@@ -189,6 +197,94 @@ def test_gpt2_ranks_give_the_known_ids():
     assert tokenizer.encode("Hello world, it's 2023!\n\n").tolist() == [15496, 995, 11, 340, 338, 1160, 1954, 0, 628]
 
 
-@pytest.mark.parametrize(("spec", "size"), [("gpt2", 50257), ("wordpiece:vocab.txt", 30521), ("ids:77", 77)])
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        ("gpt2", 50257),
+        ("wordpiece:vocab.txt", 30521),
+        ("ids:77", 77),
+        ("bytes", 256),
+        ("sentencepiece:8000", 8000),
+    ],
+)
 def test_vocabulary_of_a_tokenizer_needs_no_file(spec, size):
     assert tokenizers.vocab_size_of(spec) == size
+
+
+def test_bytes_are_utf8():
+    tokenizer = _build("bytes")
+    assert (tokenizer.vocab_size, tokenizer.unit, tokenizer.mask_id, tokenizer.eos_id) == (256, "byte", None, None)
+    ids = tokenizer.encode("é\0𝄞")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == list("é\0𝄞".encode())
+    assert tokenizer.decode(ids) == "é\0𝄞"
+    assert tokenizer.decode(ids[1:].astype(np.uint16)) == "\ufffd\0𝄞"
+    with pytest.raises(ValueError, match=r"id 256 at position 0 is outside \[0, 256\)"):
+        tokenizer.decode(np.array([256]))
+
+
+def test_learned_pieces_give_every_text_back(pieces):
+    assert (pieces.vocab_size, pieces.mask_id, pieces.eos_id, pieces.unk_id) == (300, None, 1, 0)
+    assert len(pieces.encode("    return x")) < len("    return x")
+    known = [
+        "  a",
+        " a  b ",
+        "\n\n\tx\r\n",
+        "a\0b",
+        "é𝄞\u2028",
+        "▁▂▃ ▁",
+        "</s><unk><0x0A>",
+        "\ufeff",
+        "",
+        " ",
+        "\u200b",
+    ]
+    random = np.random.default_rng(0)
+    kinds = ([32, 10, 9], range(1, 0x300), range(0x2000, 0x3000), range(0x1F600, 0x1F650), range(32, 127))
+    drawn = ["".join(chr(random.choice(kinds[kind])) for kind in random.integers(0, 5, 20)) for _ in range(300)]
+    for text in known + drawn:
+        ids = pieces.encode(text)
+        assert ids.dtype == np.int32
+        assert not {pieces.eos_id, pieces.unk_id} & set(ids.tolist())
+        assert pieces.decode(ids) == text
+
+
+def test_pieces_write_the_end_of_a_text_by_its_name(pieces):
+    ids = [*pieces.encode("  a"), pieces.eos_id, *pieces.encode(" b"), pieces.eos_id]
+    assert pieces.decode(np.array(ids)) == "  a</s> b</s>"
+    with pytest.raises(ValueError, match=r"id 300 at position 0 is outside \[0, 300\)"):
+        pieces.decode(np.array([300]))
+
+
+def test_pieces_of_a_file_keep_their_unknown_and_their_mask(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b ab ba " * 20]),
+        model_writer=model,
+        vocab_size=12,
+        hard_vocab_limit=False,
+        control_symbols=["[MASK]"],
+        minloglevel=2,
+    )
+    path = tmp_path / "other.model"
+    path.write_bytes(model.getvalue())
+    tokenizer = _build(f"sentencepiece:{path}")
+    names = [tokenizer._processor.id_to_piece(id_) for id_ in range(tokenizers.num_ids(tokenizer))]
+    assert names[tokenizer.mask_id] == "[MASK]"
+    assert tokenizer.vocab_size == len(names) - 1
+    assert tokenizer.decode(np.array([tokenizer.mask_id])) == "[MASK]"
+    for unknown in ("aza", "a▁a"):
+        assert tokenizer.encode(unknown).tolist().count(tokenizer.unk_id) == 1
+    path.write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"should be a SentencePiece model is none: give the \.model file"):
+        _build(f"sentencepiece:{path}")
+
+
+def test_pieces_that_a_text_has_not_are_an_error():
+    with pytest.raises(ValueError, match=r"SentencePiece cannot make 5000 pieces of this text .*give more text"):
+        _build("sentencepiece:5000", "a little text")
+
+
+def test_only_some_tokenizers_depend_on_the_text():
+    specs = ("characters", "sentencepiece:300", "sentencepiece:a.model", "bytes", "gpt2", "text8")
+    assert [tokenizers.is_learned(spec) for spec in specs] == [True, True, False, False, False, False]

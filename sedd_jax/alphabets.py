@@ -1,0 +1,143 @@
+"""Tokens that stand for themselves: characters, bytes, numbers."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+_NUM_CODE_POINTS = 0x110000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Characters:
+    """One token a character; a character's id is its place in the alphabet."""
+
+    alphabet: str
+    unit: ClassVar[str] = "character"
+    mask_id: ClassVar[None] = None
+    eos_id: ClassVar[None] = None
+    unk_id: ClassVar[None] = None
+
+    def __post_init__(self):
+        if not self.alphabet or len(set(self.alphabet)) < len(self.alphabet):
+            raise ValueError(f"alphabet={self.alphabet!r} is empty or repeats a character: name each character once")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.alphabet)
+
+    @functools.cached_property
+    def _code_points(self) -> np.ndarray:
+        return _code_points(self.alphabet)
+
+    @functools.cached_property
+    def _ids(self) -> np.ndarray:
+        """The id of every code point, -1 for those outside the alphabet."""
+        ids = np.full(_NUM_CODE_POINTS, -1, np.int32)
+        ids[self._code_points] = np.arange(self.vocab_size)
+        return ids
+
+    def encode(self, text: str) -> Int[np.ndarray, " L"]:
+        """Ids (int32) of the characters of a text."""
+        ids = self._ids[_code_points(text)]
+        unknown = ids < 0
+        if unknown.any():
+            position = int(unknown.argmax())
+            raise ValueError(
+                f"{text[position]!r} (U+{ord(text[position]):04X}) at position {position} is not in the alphabet "
+                f"of {self.vocab_size} characters: remove it, or build the tokenizer from a text that holds it"
+            )
+        return ids
+
+    def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
+        """The text that ids in [0, vocab_size) stand for."""
+        check_ids(ids, self.vocab_size)
+        return self._code_points[ids].tobytes().decode("utf-32-le", "surrogatepass")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "characters", "alphabet": self.alphabet}
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give every text the same ids."""
+        return fingerprint_of(self.to_json())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """One token a byte of UTF-8."""
+
+    unit: ClassVar[str] = "byte"
+    vocab_size: ClassVar[int] = 256
+    mask_id: ClassVar[None] = None
+    eos_id: ClassVar[None] = None
+    unk_id: ClassVar[None] = None
+
+    def encode(self, text: str) -> Int[np.ndarray, " L"]:
+        """Ids (int32) of the bytes of a text."""
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
+        """The text that ids in [0, 256) stand for; bytes that are no UTF-8 become U+FFFD."""
+        check_ids(ids, self.vocab_size)
+        return ids.astype(np.uint8).tobytes().decode(errors="replace")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "bytes"}
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give every text the same ids."""
+        return fingerprint_of(self.to_json())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ids:
+    """Ids as decimal numbers with spaces between: for a checkpoint whose tokenizer is not known."""
+
+    vocab_size: int
+    unit: ClassVar[str] = "token"
+    mask_id: ClassVar[None] = None
+    eos_id: ClassVar[None] = None
+    unk_id: ClassVar[None] = None
+
+    def encode(self, text: str) -> Int[np.ndarray, " L"]:
+        """Ids (int32) that a text spells out."""
+        words = text.split()
+        wrong = [word for word in words if not (word.isascii() and word.isdecimal() and int(word) < self.vocab_size)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no id: give numbers from 0 to {self.vocab_size - 1} with spaces between")
+        return np.array([int(word) for word in words], np.int32)
+
+    def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
+        """The numbers of ids in [0, vocab_size)."""
+        check_ids(ids, self.vocab_size)
+        return " ".join(map(str, ids.tolist()))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "ids", "vocab_size": self.vocab_size}
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give every text the same ids."""
+        return fingerprint_of(self.to_json())
+
+
+def check_ids(ids: Integer[np.ndarray, " L"], stop: int) -> None:
+    """Raises ValueError for the first id outside [0, stop)."""
+    outside = (ids < 0) | (ids >= stop)
+    if outside.any():
+        position = int(outside.argmax())
+        raise ValueError(
+            f"id {ids[position]} at position {position} is outside [0, {stop}): decode unmasked tokens only"
+        )
+
+
+def fingerprint_of(description: dict[str, Any]) -> str:
+    """SHA-256 of what describes a tokenizer."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
