@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
             raise
         return _fail(f"sedd {name}", _one_line(error), 1)
     except KeyboardInterrupt:
-        return _fail(f"sedd {name}", "interrupted: the same command goes on from the newest checkpoint", 130)
+        return _fail(f"sedd {name}", "interrupted: the same command goes on from what is finished", 130)
 
 
 def usage() -> str:
@@ -85,6 +85,44 @@ def train(argv: list[str]) -> int:
     if given["json"]:
         print(json.dumps(metrics))
     return 0 if metrics["step"] >= given["config"].training.num_steps else TRY_AGAIN
+
+
+def prepare(argv: list[str]) -> None:
+    """Tokenize a corpus once, for any number of runs, or describe one that was.
+
+    sedd prepare --data=text:books/*.txt --tokenizer=gpt2 --out=data/books | sedd prepare --describe=data/books
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("data", None, "source of text, as KIND:ARGUMENT or a corpus' name", flag_values=values)
+    flags.DEFINE_string("tokenizer", None, "gpt2, characters, bytes, sentencepiece:N, ...", flag_values=values)
+    flags.DEFINE_string("out", None, "directory to make, local or gs://", flag_values=values)
+    flags.DEFINE_integer("num_workers", None, "processes; one for each core if not given", flag_values=values)
+    flags.DEFINE_string("describe", None, "directory of prepared text to describe instead", flag_values=values)
+    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    if _asks_for_help(argv):
+        _print_help(prepare, values)
+        return
+    given = _parse(values, argv)
+    from sedd_jax import prepare as program
+    from sedd_jax import storage
+
+    wanted = {name: given[name] for name in ("data", "tokenizer", "out")}
+    if given["describe"] is None:
+        for name, value in wanted.items():
+            if not value:
+                raise flags.IllegalFlagValueError(
+                    f"--{name} must be given, as --data, --tokenizer and --out, or --describe"
+                )
+        directory = storage.directory(given["out"])
+        program.prepare(given["data"], given["tokenizer"], directory, num_workers=given["num_workers"])
+    else:
+        if any(wanted.values()):
+            raise flags.IllegalFlagValueError("--describe goes without --data, --tokenizer and --out")
+        directory = storage.directory(given["describe"])
+    description = program.describe(directory)
+    print(program.table(description))
+    if given["json"]:
+        print(json.dumps(description))
 
 
 def evaluate(argv: list[str]) -> None:
@@ -240,6 +278,7 @@ def plan(argv: list[str]) -> None:
 
 
 COMMANDS: dict[str, Command] = {
+    "prepare": prepare,
     "train": train,
     "eval": evaluate,
     "sample": sample,

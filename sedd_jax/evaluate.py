@@ -178,7 +178,7 @@ def evaluate(
             "ppl_bound_stderr": ppl_bound * bound.stderr,
         }
     if run.tokenizer.unit == "character":
-        known = batches.entropies(data.tokens, run.graph.num_states)
+        known = batches.entropies(data.tokens.read(0, data.num_tokens), run.graph.num_states)
         result["unigram_entropy_bits"], result["bigram_entropy_bits"] = known
     return result
 

@@ -4,13 +4,23 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from sedd_jax import batches, checkpoints, corpora, graphs, networks, noise_schedules, sharding, storage, tokenizers
+from sedd_jax import (
+    alphabets,
+    batches,
+    checkpoints,
+    corpora,
+    graphs,
+    networks,
+    noise_schedules,
+    sharding,
+    shards,
+    storage,
+    tokenizers,
+)
 from sedd_jax import config as configs
 
 
@@ -90,7 +100,7 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
             raise ValueError(f"{workdir} was started with another config: {'; '.join(changed)}; use another --workdir")
         storage.download(workdir, "data", "metrics.jsonl", "samples", "tensorboard")
         if (local / "data").exists():
-            batches.verify(local / "data")
+            shards.verify(local / "data")
         _write_json(local / "config.json", configs.to_dict(config))
         storage.upload(workdir)
         return
@@ -98,21 +108,47 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
     ours = {"data", "tokenizer.json"} if storage.is_remote(workdir) else set()
     if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - ours):
         raise ValueError(f"{workdir} exists and is not a run directory: use another --workdir")
-    tokenizer = tokenizers.build(config.data.tokenizer, lambda: _all_documents(config.data.source))
     storage.clear(workdir)
-    with _new_directory(local) as partial:
-        batches.pack(config.data.source, tokenizer, partial / "data")
-        for split in corpora.SPLITS:
+    with storage.new_directory(local) as partial:
+        tokenizer = _fill(partial / "data", config.data)
+        for split in ("train", "valid"):
             batches.open_split(partial / "data", split, config.data.length)
         _describe(partial, config, tokenizer)
     storage.upload(workdir)
+
+
+def _fill(directory: pathlib.Path, config: configs.DataConfig) -> tokenizers.Tokenizer:
+    """Makes a run's text, or what stands for it where it is prepared; its tokenizer."""
+    kind, _, argument = config.source.partition(":")
+    if kind != "prepared":
+        corpus = corpora.find(config.source)
+        tokenizer = tokenizers.build(config.tokenizer, corpus.texts)
+        directory.mkdir(parents=True)
+        shards.pack(corpus, tokenizer, directory, source=config.source, tokenizer_spec=config.tokenizer)
+        return tokenizer
+    prepared = storage.directory(argument)
+    header = shards.read_header(prepared)
+    tokenizer = tokenizers.from_json(header["tokenizer"])
+    wanted, spec = config.tokenizer, header["tokenizer_spec"]
+    if tokenizers.is_learned(wanted):
+        is_same = wanted == spec
+    else:
+        is_same = tokenizers.build(wanted, lambda: ()).fingerprint() == header["tokenizer_fingerprint"]
+    if not is_same:
+        raise ValueError(
+            f"{prepared} was prepared with another tokenizer than config.data.tokenizer={wanted}: set it to {spec}, or "
+            f"prepare {header['source']} again"
+        )
+    shards.verify(prepared)
+    shards.link(directory, prepared)
+    return tokenizer
 
 
 def start_converted(workdir: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer, state: Any) -> Run:
     """Makes a run directory around a given train state, with no data of its own."""
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ValueError(f"{workdir} exists and is not empty: use another --to")
-    with _new_directory(workdir) as partial:
+    with storage.new_directory(workdir) as partial:
         _describe(partial, config, tokenizer)
         with contextlib.closing(checkpoints.Checkpoints(partial / "checkpoints", keep=1)) as saved:
             saved.save(int(state.step), state)
@@ -121,7 +157,7 @@ def start_converted(workdir: pathlib.Path, config: configs.Config, tokenizer: to
 
 def unsaved(config: configs.Config, vocab_size: int) -> Run:
     """A run that no directory holds, for what only compiles its steps or times them on random tokens."""
-    return Run(workdir=pathlib.Path(), config=config, tokenizer=tokenizers.Ids(vocab_size=vocab_size))
+    return Run(workdir=pathlib.Path(), config=config, tokenizer=alphabets.Ids(vocab_size=vocab_size))
 
 
 def load(workdir: storage.Directory) -> Run:
@@ -141,32 +177,9 @@ def load(workdir: storage.Directory) -> Run:
     return Run(workdir=workdir, config=config, tokenizer=tokenizer)
 
 
-def _all_documents(source: str) -> Iterator[str]:
-    for split in corpora.SPLITS:
-        yield from corpora.read(source, split)
-
-
 def _describe(directory: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer) -> None:
     _write_json(directory / "config.json", configs.to_dict(config))
     _write_json(directory / "tokenizer.json", tokenizer.to_json())
-
-
-@contextlib.contextmanager
-def _new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory beside `final` that takes its name on success and vanishes on failure."""
-    partial = final.parent / f".{final.name}.partial"
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)  # What a kill has left.
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to {final}: {error.strerror}; use another directory") from error
-    try:
-        yield partial
-        partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

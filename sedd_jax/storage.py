@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from sedd_jax import hosts
 
 Directory = pathlib.Path | epath.Path
 CHECKPOINTS = "checkpoints"
+_LAST = ("config.json", "header.json")  # What makes a directory a run's, or prepared text, is written last.
 _sent: dict[pathlib.Path, tuple[int, int]] = {}  # Size and time of each local file as the bucket has it.
 
 
@@ -89,13 +90,39 @@ def upload(place: Directory) -> None:
         return
     local = local_copy(place)
     with _bucket(place) as bucket:
-        # config.json last: it makes the directory a run's.
         files = (path for path in local.rglob("*") if path.is_file())
-        for file in sorted(files, key=lambda file: (file.name == "config.json", file)):
+        for file in sorted(files, key=lambda file: (*(file.name == name for name in _LAST), file)):
             version = _version(file)
             if _sent.get(file) != version:
                 bucket.put_file(str(file), f"{place}/{file.relative_to(local)}")
                 _sent[file] = version
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Bytes [start, stop) of files in a bucket, all of them asked for at once."""
+    if not ranges:
+        return []
+    files, starts, stops = zip(*ranges, strict=True)
+    with _bucket(epath.Path(files[0]).parent) as bucket:
+        return bucket.cat_ranges(list(files), list(starts), list(stops), on_error="raise")
+
+
+@contextlib.contextmanager
+def new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A local directory beside `final` that takes its name on success and vanishes on failure."""
+    partial = final.parent / f".{final.name}.partial"
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)  # What a kill has left.
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {final}: {error.strerror}; use another directory") from error
+    try:
+        yield partial
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Watching text being denoised, in a terminal or a log."""
+"""Watching what takes long, in a terminal or a log: text being denoised, text being prepared."""
 
 import contextlib
 import sys
@@ -53,5 +53,47 @@ def _line_now_and_then() -> Watch:
         if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             print(f"step {taken} of {total}", file=sys.stderr, flush=True)
+
+    return write
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, float, int], None]]:
+    """What is called with a part's name, the share of it that is done and its tokens: a bar, or a line now and then."""
+    if sys.stderr.isatty():
+        yield from _bars()
+    else:
+        yield _share_now_and_then()
+
+
+def _bars() -> Iterator[Callable[[str, float, int], None]]:
+    from rich import console, progress
+
+    columns = (
+        progress.TextColumn("{task.description:>5}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TextColumn("{task.fields[tokens]:,} tokens"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console.Console(stderr=True)) as bars:
+        tasks = {}
+
+        def update(name: str, done: float, tokens: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=1.0, tokens=0)
+            bars.update(tasks[name], completed=done, tokens=tokens)
+
+        yield update
+
+
+def _share_now_and_then() -> Callable[[str, float, int], None]:
+    last = time.monotonic()
+
+    def write(name: str, done: float, tokens: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            print(f"{name} {done:.0%}  {tokens:,} tokens", file=sys.stderr, flush=True)
 
     return write

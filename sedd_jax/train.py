@@ -286,7 +286,8 @@ def _reference_entropies(run: runs.Run) -> dict[str, float]:
     """What a table of the held-out text's own counts achieves, to be drawn beside the curves of a character model."""
     if run.tokenizer.unit != "character":
         return {}
-    known = batches.entropies(run.split("valid").tokens, run.graph.num_states)
+    valid = run.split("valid")
+    known = batches.entropies(valid.tokens.read(0, valid.num_tokens), run.graph.num_states)
     return {"unigram entropy": known.unigram, "bigram entropy": known.bigram}
 
 

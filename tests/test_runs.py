@@ -414,14 +414,14 @@ def test_train_refuses_foreign_unwritable_and_changed_directories(trained, sourc
 def test_a_run_does_not_go_on_with_text_that_changed(trained, source, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(trained[0], damaged)
-    file = damaged / "data" / "train.bin"
+    file = damaged / "data" / "train-00000.bin"
     content = bytearray(file.read_bytes())
     content[1000] ^= 1
     file.write_bytes(content)
     argv = [f"--config.{name}={value}" for name, value in configs.flatten(settings(source)).items()]
     status, _, err = call("train", f"--workdir={damaged}", *argv)
     assert status == 1
-    assert "train.bin is damaged" in err
+    assert "train-00000.bin is damaged" in err
 
 
 def test_empty_text_is_refused(tmp_path):
