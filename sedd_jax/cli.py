@@ -126,9 +126,9 @@ def prepare(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """Bound the likelihood of a run's held-out text.
+    """Bound the likelihood of a run's held-out text, or see how much of its code parses.
 
-    sedd eval --workdir=RUN [--split=valid] [--json]
+    sedd eval --workdir=RUN [--split=valid] [--json] | sedd eval --workdir=RUN --code [--num_samples=64]
     """
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
@@ -136,7 +136,10 @@ def evaluate(argv: list[str]) -> None:
     flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "part of the text", flag_values=values)
     flags.DEFINE_integer("num_times", 8, "draws of time and noise for each sequence", flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "sequences at once", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of times and noise", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of times, noise and samples", flag_values=values)
+    flags.DEFINE_bool("code", False, "share of samples and infills that Python parses, instead", flag_values=values)
+    flags.DEFINE_integer("num_samples", 64, "with --code: windows of each kind", flag_values=values)
+    flags.DEFINE_integer("num_steps", None, "with --code: reverse steps; the run's if not given", flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
     _define_processes(values)
     if _asks_for_help(argv):
@@ -145,9 +148,16 @@ def evaluate(argv: list[str]) -> None:
     given = _parse(values, argv, "workdir")
     as_json = given.pop("json")
     _join_processes(given)
-    from sedd_jax import evaluate as program
+    sampling = {name: given.pop(name) for name in ("num_samples", "num_steps")}
+    program: Any
+    if given.pop("code"):
+        from sedd_jax import code_quality as program
 
-    result = program.evaluate(**given)
+        result = program.measure(given["workdir"], step=given["step"], seed=given["seed"], **sampling)
+    else:
+        from sedd_jax import evaluate as program
+
+        result = program.evaluate(**given)
     print(program.table(result))
     if as_json:
         print(json.dumps(result))

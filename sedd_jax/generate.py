@@ -5,7 +5,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -113,27 +113,16 @@ def draw_samples(
         watch: called some 64 times, with the steps taken, all steps, and a function that makes the texts so far, masks
             shown as `░`.
     """
-    num_steps = settings.num_steps
     shape = (settings.num_samples, len(template.tokens))
     given = samplers.Given(
         jnp.broadcast_to(jnp.asarray(template.tokens, jnp.int32), shape), jnp.broadcast_to(template.is_given, shape)
     )
-    key_limit, key_steps, key_denoise = jax.random.split(jax.random.key(seed), 3)
-    xt = given.clamp(run.graph.sample_limit(key_limit, shape))
-    reverse_steps, denoise = make_sampling_fns(
-        run.network, run.graph, run.noise, sampler=settings.sampler, draw=settings.draw
-    )
-    # A trajectory that is watched is taken in parts; keys depend on the step alone, so the text is the same.
-    stride = max(1, num_steps // 64) if watch else num_steps
-    for start in range(0, num_steps, stride):
-        stop = min(start + stride, num_steps)
-        xt = reverse_steps(params, key_steps, given, xt, start, stop, num_steps)
-        if watch:
-            shown = functools.partial(_texts, run, given.clamp(jax.block_until_ready(xt)), template.length)
-            watch(stop, num_steps + 1, shown)
-    tokens = np.asarray(denoise(params, key_denoise, given, xt))
-    if watch:
-        watch(num_steps + 1, num_steps + 1, functools.partial(_texts, run, tokens, template.length))
+
+    def show(taken: int, total: int, tokens: Int[Array, "B L"]) -> None:
+        if watch is not None:
+            watch(taken, total, functools.partial(_texts, run, tokens, template.length))
+
+    tokens = draw_tokens(run, params, given, settings, seed=seed, watch=None if watch is None else show)
     rows = tokens[:, : template.length]
     return [
         Sample(
@@ -143,12 +132,50 @@ def draw_samples(
             index=index,
             step=step,
             sampler=settings.sampler,
-            num_steps=num_steps,
-            nfe=num_steps + 1,
+            num_steps=settings.num_steps,
+            nfe=settings.num_steps + 1,
             draw=settings.draw,
         )
         for index, row in enumerate(rows)
     ]
+
+
+def draw_tokens(
+    run: runs.Run,
+    params: networks.Params,
+    given: samplers.Given,
+    settings: configs.SamplingConfig,
+    *,
+    seed: int,
+    watch: Callable[[int, int, Int[Array, "B L"]], None] | None = None,
+) -> Int[np.ndarray, "B L"]:
+    """Draws sequences that agree with what is known of each, as one batch.
+
+    Args:
+        run: the run.
+        params: parameters, usually the moving average.
+        given: known tokens of each sequence.
+        settings: how; nfe is one more than its num_steps.
+        seed: of everything random; the same seed draws the same tokens.
+        watch: called some 64 times, with the steps taken, all steps, and the tokens so far.
+    """
+    num_steps = settings.num_steps
+    key_limit, key_steps, key_denoise = jax.random.split(jax.random.key(seed), 3)
+    xt = given.clamp(run.graph.sample_limit(key_limit, given.tokens.shape))
+    reverse_steps, denoise = make_sampling_fns(
+        run.network, run.graph, run.noise, sampler=settings.sampler, draw=settings.draw
+    )
+    # A trajectory that is watched is taken in parts; keys depend on the step alone, so the text is the same.
+    stride = max(1, num_steps // 64) if watch else num_steps
+    for start in range(0, num_steps, stride):
+        stop = min(start + stride, num_steps)
+        xt = reverse_steps(params, key_steps, given, xt, start, stop, num_steps)
+        if watch:
+            watch(stop, num_steps + 1, given.clamp(jax.block_until_ready(xt)))
+    tokens = denoise(params, key_denoise, given, xt)
+    if watch:
+        watch(num_steps + 1, num_steps + 1, tokens)
+    return np.asarray(tokens)
 
 
 def generate(
@@ -239,7 +266,7 @@ def _assemble(run: runs.Run, parts: list[Int[np.ndarray, "..."] | int], shown: i
     return Template(tokens=tokens, is_given=is_given, length=total if shown is None else shown)
 
 
-def _texts(run: runs.Run, tokens: Int[Array, "B L"] | Int[np.ndarray, "B L"], length: int) -> list[str]:
+def _texts(run: runs.Run, tokens: Int[Array, "B L"], length: int) -> list[str]:
     return ["".join(_pieces(run, row)) for row in np.asarray(tokens)[:, :length]]
 
 

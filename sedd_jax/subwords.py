@@ -237,7 +237,6 @@ def learn_sentence_piece(vocab_size: int, documents: Iterable[str]) -> SentenceP
             input_sentence_size=_NUM_LINES,
             max_sentence_length=4 * _LINE,
             num_threads=os.cpu_count(),
-            character_coverage=1.0,
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,

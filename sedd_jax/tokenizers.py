@@ -94,7 +94,10 @@ def _parse(spec: str) -> tuple[str, str]:
 
 
 def _characters(documents: Documents) -> alphabets.Characters:
-    return alphabets.Characters(alphabet="".join(sorted(set().union(*map(set, documents())))))
+    alphabet = "".join(sorted(set().union(*map(set, documents()))))
+    if not alphabet:
+        raise ValueError("there is no text to take characters from: give files with text in them")
+    return alphabets.Characters(alphabet=alphabet)
 
 
 def _sentence_piece(argument: str, documents: Documents) -> subwords.SentencePiece:

@@ -44,7 +44,7 @@ FLOORS = (
         "torch_weights",
     ),
     ("batches", "checkpoints", "config", "curves", "runs", "shards", "terminals", "train_state"),
-    ("benchmark", "benchmark_ours", "convert", "evaluate", "generate", "plan", "prepare", "train"),
+    ("benchmark", "benchmark_ours", "code_quality", "convert", "evaluate", "generate", "plan", "prepare", "train"),
     ("cli",),
     ("__main__",),
 )

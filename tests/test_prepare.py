@@ -101,7 +101,12 @@ def test_what_is_interrupted_does_not_look_finished_and_begins_anew(tmp_path, to
     (tmp_path / "train.txt").write_text("\f".join("some words to be cut " * 200 for _ in range(5000)))
     out = tmp_path / "out"
     arguments = ["prepare", f"--data=text:{tmp_path}/train.txt", "--tokenizer=bytes", f"--out={out}", "--num_workers=2"]
-    child = subprocess.Popen([sys.executable, "-m", "sedd_jax", *arguments], stderr=subprocess.PIPE, text=True)
+    # Where these tests run in the background SIGINT is ignored, and so it would be there.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from sedd_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
     partial = tmp_path / ".out.partial"
     deadline = time.monotonic() + 60
     while not any(file.stat().st_size for file in partial.glob("train-*")) and time.monotonic() < deadline:

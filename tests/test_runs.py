@@ -442,7 +442,7 @@ def test_commands_name_directories_that_are_no_runs(tmp_path):
     assert "--workdir" in err
     status, _, err = call("evaluate")
     assert status == 2
-    assert "choose one of train, eval, sample, convert" in err
+    assert "choose one of prepare, train, eval, sample, convert" in err
 
 
 def test_help_lists_every_field_with_its_default():

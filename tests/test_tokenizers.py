@@ -280,6 +280,12 @@ def test_pieces_of_a_file_keep_their_unknown_and_their_mask(tmp_path):
         _build(f"sentencepiece:{path}")
 
 
+def test_rare_characters_take_no_piece_but_come_back():
+    text = "".join(map(chr, range(0x4E00, 0x5E00)))
+    tokenizer = _build("sentencepiece:300", "".join(f"a common line {number}\n" for number in range(1_000_000)), text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_pieces_that_a_text_has_not_are_an_error():
     with pytest.raises(ValueError, match=r"SentencePiece cannot make 5000 pieces of this text .*give more text"):
         _build("sentencepiece:5000", "a little text")
