@@ -14,7 +14,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
-            "data": {"source": "text:data/openwebtext/{split}.txt", "tokenizer": "gpt2", "length": 1024},
+            "data": {"source": "prepared:data/openwebtext", "tokenizer": "gpt2", "length": 1024},
             "network": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "remat": "blocks"},
             "training": {"num_steps": 400_000},
             "sampling": {"num_steps": 1024},

@@ -2,7 +2,7 @@
 
     sedd train --config=configs/owt_small.py --workdir=runs/owt_small
 
-Put OpenWebText's text into data/openwebtext/train.txt, valid.txt and test.txt, documents separated by form feeds.
+Its text: sedd prepare --data=openwebtext --tokenizer=gpt2 --out=data/openwebtext (needs pip install -e '.[hf]').
 Hardware: the paper used 8 A100 80 GB. Time: not measured here; 400k steps are 210 billion tokens.
 Expect a ppl_bound of about 24.1 on held-out OpenWebText (as MDLM's authors measured the published recipe).
 """
@@ -13,7 +13,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
-            "data": {"source": "text:data/openwebtext/{split}.txt", "tokenizer": "gpt2", "length": 1024},
+            "data": {"source": "prepared:data/openwebtext", "tokenizer": "gpt2", "length": 1024},
             "training": {"num_steps": 400_000},
             "sampling": {"num_steps": 1024},
         }

@@ -13,7 +13,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
-            "data": {"source": "text:data/openwebtext/{split}.txt", "tokenizer": "gpt2", "length": 1024},
+            "data": {"source": "prepared:data/openwebtext", "tokenizer": "gpt2", "length": 1024},
             "graph": {"name": "uniform"},
             "noise": {"name": "geometric", "sigma_min": 1e-5, "sigma_max": 20.0},
             "network": {"scale_by_sigma": False},

@@ -12,12 +12,12 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
-            "data": {"source": "python:stdlib", "tokenizer": "sentencepiece:2048", "length": 256},
-            "network": {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "dropout": 0.0, "dtype": "float32"},
+            "data": {"source": "python:stdlib", "tokenizer": "sentencepiece:2048", "length": 192},
+            "network": {"hidden_size": 192, "num_layers": 3, "num_heads": 3, "dropout": 0.0, "dtype": "float32"},
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 50, "beta2": 0.99, "ema_decay": 0.999},
             "training": {
                 "num_steps": 3000,
-                "batch_size": 32,
+                "batch_size": 16,
                 "log_every": 20,
                 "eval_every": 500,
                 "eval_sequences": 128,

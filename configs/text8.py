@@ -2,7 +2,7 @@
 
     sedd train --config=configs/text8.py --workdir=runs/text8
 
-Put text8's first 90M, next 5M and last 5M characters into data/text8/train.txt, valid.txt and test.txt.
+Its text: sedd prepare --data=text8 --tokenizer=text8 --out=data/text8
 Hardware: the paper used 8 A100s. Time: not measured here.
 Expect at most 1.39 bits per character on test after 1M steps (published, absorbing graph; 1.47 for the uniform one).
 """
@@ -13,7 +13,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
-            "data": {"source": "text:data/text8/{split}.txt", "tokenizer": "text8", "length": 256},
+            "data": {"source": "prepared:data/text8", "tokenizer": "text8", "length": 256},
             "training": {"num_steps": 1_000_000, "checkpoint_every": 10_000, "eval_every": 10_000},
             "sampling": {"num_steps": 256},
         }

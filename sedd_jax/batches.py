@@ -123,4 +123,4 @@ def _pair_counts(tokens: np.ndarray, num_ids: int) -> tuple[np.ndarray, np.ndarr
 
 def _entropy(counts: np.ndarray) -> float:
     shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log2(shares)).sum())
+    return float(0 - (shares * np.log2(shares)).sum())

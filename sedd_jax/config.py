@@ -17,8 +17,8 @@ class DataConfig:
     """What is learned.
 
     Attributes:
-        source: where text comes from: python:docs, or text:GLOB of UTF-8 files (also .gz, .xz), {split} in it allowed.
-        tokenizer: characters (the corpus' own), text8, gpt2, gpt2:RANKS_FILE or wordpiece:VOCAB_FILE.
+        source: prepared:DIR as `sedd prepare` made it, or a source that it takes: python:docs, text:GLOB, jsonl:GLOB...
+        tokenizer: characters (the corpus' own), bytes, gpt2, sentencepiece:N and others; that of prepared text.
         length: tokens in a sequence.
     """
 

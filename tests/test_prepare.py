@@ -1,6 +1,8 @@
 """`sedd prepare` leaves finished text or none, describes it, and a run reads it until it changes."""
 
+import base64
 import json
+import lzma
 import math
 import os
 import pathlib
@@ -13,9 +15,13 @@ import time
 import gcs_emulator
 import numpy as np
 import pytest
+import tiktoken
+import tiktoken.load
 
-from sedd_jax import cli, prepare, runs, shards, storage
+from sedd_jax import cli, detokenizers, prepare, runs, shards, storage
 from sedd_jax import config as configs
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture
@@ -145,6 +151,51 @@ def test_text_is_prepared_into_a_bucket(tmp_path, source, monkeypatch):
         assert prepare.describe(place)["splits"]["test"]["num_tokens"] == 409
         with pytest.raises(FileExistsError, match="gs://bucket/data/letters already holds prepared text"):
             prepare.prepare(source, "characters", place, num_workers=1)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="WikiText and GPT-2's ranks lie in ../shared, which is absent")
+def test_a_zero_shot_set_is_every_row_with_an_end_of_text(tmp_path, capsys):
+    source = f"wikitext2:lines:{SHARED}/corpus/wikitext2/{{split}}.txt.xz"
+    tokenizer = f"gpt2:{SHARED}/tokenizers/gpt2.tiktoken"
+    arguments = [f"--data={source}", f"--tokenizer={tokenizer}", f"--out={tmp_path / 'out'}", "--num_workers=2"]
+    assert cli.main(["prepare", *arguments]) == 0
+    with lzma.open(SHARED / "corpus" / "wikitext2" / "test.txt.xz", "rt", encoding="utf-8", newline="\n") as file:
+        rows = [row if row.strip() else "" for row in file]
+    assert len(rows) == 4358  # as the published set has
+    gpt2 = tiktoken.Encoding(
+        name="gpt2",
+        pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+        mergeable_ranks=tiktoken.load.load_tiktoken_bpe(f"{SHARED}/tokenizers/gpt2.tiktoken"),
+        special_tokens={},
+    )
+    expected = [[*gpt2.encode_ordinary(detokenizers.wikitext(row)), 50256] for row in rows]
+    counts, tokens = shards.open_split(tmp_path / "out", "test")
+    assert counts["num_documents"] == 4358
+    assert tokens.read(0, len(tokens)).tolist() == [id_ for row in expected for id_ in row]
+
+
+def test_training_corpora_become_what_the_paper_trains_on(tmp_path):
+    """Stand-ins of the form that each corpus has, since the corpora themselves cannot be fetched here."""
+    (tmp_path / "text8").write_text("one two three " * 100)
+    prepare.prepare(f"text8:text:{tmp_path}/text8", "text8", tmp_path / "a", num_workers=1)
+    sizes = {split: counts["num_tokens"] for split, counts in shards.read_header(tmp_path / "a")["splits"].items()}
+    assert sizes == {"train": 1260, "valid": 70, "test": 70}
+    (tmp_path / "owt.jsonl").write_text("".join(json.dumps({"text": f"page {number}"}) + "\n" for number in range(20)))
+    ranks = tmp_path / "bytes.tiktoken"
+    ranks.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256)))
+    prepare.prepare(f"openwebtext:jsonl:{tmp_path}/owt.jsonl", f"gpt2:{ranks}", tmp_path / "b", num_workers=1)
+    _, tokens = shards.open_split(tmp_path / "b", "train")
+    assert bytes(tokens.read(0, 14).clip(0, 255).astype(np.uint8)) == b"page 0\xffpage 1\xff"
+    assert shards.read_header(tmp_path / "b")["splits"]["train"]["num_documents"] == 18
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.en").write_text('The cat , it \'s " here " .\n' * 40)
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[SEP]\n[MASK]\nthe\ncat\n,\nit\n'\ns\n\"\nhere\n.\n")
+    pytest.importorskip("tokenizers", reason="word pieces need pip install tokenizers")
+    source = f"lm1b:lines:{tmp_path}/{{split}}.en"
+    prepare.prepare(source, f"wordpiece:{tmp_path / 'vocab.txt'}", tmp_path / "c", num_workers=1)
+    counts, tokens = shards.open_split(tmp_path / "c", "test")
+    assert tokens.read(0, 12).tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 9, 11, 1, 3]
+    assert counts["num_unknown"] == 0
 
 
 def _config(source, tokenizer):
