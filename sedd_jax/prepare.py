@@ -80,14 +80,14 @@ def table(description: dict[str, Any]) -> str:
     lines = [
         f"{description['directory']}: {description['source']} in tokens of {description['tokenizer']}, "
         f"{description['num_ids']} ids of {8 * int(description['dtype'][-1])} bits",
-        f"{'split':<6}{'documents':>12}{'tokens':>16}{'words':>14}{'characters':>16}{'characters/token':>18}"
-        f"{'bits/token: unigram':>21}{'bigram':>8}",
+        f"{'split':<6}{'documents':>11}{'tokens':>15}{'words':>14}{'characters':>16}{'per token':>11}"
+        f"{'unigram bits':>14}{'bigram':>8}",
     ]
     for name, split in description["splits"].items():
         lines.append(
-            f"{name:<6}{split['num_documents']:>12,}{split['num_tokens']:>16,}{split['num_words']:>14,}"
-            f"{split['num_characters']:>16,}{split['num_characters'] / split['num_tokens']:>18.3f}"
-            f"{split['unigram_entropy_bits']:>21.3f}{split['bigram_entropy_bits']:>8.3f}"
+            f"{name:<6}{split['num_documents']:>11,}{split['num_tokens']:>15,}{split['num_words']:>14,}"
+            f"{split['num_characters']:>16,}{split['num_characters'] / split['num_tokens']:>11.3f}"
+            f"{split['unigram_entropy_bits']:>14.3f}{split['bigram_entropy_bits']:>8.3f}"
         )
     for name, split in description["splits"].items():
         if split["num_unknown"]:
