@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ class PackedSplit:
     length: int
     num_characters: int
     num_words: int
+    sha256: str  # of the checksums of its shards
 
     @property
     def num_tokens(self) -> int:
@@ -33,6 +36,10 @@ class PackedSplit:
     @property
     def characters_per_token(self) -> float:
         return self.num_characters / self.num_tokens
+
+    @property
+    def words_per_token(self) -> float:
+        return self.num_words / self.num_tokens
 
     def sequences(self) -> Integer[np.ndarray, "S L"]:
         """Every sequence in the order of the text, without the tail shorter than one."""
@@ -86,7 +93,11 @@ def open_split(
             f"choose a length between 1 and that, or prepare more text"
         )
     return PackedSplit(
-        tokens=tokens, length=length, num_characters=counts["num_characters"], num_words=counts["num_words"]
+        tokens=tokens,
+        length=length,
+        num_characters=counts["num_characters"],
+        num_words=counts["num_words"],
+        sha256=hashlib.sha256(json.dumps(counts["shards"]).encode()).hexdigest(),
     )
 
 

@@ -1,21 +1,17 @@
 """The command line, `sedd COMMAND`. Results go to stdout, everything else to stderr."""
 
-import importlib.util
 import json
 import logging as python_logging
-import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 from absl import flags, logging
 
-from sedd_jax import hosts
+from sedd_jax import arguments, hosts
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: launchers start a run again that ends with it.
-Command = Callable[[list[str]], int | None]  # From arguments to an exit status, None for success.
 PACKAGE = pathlib.Path(__file__).parent
 
 
@@ -34,13 +30,13 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(usage())
         return 0 if argv else 2
-    name, *arguments = argv
+    name, *rest = argv
     if name not in COMMANDS:
         return _fail("sedd", f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
     logging.set_verbosity(logging.FATAL)
     logging.use_absl_handler()
     try:
-        return COMMANDS[name](arguments) or 0
+        return COMMANDS[name](rest) or 0
     except flags.Error as error:
         return _fail(f"sedd {name}", f"{error}; see `sedd {name} --help`", 2)
     except (ValueError, OSError, ImportError) as error:
@@ -73,11 +69,11 @@ def train(argv: list[str]) -> int:
         "step", None, "checkpoint to go on from, newer ones removed; else the newest", flag_values=values
     )
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
-    _define_processes(values)
-    given = _parse_config(train, values, argv, "workdir")
+    arguments.define_processes(values)
+    given = arguments.parse_config(train, values, argv, "workdir")
     if given is None:
         return 0
-    _join_processes(given)
+    arguments.join_processes(given)
     from sedd_jax import train as program
 
     metrics = program.train(given["config"], given["workdir"], from_step=given["step"])
@@ -99,10 +95,10 @@ def prepare(argv: list[str]) -> None:
     flags.DEFINE_integer("num_workers", None, "processes; one for each core if not given", flag_values=values)
     flags.DEFINE_string("describe", None, "directory of prepared text to describe instead", flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
-    if _asks_for_help(argv):
-        _print_help(prepare, values)
+    if arguments.asks_for_help(argv):
+        arguments.print_help(prepare, values)
         return
-    given = _parse(values, argv)
+    given = arguments.parse(values, argv)
     from sedd_jax import prepare as program
     from sedd_jax import storage
 
@@ -126,40 +122,55 @@ def prepare(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """Bound the likelihood of a run's held-out text, or see how much of its code parses.
+    """Bound the likelihood of a run's held-out text or of any other, or see how much of its code parses.
 
-    sedd eval --workdir=RUN [--split=valid] [--json] | sedd eval --workdir=RUN --code [--num_samples=64]
+    sedd eval --workdir=RUN [--data=wikitext2 --split=test] [--protocol=strict] [--num_times=1000] [--json]
     """
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint; the newest if not given", flag_values=values)
-    flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "part of the text", flag_values=values)
-    flags.DEFINE_integer("num_times", 8, "draws of time and noise for each sequence", flag_values=values)
+    flags.DEFINE_string("data", None, "prepared:DIR or another source; the run's own if not given", flag_values=values)
+    flags.DEFINE_string("split", None, "train, valid or test; valid of its own text, test of other", flag_values=values)
+    flags.DEFINE_string("protocol", "published", "or strict: with prior and reconstruction terms", flag_values=values)
+    flags.DEFINE_integer("num_times", None, "draws of time and noise for each sequence", flag_values=values)
+    flags.DEFINE_float("target_stderr", 0.005, "else as many as this needs, nats per token", flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "sequences at once", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of times, noise and samples", flag_values=values)
+    flags.DEFINE_enum("suite", None, ["zero_shot"], "the paper's table 1 with this run in it", flag_values=values)
+    flags.DEFINE_string("suite_data", "data", "with --suite: where prepared sets are", flag_values=values)
     flags.DEFINE_bool("code", False, "share of samples and infills that Python parses, instead", flag_values=values)
     flags.DEFINE_integer("num_samples", 64, "with --code: windows of each kind", flag_values=values)
     flags.DEFINE_integer("num_steps", None, "with --code: reverse steps; the run's if not given", flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
-    _define_processes(values)
-    if _asks_for_help(argv):
-        _print_help(evaluate, values)
+    arguments.define_processes(values)
+    if arguments.asks_for_help(argv):
+        arguments.print_help(evaluate, values)
         return
-    given = _parse(values, argv, "workdir")
-    as_json = given.pop("json")
-    _join_processes(given)
-    sampling = {name: given.pop(name) for name in ("num_samples", "num_steps")}
+    given = arguments.parse(values, argv, "workdir")
+    arguments.join_processes(given)
     program: Any
-    if given.pop("code"):
+    if given["code"]:
         from sedd_jax import code_quality as program
 
-        result = program.measure(given["workdir"], step=given["step"], seed=given["seed"], **sampling)
+        names = ("step", "num_samples", "num_steps", "seed")
+        result = program.measure(given["workdir"], **{name: given[name] for name in names})
     else:
         from sedd_jax import evaluate as program
 
-        result = program.evaluate(**given)
+        names = ("protocol", "num_times", "target_stderr", "batch_size", "seed")
+        settings = program.Settings(**{name: given[name] for name in names})
+        text = {name: given[name] for name in ("data", "split", "step")}
+        if given["suite"]:
+            if given["data"] or given["split"]:
+                raise flags.IllegalFlagValueError("--suite goes without --data and --split")
+            from sedd_jax import zero_shot as program
+
+            suite = {"directory": given["suite_data"], "step": given["step"]}
+            result = program.evaluate_sets(given["workdir"], **suite, settings=settings)
+        else:
+            result = program.evaluate(given["workdir"], **text, settings=settings)
     print(program.table(result))
-    if as_json:
+    if given["json"]:
         print(json.dumps(result))
 
 
@@ -182,12 +193,12 @@ def sample(argv: list[str]) -> None:
     flags.DEFINE_bool("watch", False, "show the text as it is denoised", flag_values=values)
     flags.DEFINE_string("out", "", "also write text, tokens, seed, nfe and sampler to this .jsonl", flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
-    _define_processes(values)
-    if _asks_for_help(argv):
-        _print_help(sample, values)
+    arguments.define_processes(values)
+    if arguments.asks_for_help(argv):
+        arguments.print_help(sample, values)
         return
-    given = _parse(values, argv, "workdir")
-    is_first = _join_processes(given)
+    given = arguments.parse(values, argv, "workdir")
+    is_first = arguments.join_processes(given)
     given = {name: value for name, value in given.items() if value is not None}
     wants_watch, out, as_json = given.pop("watch"), given.pop("out"), given.pop("json")
     if out and not pathlib.Path(out).absolute().parent.is_dir():
@@ -218,10 +229,10 @@ def convert(argv: list[str]) -> None:
         "tokenizer", "", "for a run: gpt2:FILE, text8, ...; by default from the size", flag_values=values
     )
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
-    if _asks_for_help(argv):
-        _print_help(convert, values)
+    if arguments.asks_for_help(argv):
+        arguments.print_help(convert, values)
         return
-    given = _parse(values, argv, "from", "to")
+    given = arguments.parse(values, argv, "from", "to")
     from sedd_jax import convert as program
 
     done = program.convert(given["from"], given["to"], step=given["step"], tokenizer=given["tokenizer"])
@@ -247,7 +258,7 @@ def bench(argv: list[str]) -> None:
         "reference_python", sys.executable, "the interpreter with torch that runs it", flag_values=values
     )
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
-    given = _parse_config(bench, values, argv)
+    given = arguments.parse_config(bench, values, argv)
     if given is None:
         return
     as_json, reference = given.pop("json"), given.pop("reference")
@@ -273,7 +284,7 @@ def plan(argv: list[str]) -> None:
     )
     flags.DEFINE_bool("sample", False, "a sampling step instead of a training step", flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
-    given = _parse_config(plan, values, argv)
+    given = arguments.parse_config(plan, values, argv)
     if given is None:
         return
     if not given["topology"]:
@@ -287,7 +298,7 @@ def plan(argv: list[str]) -> None:
         print(json.dumps(result))
 
 
-COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, arguments.Command] = {
     "prepare": prepare,
     "train": train,
     "eval": evaluate,
@@ -296,99 +307,6 @@ COMMANDS: dict[str, Command] = {
     "bench": bench,
     "plan": plan,
 }
-
-
-def _parse_config(
-    command: Command, values: flags.FlagValues, argv: list[str], *directories: str
-) -> dict[str, Any] | None:
-    """`_parse` for a command that takes a config, validated; None where help was asked for, which it prints."""
-    from ml_collections import config_flags
-
-    from sedd_jax import config as configs
-
-    path, partial, rest = _load_config(argv)
-    merged = configs.merge(partial)
-    if _asks_for_help(rest):
-        _print_help(
-            command, values, ["--config=FILE  a configs/NAME.py; without one every field has the default below"]
-        )
-        fields = "\n".join(f"  --config.{name}={value!r}  {doc}" for name, value, doc in configs.describe(merged))
-        print(f"\nconfig fields{f' as {path} sets them' if path else ''}:\n{fields}")
-        return None
-    for argument in rest:
-        if argument.lstrip("-").startswith("config."):
-            configs.check_field(argument.lstrip("-").removeprefix("config.").partition("=")[0], merged)
-    config_flags.DEFINE_config_dict("config", merged, flag_values=values, sys_argv=["sedd", *rest])
-    given = {name: value for name, value in _parse(values, rest, *directories).items() if "." not in name}
-    return given | {"config": configs.parse(given["config"])}
-
-
-def _define_processes(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("coordinator_address", None, "host:port of process 0, of many", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "processes; TPU pods, SLURM and GKE tell", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "this one's number, from 0", flag_values=values)
-
-
-def _join_processes(given: dict[str, Any]) -> bool:
-    """Takes the flags of `_define_processes` out and obeys them; whether this is the process whose results are kept."""
-    from sedd_jax import processes
-
-    processes.join(*(given.pop(name) for name in ("coordinator_address", "num_processes", "process_id")))
-    if not processes.is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
-    return processes.is_first()
-
-
-def _load_config(argv: list[str]) -> tuple[str, Any, list[str]]:
-    """Takes --config=FILE out of the arguments: its path, the fields it sets, and the other arguments."""
-    path, rest = "", []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument in ("--config", "-config"):
-            path = next(arguments, "")
-        elif argument.startswith(("--config=", "-config=")):
-            path = argument.partition("=")[2]
-        else:
-            rest.append(argument)
-    if not path:
-        return path, {}, rest
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"--config={path} is not a file: give one of configs/*.py")
-    spec = importlib.util.spec_from_file_location("sedd_config", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"--config={path} is not a Python file: give one of configs/*.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return path, module.get_config(), rest
-
-
-def _parse(values: flags.FlagValues, argv: list[str], *directories: str) -> dict[str, Any]:
-    """Values of all flags by name; `directories` must be given and become paths."""
-    from sedd_jax import storage
-
-    remaining = values(["sedd", *argv])
-    if len(remaining) > 1:
-        raise flags.UnrecognizedFlagError(remaining[1])
-    given: dict[str, Any] = {name: values[name].value for name in values}
-    for name in directories:
-        if not given[name]:
-            raise flags.IllegalFlagValueError(f"--{name}=DIR must be given")
-        given[name] = storage.directory(given[name])
-    return given
-
-
-def _asks_for_help(argv: list[str]) -> bool:
-    return any(argument in ("--help", "-h", "-help") for argument in argv)
-
-
-def _print_help(command: Command, values: flags.FlagValues, extra: list[str] | None = None) -> None:
-    summary, _, example = (line.strip() for line in (command.__doc__ or "").strip().splitlines()[:3])
-    print(f"{summary}\n\n  {example}\n\nflags:")
-    for line in extra or []:
-        print(f"  {line}")
-    for name in values:
-        default = values[name].default
-        print(f"  --{name}{'' if default is None else f'={default!r}'}  {values[name].help}")
 
 
 def _raised_here(error: BaseException) -> bool:

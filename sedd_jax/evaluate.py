@@ -1,209 +1,240 @@
-"""Bounds on the likelihood of held-out text."""
+"""Perplexity: bounds on the likelihood of held-out text, or of any other."""
 
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, Key
+from jaxtyping import Integer
 
-from sedd_jax import batches, losses, networks, runs, score_heads, sharding, storage
+from sedd_jax import batches, corpora, likelihoods, losses, processes, runs, sharding, shards, storage, terminals
+from sedd_jax import config as configs
 
-
-class Estimate(NamedTuple):
-    """A mean over sequences and its standard error, in nats per token."""
-
-    mean: float
-    stderr: float
+PROTOCOLS = ("published", "strict")
+DIRECTORY = "evaluations"
+_MAX_TIMES = 1000
 
 
-def sequence_bounds(
-    params: networks.Params,
-    key: Key[Array, ""],
-    x0: Int[Array, "B L"],
-    t: Float[Array, "B"],
-    *,
-    run: runs.Run,
-    dropout_key: Key[Array, ""] | None = None,
-) -> losses.Bounds:
-    """The bounds of each sequence for one draw of noise at times t; what training minimises and evaluation reports."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a bound is estimated.
 
-    def summary_fn(xt: Int[Array, "B L"], x0: Int[Array, "B L"], sigma: Float[Array, "B"]):
-        features = networks.apply(run.network, params, xt, sigma, dropout_key)
-        return score_heads.summarize(run.network, params, features, xt, x0, sigma, run.graph.is_noise(xt))
-
-    return losses.denoising_score_entropy(key, summary_fn, run.graph, run.noise, x0, t)
-
-
-def make_bounds_fn(run: runs.Run):
-    """A compiled `sequence_bounds(params, key, x0, t)` for this run, whose values every process holds."""
-
-    def bounds(params, key, x0, t):
-        return jax.tree.map(sharding.replicate, sequence_bounds(params, key, x0, t, run=run))
-
-    return jax.jit(bounds)
-
-
-def estimate_bounds(
-    bounds_fn,
-    params: networks.Params,
-    sequences: Integer[np.ndarray, "S L"],
-    *,
-    batch_size: int,
-    num_times: int,
-    seed: int,
-) -> tuple[Estimate, Estimate]:
-    """Score-entropy and cross-entropy bound of sequences, with `num_times` draws of time and noise for each.
-
-    In every pass the times of the S sequences are spread evenly over [1e-3, 1] in random order. The standard error is
-    that of the bound on this text, from differences between neighbours in time (Wolter 2007, Introduction to Variance
-    Estimation, section 8.2), since the spread removes the variation over time that independent times would have.
-
-    Args:
-        bounds_fn: from `make_bounds_fn`.
-        params: parameters, usually the moving average.
-        sequences: tokens.
-        batch_size: sequences in one call, rounded up to fill the devices; the last call is filled up and its filling
-            dropped.
-        num_times: passes over the sequences.
+    Attributes:
+        protocol: published, which integrates over t in [1e-3, 1] and leaves out the prior and reconstruction terms, or
+            strict, which adds them.
+        num_times: draws of time and noise for every sequence; None is as many as `target_stderr` needs.
+        target_stderr: of the bound, in nats per token, at which to stop.
+        batch_size: sequences evaluated at once.
         seed: of times and noise.
     """
-    num_sequences, length = sequences.shape
-    devices = sharding.num_batch_devices()
-    batch_size = -(-min(batch_size, num_sequences) // devices) * devices
-    generator = np.random.default_rng(seed)
-    means, variances = np.zeros(2), np.zeros(2)
-    for number in range(num_times):
-        order = generator.permutation(num_sequences)
-        t = losses.T_MIN + (1 - losses.T_MIN) * (order + generator.random()) / num_sequences
-        values = np.zeros((2, num_sequences))
-        for start in range(0, num_sequences, batch_size):
-            rows = np.arange(start, start + batch_size) % num_sequences
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), start)
-            bounds = bounds_fn(params, key, sequences[rows].astype(np.int32), t[rows].astype(np.float32))
-            kept = min(batch_size, num_sequences - start)
-            values[:, start : start + kept] = np.asarray(jax.device_get(bounds))[:, :kept] / length
-        means += values.mean(axis=1) / num_times
-        differences = np.diff(values[:, np.argsort(order)], axis=1)
-        # With a single sequence there is no neighbour, and no error can be stated.
-        variance = np.square(differences).mean(axis=1) / 2 if num_sequences > 1 else np.inf
-        variances += variance / (num_sequences * num_times**2)
-    return Estimate(float(means[0]), math.sqrt(variances[0])), Estimate(float(means[1]), math.sqrt(variances[1]))
 
+    protocol: str = "published"
+    num_times: int | None = None
+    target_stderr: float = 0.005
+    batch_size: int = 32
+    seed: int = 0
 
-def make_held_out(run: runs.Run) -> Callable[[Any], dict[str, float]]:
-    """A function of parameters that bounds a fixed part of the valid split, spread evenly over it, in bits."""
-    data = run.split("valid")
-    every = -(-data.num_sequences // run.config.training.eval_sequences)
-    sequences = data.sequences()[::every]
-    bounds_fn = make_bounds_fn(run)
-    per_unit = data.characters_per_token if run.tokenizer.unit == "character" else 1.0
-
-    def held_out(params: Any) -> dict[str, float]:
-        estimates = estimate_bounds(
-            bounds_fn, params, sequences, batch_size=run.config.training.batch_size, num_times=1, seed=0
-        )
-        metrics = {}
-        named = {"score_entropy": estimates[0]}
-        if run.config.graph.name == "absorb":
-            named["cross_entropy"] = estimates[1]
-        for name, bound in named.items():
-            metrics[f"valid/{name}_bits"] = bound.mean / (math.log(2) * per_unit)
-            metrics[f"valid/{name}_bits_stderr"] = bound.stderr / (math.log(2) * per_unit)
-        return metrics
-
-    return held_out
+    def __post_init__(self):
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"--protocol={self.protocol} is unknown: choose one of {', '.join(PROTOCOLS)}")
+        for name, value in (("num_times", self.num_times), ("batch_size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name}={value} must be at least 1")
+        if not self.target_stderr > 0:
+            raise ValueError(f"--target_stderr={self.target_stderr} must be above 0: give one such as 0.005")
 
 
 def evaluate(
     workdir: storage.Directory,
     *,
+    data: str | None = None,
+    split: str | None = None,
     step: int | None = None,
-    split: str = "valid",
-    num_times: int = 8,
-    batch_size: int = 32,
-    seed: int = 0,
-) -> dict[str, object]:
-    """Both bounds of a run's checkpoint (its moving average) on one split.
+    settings: Settings | None = None,
+) -> dict[str, Any]:
+    """Bounds of a run's checkpoint (its moving average) on its own held-out text, or on other text.
+
+    Every pass is kept in the run directory, so that the same command, stopped, goes on.
 
     Args:
         workdir: the run directory.
+        data: prepared:DIR or another source, tokenized as the run's text was; the run's own if None.
+        split: train, valid or test; None is valid of the run's own text, test of another.
         step: the checkpoint; the newest if None.
-        split: train, valid or test.
-        num_times: draws of time and noise for every sequence; more lower the standard error.
-        batch_size: sequences evaluated at once.
-        seed: of times and noise.
+        settings: how; the defaults if None.
 
     Returns:
-        Figures with what they are of: per token in nats, per character in bits, and `ppl_bound` = exp(nats per token).
-        The bounds integrate over t in [1e-3, 1] and leave out the prior and reconstruction terms, as the published
-        figures do.
+        Figures with what they are of: per token in nats, per character in bits, `ppl_bound` = exp(nats per token) and
+        `ppl_bound_per_word`. Passes stop after `num_times`, or once the standard error is small enough.
     """
-    for name, value in (("num_times", num_times), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+    settings = settings or Settings()
     run = runs.load(workdir)
-    data = run.split(split)
-    sequences = data.sequences()
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    step, params = run.ema_params(mesh, step)
-    with jax.set_mesh(mesh):
-        score_entropy, cross_entropy = estimate_bounds(
-            make_bounds_fn(run), params, sequences, batch_size=batch_size, num_times=num_times, seed=seed
-        )
-    result: dict[str, object] = {
+    split = split or ("valid" if data is None else "test")
+    with tempfile.TemporaryDirectory() as scratch:
+        text = _open(run, data, split, pathlib.Path(scratch))
+        mesh = sharding.make_mesh(sharding.MeshConfig())
+        step, params = run.ema_params(mesh, step)
+        # What a pass is a function of.
+        drawn = {"step": step, "split": split, "data_sha256": text.sha256, "length": text.length}
+        drawn |= {"protocol": settings.protocol, "seed": settings.seed, "batch_size": settings.batch_size}
+        with jax.set_mesh(mesh):
+            name = hashlib.sha256(json.dumps([drawn, sharding.num_batch_devices()]).encode()).hexdigest()[:16]
+            done = _passes(run, params, text.sequences(), settings, name)
+    result = {
         "workdir": str(workdir),
-        "step": step,
-        "split": split,
-        "num_sequences": len(sequences),
-        "length": run.config.data.length,
-        "num_times": num_times,
-        "seed": seed,
-        "characters_per_token": data.characters_per_token,
+        **drawn,
+        "source": data or run.config.data.source,
+        "num_sequences": text.num_sequences,
+        "left_out_tokens": text.num_tokens - text.num_sequences * text.length,
+        "num_times": len(done),
         "dtype": run.config.network.dtype,
+        "characters_per_token": text.characters_per_token,
+        "words_per_token": text.words_per_token,
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in ("sedd_jax", "jax", "numpy")},
+        **_figures(run, text, settings, done),
     }
-    named = {"score_entropy": score_entropy}
-    if run.config.graph.name == "absorb":
-        named["cross_entropy"] = cross_entropy
-    for name, bound in named.items():
-        bits = 1 / (math.log(2) * data.characters_per_token)
-        ppl_bound = math.exp(bound.mean)
-        result[name] = {
+    if processes.is_first():
+        whole = json.dumps({**result, "config": configs.to_dict(run.config)}, indent=1)
+        (run.local / DIRECTORY / f"{name}.json").write_text(whole + "\n", encoding="utf-8")
+        storage.upload(run.workdir)
+    return result
+
+
+def _open(run: runs.Run, data: str | None, split: str, scratch: pathlib.Path) -> batches.PackedSplit:
+    """A split of the run's own text, of prepared text, or of a source, which is tokenized into `scratch`."""
+    if data is None:
+        return run.split(split)
+    length, (kind, _, argument) = run.config.data.length, data.partition(":")
+    if kind == "prepared":
+        return batches.open_split(storage.directory(argument), split, length, tokenizer=run.tokenizer)
+    corpus = corpora.find(data)
+    if split not in corpus.splits:
+        raise ValueError(f"--data={data} has no split {split!r}: choose one of {', '.join(corpus.splits)}")
+    corpus = dataclasses.replace(corpus, splits=(split,))
+    shards.pack(corpus, run.tokenizer, scratch, source=data, tokenizer_spec=run.config.data.tokenizer)
+    return batches.open_split(scratch, split, length)
+
+
+def _passes(
+    run: runs.Run, params: Any, sequences: Integer[np.ndarray, "S L"], settings: Settings, name: str
+) -> list[likelihoods.Pass]:
+    """Passes until there are as many as asked for, those that the run directory holds among them."""
+    storage.download(run.workdir, DIRECTORY)
+    path = run.local / DIRECTORY / f"{name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    done = [likelihoods.Pass(**json.loads(line)) for line in lines if line.endswith("\n")]  # A kill may cut the last.
+    values_fn = likelihoods.make_values_fn(run, with_reconstruction=settings.protocol == "strict")
+    with terminals.progress() as report:
+
+        def share(number: int, part: float) -> None:
+            expected = max(_num_times(settings, done), number + 1)
+            report("bounds", (number + part) / expected, round((number + part) * sequences.size))
+
+        drawn = likelihoods.passes(
+            values_fn,
+            params,
+            sequences,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            first=len(done),
+            report=share,
+        )
+        while len(done) < _num_times(settings, done):
+            done.append(next(drawn))
+            if processes.is_first():
+                path.write_text("".join(json.dumps(found._asdict()) + "\n" for found in done), encoding="utf-8")
+    return done[: settings.num_times]
+
+
+def _num_times(settings: Settings, done: Sequence[likelihoods.Pass]) -> int:
+    """Passes that are needed, as far as those done can tell."""
+    if settings.num_times is not None:
+        return settings.num_times
+    if not done:
+        return 1
+    stderr = max(estimate.stderr for estimate in likelihoods.combine(done)[:2])
+    if stderr <= settings.target_stderr:
+        return len(done)
+    return min(_MAX_TIMES, max(len(done) + 1, math.ceil(len(done) * min(1e6, stderr / settings.target_stderr) ** 2)))
+
+
+def _figures(
+    run: runs.Run, text: batches.PackedSplit, settings: Settings, done: Sequence[likelihoods.Pass]
+) -> dict[str, Any]:
+    estimates = likelihoods.combine(done)
+    bounds = likelihoods.named_bounds(run, estimates)
+    figures: dict[str, Any] = {}
+    if settings.protocol == "strict":
+        prior, reconstruction = likelihoods.prior(run), estimates[2]
+        figures["prior_nats_per_token"] = prior
+        figures["reconstruction_nats_per_token"] = reconstruction.mean
+        figures["reconstruction_nats_per_token_stderr"] = reconstruction.stderr
+        for name, bound in bounds.items():
+            # A mean over [T_MIN, 1] becomes the integral, to which the terms at its ends are added.
+            mean, stderr = bound.mean * (1 - losses.T_MIN), bound.stderr * (1 - losses.T_MIN)
+            figures[f"{name}_integral_nats_per_token"] = mean
+            bounds[name] = likelihoods.Estimate(
+                mean + prior + reconstruction.mean, math.hypot(stderr, reconstruction.stderr)
+            )
+    for name, bound in bounds.items():
+        bits = 1 / (math.log(2) * text.characters_per_token)
+        ppl_bound, per_word = math.exp(bound.mean), math.exp(bound.mean / text.words_per_token)
+        figures[name] = {
             "nats_per_token": bound.mean,
             "nats_per_token_stderr": bound.stderr,
             "bits_per_character": bound.mean * bits,
             "bits_per_character_stderr": bound.stderr * bits,
             "ppl_bound": ppl_bound,
             "ppl_bound_stderr": ppl_bound * bound.stderr,
+            "ppl_bound_per_word": per_word,
+            "ppl_bound_per_word_stderr": per_word * bound.stderr / text.words_per_token,
         }
     if run.tokenizer.unit == "character":
-        known = batches.entropies(data.tokens.read(0, data.num_tokens), run.graph.num_states)
-        result["unigram_entropy_bits"], result["bigram_entropy_bits"] = known
-    return result
+        known = batches.entropies(text.tokens.read(0, text.num_tokens), run.graph.num_states)
+        figures["unigram_entropy_bits"], figures["bigram_entropy_bits"] = known
+    return figures
 
 
-def table(result: dict) -> str:
+def table(result: dict[str, Any]) -> str:
     """The figures of `evaluate` as text."""
     lines = [
-        f"{result['workdir']}  step {result['step']}  {result['split']}: {result['num_sequences']} sequences of "
-        f"{result['length']} tokens, {result['num_times']} times each, t in [1e-3, 1], {result['dtype']}",
-        f"{'bound':<16}{'nats/token':>20}{'bits/character':>20}{'ppl_bound':>22}",
+        f"{result['workdir']}  step {result['step']}  {result['source']} {result['split']}",
+        f"{result['num_sequences']} sequences of {result['length']} tokens, {result['num_times']} times each, "
+        f"t in [1e-3, 1], {result['protocol']} protocol, {result['dtype']}",
+        f"{'bound':<14}{'nats/token':>18}{'bits/character':>18}{'ppl_bound':>20}{'ppl_bound per word':>24}",
     ]
     for name in ("score_entropy", "cross_entropy"):
+        title = name.replace("_", "-")
         if name not in result:
-            lines.append(
-                f"{name.replace('_', '-'):<16}  not defined for the uniform graph, whose ratios have no known sum"
-            )
+            lines.append(f"{title:<14}  not defined for the uniform graph, whose ratios have no known sum")
             continue
         cells = [
-            f"{result[name][figure]:.4f} ± {result[name][f'{figure}_stderr']:.4f}"
-            for figure in ("nats_per_token", "bits_per_character", "ppl_bound")
+            f"{result[name][figure]:.{digits}f} ± {result[name][f'{figure}_stderr']:.{digits}f}"
+            for figure, digits in (
+                ("nats_per_token", 4),
+                ("bits_per_character", 4),
+                ("ppl_bound", 3),
+                ("ppl_bound_per_word", 2),
+            )
         ]
-        lines.append(f"{name.replace('_', '-'):<16}{cells[0]:>20}{cells[1]:>20}{cells[2]:>22}")
+        lines.append(f"{title:<14}{cells[0]:>18}{cells[1]:>18}{cells[2]:>20}{cells[3]:>24}")
+    if result["protocol"] == "strict":
+        lines.append(
+            f"in them, in nats/token: prior {result['prior_nats_per_token']:.4f}, reconstruction "
+            f"{result['reconstruction_nats_per_token']:.4f} ± {result['reconstruction_nats_per_token_stderr']:.4f}"
+        )
     if "bigram_entropy_bits" in result:
         lines.append(
-            f"for comparison, this text's own entropy in bits/character: {result['unigram_entropy_bits']:.4f} unigram, "
-            f"{result['bigram_entropy_bits']:.4f} bigram (a character given the one before)"
+            f"own entropy of this text in bits/character: {result['unigram_entropy_bits']:.4f} unigram, "
+            f"{result['bigram_entropy_bits']:.4f} bigram (given the one before)"
         )
     return "\n".join(lines)

@@ -158,6 +158,22 @@ class Absorbing:
         value = jnp.where(masked, summary.logsumexp - summary.at_x0, 0.0)
         return value / jnp.expm1(sigma)[:, None]
 
+    def limit_divergence(self, sigma: Float[Array, ""]) -> Float[Array, ""]:
+        """KL divergence of p(xt | x0) from the law that generation starts with, in nats a token: the prior term.
+
+        A token is still there with probability e^-sigma. So that it may be, the start is taken to be the mask with
+        probability 1 - e^-sigma and else any token, evenly; that is e^-sigma log N.
+        """
+        return jnp.exp(-sigma) * jnp.log(self.vocab_size)
+
+    def reconstruction(
+        self, summary: ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
+    ) -> Float[Array, "B L"]:
+        """-log of the probability that `denoise_jump` gives x0: the reconstruction term, in nats per position."""
+        del sigma, x0
+        masked = self.is_noise(xt)
+        return jnp.where(masked, jnp.where(masked, summary.logsumexp, 0.0) - jnp.where(masked, summary.at_x0, 0.0), 0.0)
+
     def is_noise(self, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
         """Where a position carries loss: at the masks."""
         return xt == self.mask_id
@@ -253,6 +269,30 @@ class Uniform:
         # The two large terms, -log s_x0 / a and -log r / a, are joined before they are divided by a small a.
         moved = others - summary.mean - (summary.at_x0 + log_r + 1) / a - (log_r + 1) / n - (n - 2) / n
         return jnp.where(xt == x0, unmoved, moved)
+
+    def limit_divergence(self, sigma: Float[Array, ""]) -> Float[Array, ""]:
+        """KL divergence of p(xt | x0) from the law that generation starts with, in nats a token: the prior term.
+
+        That is uniform. With e = e^-sigma, p N is 1 + (N - 1) e where xt = x0 and 1 - e elsewhere.
+        """
+        n, e = self.num_states, jnp.exp(-sigma)
+        same, other = (n - 1) * e, -e
+        return ((1 + same) * jnp.log1p(same) + (n - 1) * (1 + other) * jnp.log1p(other)) / n
+
+    def reconstruction(
+        self, summary: ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
+    ) -> Float[Array, "B L"]:
+        """-log of the probability that `denoise_jump` gives x0, or a little more: the reconstruction term, in nats.
+
+        The weights add up to 1, but those below 0 count as 0, so that the probability is divided by 1 and what they
+        would take away; here by the most that this can be. Infinite where x0 itself has no weight.
+        """
+        total = jnp.exp(summary.logsumexp)
+        jump = self.denoise_jump(total, xt, sigma)
+        assert jump.offset is not None
+        weight = jnp.where(xt == x0, jump.stay, jump.slope * jnp.exp(summary.at_x0) + jump.offset)
+        most = 1 + jnp.maximum(-jump.stay, 0) - (self.num_states - 1) * jump.offset
+        return jnp.log(most) - jnp.log(jnp.maximum(weight, 0.0))
 
     def is_noise(self, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
         """Where a position carries loss: everywhere."""

@@ -65,7 +65,7 @@ class Run:
         directory = self.local / "data"
         if not directory.exists():
             raise ValueError(
-                f"{self.workdir} has no data of its own, as a converted checkpoint has none: train or sample"
+                f"{self.workdir} has no text of its own, as a converted checkpoint has none: give --data, or sample"
             )
         return batches.open_split(directory, name, self.config.data.length, tokenizer=self.tokenizer)
 

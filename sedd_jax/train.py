@@ -18,8 +18,8 @@ from sedd_jax import (
     batches,
     checkpoints,
     curves,
-    evaluate,
     generate,
+    likelihoods,
     losses,
     metric_writers,
     optimizers,
@@ -105,7 +105,7 @@ def train_step(
 
     def loss_fn(params: Any, key: Any, x0: Int[Array, "b L"], t: Float[Array, "b"]):
         key_noise, key_dropout = jax.random.split(key)
-        bounds = evaluate.sequence_bounds(params, key_noise, x0, t, run=run, dropout_key=key_dropout)
+        bounds = likelihoods.sequence_bounds(params, key_noise, x0, t, run=run, dropout_key=key_dropout)
         return bounds.score_entropy.mean(), bounds.cross_entropy.mean()
 
     def micro_batch(total: Any, inputs: Any):
@@ -199,7 +199,7 @@ def _loop(
 ) -> dict[str, Any]:
     settings = run.config.training
     data = run.split("train")
-    held_out = evaluate.make_held_out(run)
+    held_out = likelihoods.make_held_out(run)
     references = _reference_entropies(run)
     written: dict[str, Any] = {"step": step}
     pending: tuple[int, Metrics] | None = None

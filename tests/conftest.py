@@ -35,3 +35,31 @@ def golden():
     import goldens  # Not at the top: it imports sedd_jax, which the hook above must see first.
 
     return goldens.load
+
+
+@pytest.fixture(scope="session")
+def code_run(tmp_path_factory):
+    """The directory of a run of two steps, on lines of characters that are Python, its held-out text only half so."""
+    from sedd_jax import cli
+
+    directory = tmp_path_factory.mktemp("code")
+    (directory / "train.txt").write_text("a = 1\nb = 22\n" * 500)
+    for split in ("valid", "test"):
+        (directory / f"{split}.txt").write_text("a = 1\nb = 22\n" * 60 + "a = = 1\n" * 60)
+    settings = {
+        "data.source": f"text:{directory}/{{split}}.txt",
+        "data.tokenizer": "characters",
+        "data.length": 32,
+        "network.hidden_size": 32,
+        "network.num_heads": 2,
+        "network.num_layers": 1,
+        "network.dtype": "float32",
+        "training.num_steps": 2,
+        "training.batch_size": 8,
+        "training.eval_every": 0,
+        "training.sample_every": 0,
+        "sampling.num_steps": 4,
+    }
+    arguments = ["--num_processes=1", *(f"--config.{name}={value}" for name, value in settings.items())]
+    assert cli.main(["train", f"--workdir={directory / 'run'}", *arguments]) == 0
+    return directory / "run"

@@ -12,7 +12,7 @@ def _split(num_tokens, length, shard_tokens=None):
     shard_tokens = shard_tokens or num_tokens
     parts = [np.arange(num_tokens)[start : start + shard_tokens] for start in range(0, num_tokens, shard_tokens)]
     tokens = shards.Tokens(parts=parts, dtype="<i8", shard_tokens=shard_tokens, count=num_tokens)
-    return batches.PackedSplit(tokens=tokens, length=length, num_characters=3 * num_tokens, num_words=num_tokens)
+    return batches.PackedSplit(tokens=tokens, length=length, num_characters=3 * num_tokens, num_words=7, sha256="")
 
 
 def test_sequences_are_the_text_in_order_without_the_tail():

@@ -47,47 +47,21 @@ def test_windows_parse_where_their_statements_are_python(window, expected):
     assert code_quality.parses(window) is expected
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of some steps on lines that all parse, with line ends where a document ends."""
-    directory = tmp_path_factory.mktemp("code")
-    (directory / "train.txt").write_text("a = 1\nb = 22\n" * 500)
-    for split in ("valid", "test"):
-        (directory / f"{split}.txt").write_text("a = 1\nb = 22\n" * 60 + "a = = 1\n" * 60)
-    settings = {
-        "data.source": f"text:{directory}/{{split}}.txt",
-        "data.tokenizer": "characters",
-        "data.length": 32,
-        "network.hidden_size": 32,
-        "network.num_heads": 2,
-        "network.num_layers": 1,
-        "network.dtype": "float32",
-        "training.num_steps": 2,
-        "training.batch_size": 8,
-        "training.eval_every": 0,
-        "training.sample_every": 0,
-        "sampling.num_steps": 4,
-    }
-    arguments = ["--num_processes=1", *(f"--config.{name}={value}" for name, value in settings.items())]
-    assert cli.main(["train", f"--workdir={directory / 'run'}", *arguments]) == 0
-    return directory / "run"
-
-
-def test_shares_are_of_held_out_text_samples_and_refilled_gaps(run, capsys):
-    assert cli.main(["eval", f"--workdir={run}", "--code", "--num_samples=8", "--num_processes=1", "--json"]) == 0
+def test_shares_are_of_held_out_text_samples_and_refilled_gaps(code_run, capsys):
+    assert cli.main(["eval", f"--workdir={code_run}", "--code", "--num_samples=8", "--num_processes=1", "--json"]) == 0
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
-    assert result["held_out"]["windows"] == runs.load(run).split("valid").num_sequences
+    assert result["held_out"]["windows"] == runs.load(code_run).split("valid").num_sequences
     assert 0.4 < result["held_out"]["share"] < 0.8
     assert (result["gap"], result["nfe"]) == (4, 5)
     for name in ("samples", "refilled", "gap_closed"):
         assert result[name]["windows"] == 8
     assert "4 tokens refilled" in printed
-    assert cli.main(["eval", f"--workdir={run}", "--code", "--num_samples=500", "--num_processes=1"]) == 1
+    assert cli.main(["eval", f"--workdir={code_run}", "--code", "--num_samples=500", "--num_processes=1"]) == 1
     assert "held-out windows parse: ask for --num_samples=" in capsys.readouterr().err
 
 
-def test_what_surrounds_a_gap_is_kept_and_the_gap_is_drawn(run, monkeypatch):
+def test_what_surrounds_a_gap_is_kept_and_the_gap_is_drawn(code_run, monkeypatch):
     drawn = []
     draw = code_quality.generate.draw_tokens
 
@@ -96,7 +70,7 @@ def test_what_surrounds_a_gap_is_kept_and_the_gap_is_drawn(run, monkeypatch):
         return drawn[-1][1]
 
     monkeypatch.setattr(code_quality.generate, "draw_tokens", recorded)
-    code_quality.measure(run, num_samples=8)
+    code_quality.measure(code_run, num_samples=8)
     (nothing, _), (around, filled) = drawn
     assert not nothing.is_given.any()
     assert around.is_given.sum(axis=1).tolist() == [28] * 8
@@ -106,8 +80,8 @@ def test_what_surrounds_a_gap_is_kept_and_the_gap_is_drawn(run, monkeypatch):
     assert (filled != np.asarray(around.tokens))[~given].any()
 
 
-def test_the_end_of_a_document_ends_a_line(run):
+def test_the_end_of_a_document_ends_a_line(code_run):
     pieces = tokenizers.build("sentencepiece:300", lambda: [f"name_{number} = {number}\n" for number in range(5000)])
     tokens = np.array([*pieces.encode("  a"), pieces.eos_id, *pieces.encode(" bc"), pieces.eos_id])
-    ended = dataclasses.replace(runs.load(run), tokenizer=pieces)
+    ended = dataclasses.replace(runs.load(code_run), tokenizer=pieces)
     assert code_quality._text(ended, tokens) == "  a\n bc\n"

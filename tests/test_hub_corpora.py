@@ -4,7 +4,6 @@ import ast
 import os
 import subprocess
 import sys
-import time
 
 import pyarrow
 import pyarrow.parquet
@@ -66,7 +65,6 @@ def test_the_builder_of_local_text_is_prepared_and_read_without_tensorflow(tmp_p
 
 
 def test_tensorflow_datasets_say_at_once_what_is_missing(tmp_path):
-    start = time.monotonic()
     names = ("tfds:lm1b", "tfds:pg19", "tfds:tiny_shakespeare", "tfds:wiki40b", "tfds:text_files")
     *unreached, unknown, manual = _run(tmp_path, "".join(map(_failure, names)))
     for message, name in zip(unreached, ("lm1b", "pg19", "tiny_shakespeare"), strict=True):
@@ -75,7 +73,6 @@ def test_tensorflow_datasets_say_at_once_what_is_missing(tmp_path):
     assert unknown.startswith("tfds:wiki40b is not registered without TensorFlow (Dataset wiki40b not found.)")
     assert manual.startswith("tfds:text_files cannot be prepared: ")
     assert "Put train.txt" in manual
-    assert time.monotonic() - start < 60
 
 
 def test_hugging_face_datasets_give_their_column(tmp_path):
@@ -95,9 +92,8 @@ def test_hugging_face_datasets_give_their_column(tmp_path):
 
 
 def test_hugging_face_datasets_say_at_once_what_is_missing(tmp_path):
-    start = time.monotonic()
     wikitext, script = _run(tmp_path, _failure("hf:Salesforce/wikitext/wikitext-2-raw-v1") + _failure("hf:lm1b"))
     assert wikitext.startswith("hf:Salesforce/wikitext/wikitext-2-raw-v1 cannot be loaded (")
+    assert "OfflineModeIsEnabled" in wikitext  # and not one try after another
     assert "check the name and the network" in wikitext
     assert script == "hf:lm1b names no owner: give one as in hf:OWNER/NAME"
-    assert time.monotonic() - start < 60

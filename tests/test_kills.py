@@ -171,7 +171,7 @@ def test_a_run_in_a_bucket_survives_the_loss_of_its_machine(place, uninterrupted
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    expected = evaluate.evaluate(uninterrupted, num_times=1)
+    expected = evaluate.evaluate(uninterrupted, settings=evaluate.Settings(num_times=1))
     assert found["workdir"] == workdir
     assert found["step"] == expected["step"]
     assert found["score_entropy"] == pytest.approx(expected["score_entropy"], rel=1e-4)

@@ -111,7 +111,8 @@ def call(*argv):
 def test_the_bound_comes_down_to_the_entropy_and_never_below(trained):
     entropy = markov_chain()[2]
     workdir, _ = trained
-    result = evaluate.evaluate(workdir, split="test", num_times=4, batch_size=64)
+    settings = evaluate.Settings(num_times=4, batch_size=64)
+    result = evaluate.evaluate(workdir, split="test", settings=settings)
     for name in ("score_entropy", "cross_entropy"):
         bound, stderr = result[name]["nats_per_token"], result[name]["nats_per_token_stderr"]
         # The average over t in [1e-3, 1] leaves out about a thousandth of the whole.
@@ -125,7 +126,7 @@ def test_the_bound_comes_down_to_the_entropy_and_never_below(trained):
 
 def test_a_run_directory_describes_itself(trained):
     workdir, printed = trained
-    names = {path.name for path in workdir.iterdir()}
+    names = {path.name for path in workdir.iterdir()} - {"evaluations"}  # Where it has been evaluated.
     assert names == {
         "config.json",
         "tokenizer.json",
@@ -218,7 +219,7 @@ def test_micro_batches_average_their_gradients_and_have_noise_of_their_own(sourc
 def test_two_devices_train_and_evaluate_like_one(trained, source, tmp_path, monkeypatch):
     short = {"num_steps": 2, "log_every": 1, "eval_every": 2, "sample_every": 2}
     one = train.train(one_device_config(settings(source, **short)), tmp_path / "one", stream=io.StringIO())
-    alone = evaluate.evaluate(trained[0], num_times=1, batch_size=64)
+    alone = evaluate.evaluate(trained[0], settings=evaluate.Settings(num_times=1, batch_size=64))
     two_devices = jax.local_devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: two_devices)
     # Three samples cannot be split over two devices; they are drawn all the same.
@@ -226,7 +227,7 @@ def test_two_devices_train_and_evaluate_like_one(trained, source, tmp_path, monk
     two = train.train(one_device_config(partial), tmp_path / "two", stream=io.StringIO())
     for name in ("train/loss", "train/grad_norm", "valid/score_entropy_bits"):
         assert two[name] == pytest.approx(one[name], rel=1e-4)
-    together = evaluate.evaluate(trained[0], num_times=1, batch_size=64)
+    together = evaluate.evaluate(trained[0], settings=evaluate.Settings(num_times=1, batch_size=64))
     assert together["score_entropy"]["nats_per_token"] == pytest.approx(
         alone["score_entropy"]["nats_per_token"], rel=1e-4
     )

@@ -10,7 +10,7 @@ import gcs_emulator
 import numpy as np
 import pytest
 
-from sedd_jax import alphabets, batches, corpora, shards, storage, tokenizers
+from sedd_jax import alphabets, batches, corpora, encoders, shards, storage, tokenizers
 
 TEXTS = {"train": "abcab\fcab\nb\f" + "cab" * 30, "valid": "bca\fab\n", "test": "cc"}
 
@@ -136,6 +136,13 @@ def test_shards_and_processes_change_no_token(tmp_path, monkeypatch, byte_pairs)
     opened = batches.open_split(tmp_path / "many", "train", 64)
     whole = batches.open_split(tmp_path / "one", "train", 64)
     assert np.array_equal(opened.batch(3, batch_size=99, seed=0), whole.batch(3, batch_size=99, seed=0))
+
+
+def test_documents_are_joined_over_tasks_as_in_one(packed, source, characters, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoders, "_CHARACTERS_AT_ONCE", 1)
+    _pack(source, characters, tmp_path / "again")
+    for path in packed.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_document_that_cannot_be_tokenized_is_named_by_its_place(tmp_path, source):
