@@ -1,4 +1,4 @@
-"""Full attention between all positions of a sequence, by what each platform does best.
+"""Attention between all positions of a sequence, or to those up to one's own, by what each platform does best.
 
 Every implementation maps queries, keys and values [B, L, H, K] to [B, L, H, K], and its softmax is float32. Under a
 mesh each device attends for its own sequences and heads.
@@ -24,13 +24,16 @@ TPU_LANES = 128
 RESIDUALS = "attention"
 
 
-def attend(qkv: Float[Array, "B L Q"], num_heads: int, implementation: str) -> Float[Array, "B L D"]:
+def attend(
+    qkv: Float[Array, "B L Q"], num_heads: int, implementation: str, *, causal: bool = False
+) -> Float[Array, "B L D"]:
     """Multi-head attention with rotary positions on queries and keys.
 
     Args:
         qkv: queries, keys and values of all heads, one after the other.
         num_heads: heads H.
         implementation: a name in `ATTENTIONS`, or "auto" for the fastest that the platform has.
+        causal: whether a position attends to those up to itself only.
 
     Raises:
         ValueError: where the implementation cannot run on this platform or these shapes.
@@ -39,7 +42,8 @@ def attend(qkv: Float[Array, "B L Q"], num_heads: int, implementation: str) -> F
     q_BLHK, k_BLHK, v_BLHK = (x.reshape(batch, length, num_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
     batch_axes, tensor = sharding.mapped_axes(batch)
     spec = PartitionSpec(batch_axes, None, tensor if num_heads % sharding.axis_size(tensor) == 0 else ())
-    run = sharding.per_device(ATTENTIONS[resolve(implementation, length, qkv.dtype)], (spec,) * 3, spec)
+    attention = functools.partial(ATTENTIONS[resolve(implementation, length, qkv.dtype)], causal=causal)
+    run = sharding.per_device(attention, (spec,) * 3, spec)
     return run(rotate(q_BLHK), rotate(k_BLHK), v_BLHK).reshape(batch, length, width // 3)
 
 
@@ -67,18 +71,25 @@ def rotate(x: Float[Array, "B L H K"]) -> Float[Array, "B L H K"]:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def cudnn(q: Float[Array, "B L H K"], k: Float[Array, "B L H K"], v: Float[Array, "B L H K"]) -> Array:
+def cudnn(
+    q: Float[Array, "B L H K"], k: Float[Array, "B L H K"], v: Float[Array, "B L H K"], *, causal: bool = False
+) -> Array:
     """cuDNN's fused attention: NVIDIA GPUs from Ampere on, bfloat16."""
     _need("cudnn", "gpu")
     if q.dtype != jnp.bfloat16:
         raise ValueError(
             f"config.network.attention=cudnn needs bfloat16, not {q.dtype}: set config.network.dtype=bfloat16"
         )
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
 
 
 def splash(
-    q: Float[Array, "B L H K"], k: Float[Array, "B L H K"], v: Float[Array, "B L H K"], *, interpret: bool = False
+    q: Float[Array, "B L H K"],
+    k: Float[Array, "B L H K"],
+    v: Float[Array, "B L H K"],
+    *,
+    causal: bool = False,
+    interpret: bool = False,
 ) -> Array:
     """The Pallas splash attention kernel: TPUs, lengths divisible by 128.
 
@@ -86,6 +97,7 @@ def splash(
         q: queries.
         k: keys.
         v: values.
+        causal: whether a position attends to those up to itself only.
         interpret: run the kernel step by step on any platform, for tests.
     """
     length, num_heads, size = q.shape[1:]
@@ -97,8 +109,9 @@ def splash(
             f"{length}: set config.network.attention=plain"
         )
     block = next(block for block in (512, 256, 128) if length % block == 0)
+    mask = splash_attention.CausalMask if causal else splash_attention.FullMask
     kernel = splash_attention.make_splash_mha_single_device(
-        splash_attention.MultiHeadMask([splash_attention.FullMask((length, length))] * num_heads),
+        splash_attention.MultiHeadMask([mask((length, length))] * num_heads),
         block_sizes=splash_attention.BlockSizes(*(block,) * 8),
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
@@ -117,29 +130,46 @@ def _need(implementation: str, platform: str) -> None:
         )
 
 
-@jax.custom_vjp
-def plain(q: Float[Array, "B L H K"], k: Float[Array, "B L H K"], v: Float[Array, "B L H K"]) -> Any:
+def plain(
+    q: Float[Array, "B L H K"], k: Float[Array, "B L H K"], v: Float[Array, "B L H K"], *, causal: bool = False
+) -> Any:
     """Softmax attention as matrix products, some heads at a time, the scores computed again for the gradient.
 
     Blocks of heads keep the scores in a CPU's caches (twice as fast there), and memory linear in the length.
     """
-    return _plain_forward(q, k, v)[0]
+    return _plain(causal, q, k, v)
 
 
-def _plain_forward(q: Any, k: Any, v: Any) -> tuple[Any, Any]:
-    out, logsumexp = checkpoint_name(_by_blocks(_attend_block, q, k, v), RESIDUALS)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _plain(causal: bool, q: Any, k: Any, v: Any) -> Any:
+    return _plain_forward(causal, q, k, v)[0]
+
+
+def _plain_forward(causal: bool, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+    out, logsumexp = checkpoint_name(_by_blocks(functools.partial(_attend_block, causal), q, k, v), RESIDUALS)
     return out, (q, k, v, out, logsumexp)
 
 
-def _plain_backward(residuals: Any, gradient: Any) -> tuple[Any, ...]:
-    return _by_blocks(_differentiate_block, *residuals, gradient)
+def _plain_backward(causal: bool, residuals: Any, gradient: Any) -> tuple[Any, ...]:
+    return _by_blocks(functools.partial(_differentiate_block, causal), *residuals, gradient)
 
 
-plain.defvjp(_plain_forward, _plain_backward)
+_plain.defvjp(_plain_forward, _plain_backward)
 
 
-def _attend_block(q: Float[Array, "n L K"], k: Float[Array, "n L K"], v: Float[Array, "n L K"]) -> tuple[Any, Any]:
-    scores = _product("nqk,nsk->nqs", q * (1 / math.sqrt(q.shape[-1])), k)
+def _scores(causal: bool, q: Float[Array, "n L K"], k: Float[Array, "n L K"]) -> Float[Array, "n L L"]:
+    """Products of queries, scaled before, and keys; -inf where a query may not look."""
+    scores = _product("nqk,nsk->nqs", q, k)
+    if not causal:
+        return scores
+    positions = jnp.arange(q.shape[1])
+    return jnp.where((positions[:, None] >= positions[None])[None], scores, -jnp.inf)
+
+
+def _attend_block(
+    causal: bool, q: Float[Array, "n L K"], k: Float[Array, "n L K"], v: Float[Array, "n L K"]
+) -> tuple[Any, Any]:
+    scores = _scores(causal, q * (1 / math.sqrt(q.shape[-1])), k)
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
     mass = weights.sum(-1, keepdims=True)
@@ -148,6 +178,7 @@ def _attend_block(q: Float[Array, "n L K"], k: Float[Array, "n L K"], v: Float[A
 
 
 def _differentiate_block(
+    causal: bool,
     q: Float[Array, "n L K"],
     k: Float[Array, "n L K"],
     v: Float[Array, "n L K"],
@@ -158,7 +189,7 @@ def _differentiate_block(
     """Gradients of queries, keys and values (Dao et al. 2022, appendix B)."""
     scale = 1 / math.sqrt(q.shape[-1])
     q = q * scale
-    probs = jnp.exp(_product("nqk,nsk->nqs", q, k) - logsumexp)
+    probs = jnp.exp(_scores(causal, q, k) - logsumexp)
     along = (gradient.astype(jnp.float32) * out).sum(-1, keepdims=True)
     of_scores = probs * (_product("nqk,nsk->nqs", gradient, v) - along)
     of_scores, probs = of_scores.astype(q.dtype), probs.astype(q.dtype)

@@ -32,7 +32,7 @@ class GraphConfig:
     """The forward process.
 
     Attributes:
-        name: absorb or uniform.
+        name: absorb, uniform, or autoregressive: none at all, the baseline that predicts tokens from those before.
     """
 
     name: str = "absorb"
@@ -131,7 +131,8 @@ MAY_CHANGE = (
     r"mesh\..*",
     r"network\.(remat|attention)",
 )
-_DERIVED = "network.num_states"
+_DERIVED = {"network.num_states": 0, "network.causal": False}  # Known from the tokenizer and the graph only.
+AUTOREGRESSIVE = "autoregressive"
 
 
 def default() -> ml_collections.ConfigDict:
@@ -184,7 +185,8 @@ def parse(config: Nested) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dicts, without what is derived."""
     nested = dataclasses.asdict(config)
-    del nested["network"]["num_states"]
+    for path in _DERIVED:
+        del nested["network"][path.removeprefix("network.")]
     return nested
 
 
@@ -213,13 +215,13 @@ def describe(config: Nested) -> Iterator[tuple[str, Any, str]]:
     """Name, value and meaning of every field, in order; meanings come from the dataclasses' docstrings."""
     values = flatten(config)
     for name, meaning in _meanings(Config, ""):
-        if name != _DERIVED:
+        if name not in _DERIVED:
             yield name, values[name], meaning
 
 
 def validate(config: Config) -> None:
     """Raises ValueError where values are impossible on their own or together."""
-    _validate_choice("graph.name", config.graph.name, graphs.GRAPHS)
+    _validate_choice("graph.name", config.graph.name, (*graphs.GRAPHS, AUTOREGRESSIVE))
     _validate_choice("noise.name", config.noise.name, noise_schedules.SCHEDULES)
     _validate_choice("sampling.sampler", config.sampling.sampler, samplers.SAMPLERS)
     _validate_choice("sampling.draw", config.sampling.draw, score_draws.DRAWS)
@@ -241,9 +243,10 @@ def validate(config: Config) -> None:
         )
     if not network.dropout < 1:
         raise ValueError(f"config.network.dropout={network.dropout} must be below 1")
-    if config.graph.name == "uniform" and network.scale_by_sigma:
+    if config.graph.name != "absorb" and network.scale_by_sigma:
         raise ValueError(
-            "config.network.scale_by_sigma=True only has a meaning for the absorbing graph: set it to False for uniform"
+            "config.network.scale_by_sigma=True only has a meaning for the absorbing graph: set it to False for "
+            f"{config.graph.name}"
         )
     if training.batch_size % training.num_micro_batches:
         raise ValueError(
@@ -265,8 +268,11 @@ def make_noise(config: NoiseConfig) -> noise_schedules.NoiseSchedule:
 
 
 def make_graph(config: GraphConfig, vocab_size: int, mask_id: int | None) -> graphs.Graph:
-    """The graph over a tokenizer's tokens; a tokenizer without a mask gets one after its last token."""
-    if config.name == "absorb":
+    """The graph over a tokenizer's tokens; a tokenizer without a mask gets one after its last token.
+
+    The autoregressive baseline has the states of the absorbing graph: its mask begins every sequence.
+    """
+    if config.name != "uniform":
         return graphs.Absorbing(vocab_size=vocab_size, mask_id=vocab_size if mask_id is None else mask_id)
     return graphs.Uniform(vocab_size=vocab_size if mask_id is None else vocab_size + 1)
 
@@ -284,8 +290,8 @@ def _parse(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
     parsed = {}
     for name, field in fields.items():
         path = prefix + name
-        if path == _DERIVED:
-            parsed[name] = 0
+        if path in _DERIVED:
+            parsed[name] = _DERIVED[path]
         elif name not in values:
             raise ValueError(f"config.{path} is missing")
         elif dataclasses.is_dataclass(field.type):

@@ -114,6 +114,8 @@ def _to_run(source: pathlib.Path, target: pathlib.Path, spec: str) -> str:
 
 def _to_torch(source: pathlib.Path, target: pathlib.Path, step: int | None) -> str:
     run = runs.load(source)
+    if run.is_autoregressive:
+        raise ValueError(f"{source} is an autoregressive run: the published layout is for diffusion models")
     if run.graph.num_states - 1 != getattr(run.graph, "mask_id", run.graph.num_states - 1):
         raise ValueError(
             f"{source} has its mask at id {run.tokenizer.mask_id}; the published layout knows only the last id"

@@ -14,6 +14,7 @@ RAW_COLOR, SMOOTH_COLOR, REFERENCE_COLOR = "#a9c4e6", "#1f5fae", "#667085"
 BOUNDS = {
     "valid/score_entropy_bits": ("held-out score-entropy bound", "#d9480f"),
     "valid/cross_entropy_bits": ("held-out cross-entropy bound", "#2b8a3e"),
+    "valid/negative_log_likelihood_bits": ("held-out negative log-likelihood", "#2b8a3e"),
 }
 
 

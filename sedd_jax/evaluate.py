@@ -17,7 +17,7 @@ from jaxtyping import Integer
 from sedd_jax import batches, corpora, likelihoods, losses, processes, runs, sharding, shards, storage, terminals
 from sedd_jax import config as configs
 
-PROTOCOLS = ("published", "strict")
+PROTOCOLS = ("published", "strict", "exact")
 DIRECTORY = "evaluations"
 _MAX_TIMES = 1000
 
@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
         protocol: published, which integrates over t in [1e-3, 1] and leaves out the prior and reconstruction terms, or
-            strict, which adds them.
+            strict, which adds them; exact for the autoregressive baseline, which needs neither time nor noise.
         num_times: draws of time and noise for every sequence; None is as many as `target_stderr` needs.
         target_stderr: of the bound, in nats per token, at which to stop.
         batch_size: sequences evaluated at once.
@@ -76,6 +76,8 @@ def evaluate(
     """
     settings = settings or Settings()
     run = runs.load(workdir)
+    if run.is_autoregressive:
+        settings = dataclasses.replace(settings, protocol="exact", num_times=1)
     split = split or ("valid" if data is None else "test")
     with tempfile.TemporaryDirectory() as scratch:
         text = _open(run, data, split, pathlib.Path(scratch))
@@ -146,6 +148,7 @@ def _passes(
             batch_size=settings.batch_size,
             seed=settings.seed,
             first=len(done),
+            is_exact=run.is_autoregressive,
             report=share,
         )
         while len(done) < _num_times(settings, done):
@@ -206,17 +209,16 @@ def _figures(
 
 def table(result: dict[str, Any]) -> str:
     """The figures of `evaluate` as text."""
+    times = f"{result['num_times']} times each, t in [1e-3, 1], {result['protocol']} protocol, "
+    times = "" if result["protocol"] == "exact" else times
     lines = [
         f"{result['workdir']}  step {result['step']}  {result['source']} {result['split']}",
-        f"{result['num_sequences']} sequences of {result['length']} tokens, {result['num_times']} times each, "
-        f"t in [1e-3, 1], {result['protocol']} protocol, {result['dtype']}",
+        f"{result['num_sequences']} sequences of {result['length']} tokens, {times}{result['dtype']}",
         f"{'bound':<14}{'nats/token':>18}{'bits/character':>18}{'ppl_bound':>20}{'ppl_bound per word':>24}",
     ]
-    for name in ("score_entropy", "cross_entropy"):
-        title = name.replace("_", "-")
-        if name not in result:
-            lines.append(f"{title:<14}  not defined for the uniform graph, whose ratios have no known sum")
-            continue
+    names = [name for names in likelihoods.BOUNDS.values() for name in names if name in result]
+    for name in dict.fromkeys(names):
+        title = "exact" if name == "negative_log_likelihood" else name.replace("_", "-")
         cells = [
             f"{result[name][figure]:.{digits}f} ± {result[name][f'{figure}_stderr']:.{digits}f}"
             for figure, digits in (
@@ -227,6 +229,8 @@ def table(result: dict[str, Any]) -> str:
             )
         ]
         lines.append(f"{title:<14}{cells[0]:>18}{cells[1]:>18}{cells[2]:>20}{cells[3]:>24}")
+    if "score_entropy" in result and "cross_entropy" not in result:
+        lines.append("cross-entropy   not defined for the uniform graph, whose ratios have no known sum")
     if result["protocol"] == "strict":
         lines.append(
             f"in them, in nats/token: prior {result['prior_nats_per_token']:.4f}, reconstruction "

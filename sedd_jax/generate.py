@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from sedd_jax import autoregression, networks, runs, samplers, score_draws, sharding, storage, terminals
 from sedd_jax import config as configs
-from sedd_jax import networks, runs, samplers, score_draws, sharding, storage, terminals
 
 _GAP = re.compile(r"\{\{|\}\}|\{(\d+)\}|\{[^{}]*\}?|\}")
 
@@ -123,7 +123,7 @@ def draw_samples(
             watch(taken, total, functools.partial(_texts, run, tokens, template.length))
 
     tokens = draw_tokens(run, params, given, settings, seed=seed, watch=None if watch is None else show)
-    rows = tokens[:, : template.length]
+    rows, nfe = tokens[:, : template.length], num_evaluations(run, settings)
     return [
         Sample(
             text=run.tokenizer.decode(row),
@@ -131,13 +131,18 @@ def draw_samples(
             seed=seed,
             index=index,
             step=step,
-            sampler=settings.sampler,
-            num_steps=settings.num_steps,
-            nfe=settings.num_steps + 1,
+            sampler="autoregressive" if run.is_autoregressive else settings.sampler,
+            num_steps=nfe - 1,
+            nfe=nfe,
             draw=settings.draw,
         )
         for index, row in enumerate(rows)
     ]
+
+
+def num_evaluations(run: runs.Run, settings: configs.SamplingConfig) -> int:
+    """nfe of a sequence: one more than the reverse steps, or one for each token of the autoregressive baseline."""
+    return run.config.data.length if run.is_autoregressive else settings.num_steps + 1
 
 
 def draw_tokens(
@@ -159,7 +164,11 @@ def draw_tokens(
         seed: of everything random; the same seed draws the same tokens.
         watch: called some 64 times, with the steps taken, all steps, and the tokens so far.
     """
-    num_steps = settings.num_steps
+    if run.is_autoregressive and (np.diff(np.asarray(given.is_given, np.int8), axis=1) > 0).any():
+        raise ValueError(
+            "an autoregressive run sees no text after a gap: give text at the start only, as --prefix does"
+        )
+    num_steps = num_evaluations(run, settings) - 1
     key_limit, key_steps, key_denoise = jax.random.split(jax.random.key(seed), 3)
     xt = given.clamp(run.graph.sample_limit(key_limit, given.tokens.shape))
     reverse_steps, denoise = make_sampling_fns(
@@ -230,7 +239,8 @@ def make_sampling_fns(
 ) -> tuple[Any, Any]:
     """`reverse_steps(params, key, given, xt, start, stop, num_steps)` and `denoise(params, key, given, xt)`, jitted.
 
-    Step numbers and keys are traced and do not recompile. Every process holds all tokens that they return.
+    Step numbers and keys are traced and do not recompile. Every process holds all tokens that they return. Those of a
+    causal network draw a token a step, from the first to the last but one, and the last.
     """
 
     def move_fn(params: networks.Params) -> samplers.MoveFn:
@@ -248,6 +258,17 @@ def make_sampling_fns(
     def denoise(params, key, given, xt):
         return sharding.replicate(samplers.denoise(key, move_fn(params), graph, noise, given, xt))
 
+    def draw_positions(params, key, given, x, start, stop):
+        def draw_fn(key, inputs, masks, sigma, is_next, jump_fn):
+            features = networks.apply(network, params, inputs, sigma)
+            return score_draws.DRAWS[draw](key, network, params, features, masks, sigma, is_next, jump_fn)
+
+        return sharding.replicate(autoregression.draw(key, draw_fn, graph, given, x, start, stop))
+
+    if network.causal:
+        next_tokens = lambda params, key, given, x, start, stop, _: draw_positions(params, key, given, x, start, stop)
+        last_token = lambda params, key, given, x: draw_positions(params, key, given, x, x.shape[1] - 1, x.shape[1])
+        return jax.jit(next_tokens), jax.jit(last_token)
     return jax.jit(reverse_steps), jax.jit(denoise)
 
 

@@ -9,10 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from sedd_jax import losses, networks, runs, score_heads, sharding
+from sedd_jax import autoregression, graphs, losses, networks, runs, score_heads, sharding
 
 # (params, key, x0, t) -> what is estimated of each sequence, [K, B] in nats.
 ValuesFn = Callable[[networks.Params, Key[Array, ""], Any, Any], Float[Array, "K B"]]
+
+
+BOUNDS = {
+    "absorb": ("score_entropy", "cross_entropy"),
+    "uniform": ("score_entropy",),
+    "autoregressive": ("negative_log_likelihood",),
+}
 
 
 class Estimate(NamedTuple):
@@ -38,7 +45,14 @@ def sequence_bounds(
     run: runs.Run,
     dropout_key: Key[Array, ""] | None = None,
 ) -> losses.Bounds:
-    """The bounds of each sequence for one draw of noise at times t; what training minimises and evaluation reports."""
+    """The bounds of each sequence for one draw of noise at times t; what training minimises and evaluation reports.
+
+    Of the autoregressive baseline both are -log p(x0) itself, whatever the noise and the time.
+    """
+    if run.is_autoregressive:
+        assert isinstance(run.graph, graphs.Absorbing)
+        exact = -autoregression.log_likelihood(run.network, params, x0, run.graph, dropout_key).sum(-1)
+        return losses.Bounds(score_entropy=exact, cross_entropy=exact)
     summary_fn = _summary_fn(run, params, dropout_key)
     return losses.denoising_score_entropy(key, summary_fn, run.graph, run.noise, x0, t)
 
@@ -82,6 +96,7 @@ def passes(
     batch_size: int,
     seed: int,
     first: int = 0,
+    is_exact: bool = False,
     report: Callable[[int, float], None] = lambda number, done: None,
 ) -> Iterator[Pass]:
     """Passes over sequences, without end; pass k is a function of (seed, k) alone.
@@ -98,6 +113,7 @@ def passes(
             dropped.
         seed: of times and noise.
         first: passes that are left out because they are known.
+        is_exact: whether values depend on neither time nor noise, so that a pass is without error.
         report: called with the number of a pass and the share of it that is done.
     """
     num_sequences, length = sequences.shape
@@ -120,6 +136,7 @@ def passes(
             differences = np.diff(values[:, np.argsort(order)], axis=1)
             # With a single sequence there is no neighbour, and no error can be stated.
             variance = np.square(differences).mean(axis=1) / 2 if num_sequences > 1 else np.full(len(values), np.inf)
+            variance = np.zeros(len(values)) if is_exact else variance
             yield Pass(values.mean(axis=1).tolist(), (variance / num_sequences).tolist())
         number += 1
 
@@ -140,9 +157,10 @@ def make_held_out(run: runs.Run) -> Callable[[Any], dict[str, float]]:
     per_unit = data.characters_per_token if run.tokenizer.unit == "character" else 1.0
 
     def held_out(params: Any) -> dict[str, float]:
-        only = next(passes(values_fn, params, sequences, batch_size=run.config.training.batch_size, seed=0))
+        size = run.config.training.batch_size
+        drawn = passes(values_fn, params, sequences, batch_size=size, seed=0, is_exact=run.is_autoregressive)
         metrics = {}
-        for name, bound in named_bounds(run, combine([only])).items():
+        for name, bound in named_bounds(run, combine([next(drawn)])).items():
             metrics[f"valid/{name}_bits"] = bound.mean / (math.log(2) * per_unit)
             metrics[f"valid/{name}_bits_stderr"] = bound.stderr / (math.log(2) * per_unit)
         return metrics
@@ -151,9 +169,8 @@ def make_held_out(run: runs.Run) -> Callable[[Any], dict[str, float]]:
 
 
 def named_bounds(run: runs.Run, estimates: Sequence[Estimate]) -> dict[str, Estimate]:
-    """The bounds that a graph has; the uniform one, whose ratios have no known sum, has no cross-entropy bound."""
-    names = ("score_entropy", "cross_entropy") if run.config.graph.name == "absorb" else ("score_entropy",)
-    return dict(zip(names, estimates, strict=False))
+    """What estimates are called: the uniform graph, whose ratios have no known sum, has no cross-entropy bound."""
+    return dict(zip(BOUNDS[run.config.graph.name], estimates, strict=False))
 
 
 def _summary_fn(run: runs.Run, params: networks.Params, dropout_key: Key[Array, ""] | None = None) -> losses.SummaryFn:

@@ -44,6 +44,7 @@ class NetworkConfig:
         remat: what the backward pass computes again instead of keeping it: none, all but matrix products (elementwise),
             or everything between blocks (blocks).
         attention: auto (the fastest that the platform has), plain, cudnn (NVIDIA) or splash (TPU).
+        causal: whether a position sees only those before it, as the autoregressive baseline's do.
     """
 
     num_states: int
@@ -58,6 +59,7 @@ class NetworkConfig:
     dtype: str = "bfloat16"
     remat: str = "elementwise"
     attention: str = "auto"
+    causal: bool = False
 
     @property
     def padded_states(self) -> int:
@@ -161,7 +163,7 @@ class Block(nn.Module):
 
         h = _layer_norm(self, "attention_norm", x) * (1 + scale_attention) + shift_attention
         qkv = _dense(3 * config.hidden_size, config.hidden_size, config.dtype, "qkv", use_bias=False)(h)
-        h = attentions.attend(qkv, config.num_heads, config.attention)
+        h = attentions.attend(qkv, config.num_heads, config.attention, causal=config.causal)
         h = _dense(config.hidden_size, config.hidden_size, config.dtype, "attention_out", use_bias=False)(h)
         x = x + gate_attention * _dropout(key_attention, config.dropout, h)
 

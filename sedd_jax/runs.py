@@ -48,7 +48,12 @@ class Run:
 
     @property
     def network(self) -> networks.NetworkConfig:
-        return dataclasses.replace(self.config.network, num_states=self.graph.num_states)
+        return dataclasses.replace(self.config.network, num_states=self.graph.num_states, causal=self.is_autoregressive)
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether the run is the baseline that predicts each token from those before."""
+        return self.config.graph.name == configs.AUTOREGRESSIVE
 
     @property
     def local(self) -> pathlib.Path:

@@ -81,7 +81,7 @@ def table(result: dict[str, Any]) -> str:
         *(row(title, [f"{figure:.2f}" for figure in figures]) for title, figures in PUBLISHED.items()),
     ]
     name = f"{pathlib.PurePath(result['workdir']).name} step {found['step']}"
-    for bound in ("cross_entropy", "score_entropy"):
+    for bound in ("cross_entropy", "score_entropy", "negative_log_likelihood"):
         if bound in found:
             cells = [
                 f"{one[bound]['ppl_bound']:.2f} ± {one[bound]['ppl_bound_stderr']:.2f}" if one else "missing"

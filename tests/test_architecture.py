@@ -27,6 +27,7 @@ FLOORS = (
     ("networks", "score_draws", "score_heads"),
     (
         "alphabets",
+        "autoregression",
         "corpora",
         "detokenizers",
         "encoders",

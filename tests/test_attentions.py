@@ -15,9 +15,12 @@ import pytest
 from sedd_jax import attentions, sharding
 
 
-def dense(q, k, v):
+def dense(q, k, v, causal=False):
     """softmax(q k' / sqrt K) v, written out."""
     scores = jnp.einsum("blhk,bshk->bhls", q, k) / np.sqrt(q.shape[-1])
+    if causal:
+        length = q.shape[1]
+        scores = jnp.where(jnp.tril(jnp.ones((length, length), bool))[None, None], scores, -jnp.inf)
     return jnp.einsum("bhls,bshk->blhk", jax.nn.softmax(scores, axis=-1), v)
 
 
@@ -44,11 +47,12 @@ def assert_close(ours, expected, tolerance):
 
 
 @pytest.mark.parametrize("most_scores", [1, 2 * 9 * 9, 1 << 20], ids=["a head at a time", "two heads", "all heads"])
-def test_plain_is_softmax_attention(most_scores, monkeypatch):
+@pytest.mark.parametrize("causal", [False, True])
+def test_plain_is_softmax_attention(causal, most_scores, monkeypatch):
     monkeypatch.setitem(attentions.BLOCK_SCORES, "cpu", most_scores)
     inputs = normal(3, 9, 2, 8)
-    expected = value_and_gradients(dense, *inputs)
-    assert_close(value_and_gradients(attentions.plain, *inputs), expected, 1e-5)
+    expected = value_and_gradients(functools.partial(dense, causal=causal), *inputs)
+    assert_close(value_and_gradients(functools.partial(attentions.plain, causal=causal), *inputs), expected, 1e-5)
 
 
 def test_plain_survives_large_scores():
@@ -67,13 +71,15 @@ def test_plain_in_bfloat16_is_close():
 SMALL_BLOCKS = attentions.splash_attention.BlockSizes(*(128,) * 8)
 
 
-def test_splash_kernel_interpreted_equals_plain():
+@pytest.mark.parametrize("causal", [False, True])
+def test_splash_kernel_interpreted_equals_plain(causal):
     """Two blocks of keys, so that the running maximum is used."""
     inputs = normal(1, 256, 2, 64) * jnp.float32(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attentions.splash_attention, "BlockSizes", lambda *sizes: SMALL_BLOCKS)
-        ours = value_and_gradients(functools.partial(attentions.splash, interpret=True), *inputs)
-    assert_close(ours, value_and_gradients(attentions.plain, *inputs), 1e-5)
+        splash = functools.partial(attentions.splash, causal=causal, interpret=True)
+        ours = value_and_gradients(splash, *inputs)
+    assert_close(ours, value_and_gradients(functools.partial(attentions.plain, causal=causal), *inputs), 1e-5)
 
 
 @pytest.mark.parametrize("num_heads", [4, 3], ids=["heads split", "heads whole"])
@@ -92,7 +98,7 @@ def test_sharded_equals_unsharded(num_heads, batch):
 def test_each_device_attends_for_its_own_heads(monkeypatch):
     seen = []
 
-    def record(q, k, v):
+    def record(q, k, v, *, causal):
         seen.append(q.shape)
         return v
 
@@ -141,11 +147,12 @@ ON_GPU = """
 import jax, numpy as np
 from sedd_jax import attentions
 qkv, weights = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 256, 768), (2, 256, 256)]))
-grads = lambda implementation, dtype: jax.jit(jax.value_and_grad(
-    lambda qkv: (attentions.attend(qkv, 4, implementation).astype("float32") * weights).sum()))(qkv.astype(dtype))[1]
+grads = lambda implementation, dtype, causal: jax.jit(jax.value_and_grad(lambda qkv: (attentions.attend(
+    qkv, 4, implementation, causal=causal).astype("float32") * weights).sum()))(qkv.astype(dtype))[1]
 assert attentions.choose(jax.default_backend(), 256, jax.numpy.bfloat16) == "cudnn"
-expected, ours = (np.float32(grads(*args)) for args in (("plain", "float32"), ("auto", "bfloat16")))
-assert np.abs(ours - expected).max() < 0.03 * np.abs(expected).max()
+for causal in (False, True):
+    expected, ours = (np.float32(grads(*args, causal)) for args in (("plain", "float32"), ("auto", "bfloat16")))
+    assert np.abs(ours - expected).max() < 0.03 * np.abs(expected).max()
 """
 
 FOR_TPU = """

@@ -1,0 +1,36 @@
+"""The quick start's autoregressive baseline: the same network, causal, each character from those before it.
+
+    sedd train --config=configs/quickstart_ar.py --workdir=runs/quickstart_ar
+
+Hardware: anything; made for 2 CPU cores.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "data": {"source": "python:docs", "tokenizer": "characters", "length": 96},
+            "graph": {"name": "autoregressive"},
+            "network": {
+                "hidden_size": 128,
+                "num_layers": 3,
+                "num_heads": 4,
+                "dropout": 0.0,
+                "dtype": "float32",
+                "scale_by_sigma": False,
+            },
+            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 20, "beta2": 0.99, "ema_decay": 0.99},
+            "training": {
+                "num_steps": 1800,
+                "batch_size": 32,
+                "log_every": 20,
+                "eval_every": 200,
+                "eval_sequences": 256,
+                "sample_every": 600,
+                "checkpoint_every": 200,
+            },
+            "sampling": {"num_samples": 2},
+        }
+    )
