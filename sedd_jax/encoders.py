@@ -85,7 +85,7 @@ def _tasks(texts: Iterator[documents.Document]) -> Iterator[tuple[list[documents
 
 def _encode(tokenizer: tokenizers.Tokenizer, task: list[documents.Document], is_first: bool) -> Encoded:
     joiner = tokenizers.joiner(tokenizer)
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], np.int32)
     parts, num_characters, num_words = [], 0, 0
     for index, document in enumerate(task):
         text = document.text if is_first and index == 0 else joiner + document.text

@@ -132,8 +132,8 @@ def _passes(
     storage.download(run.workdir, DIRECTORY)
     path = run.local / DIRECTORY / f"{name}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    done = [likelihoods.Pass(**json.loads(line)) for line in lines if line.endswith("\n")]  # A kill may cut the last.
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    done = [likelihoods.Pass(**json.loads(line)) for line in lines]
     values_fn = likelihoods.make_values_fn(run, with_reconstruction=settings.protocol == "strict")
     with terminals.progress() as report:
 
@@ -154,7 +154,9 @@ def _passes(
         while len(done) < _num_times(settings, done):
             done.append(next(drawn))
             if processes.is_first():
-                path.write_text("".join(json.dumps(found._asdict()) + "\n" for found in done), encoding="utf-8")
+                partial = path.with_suffix(".partial")
+                partial.write_text("".join(json.dumps(found._asdict()) + "\n" for found in done), encoding="utf-8")
+                partial.replace(path)
     return done[: settings.num_times]
 
 

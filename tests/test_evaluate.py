@@ -105,7 +105,8 @@ def test_what_was_stopped_goes_on(run, monkeypatch):
     assert json.loads(passes.with_suffix(".json").read_text())["config"]["data"]["length"] == 32
     lines = passes.read_text().splitlines(keepends=True)
     assert len(lines) == 4
-    passes.write_text("".join(lines[:2]) + lines[2][:20])  # stopped, while it wrote the third
+    passes.write_text("".join(lines[:2]))
+    passes.with_suffix(".partial").write_text("".join(lines)[:-20])  # stopped while it wrote
     drawn = []
     draw = likelihoods.passes
 
