@@ -122,9 +122,9 @@ def prepare(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """Bound the likelihood of a run's held-out text or of any other, or see how much of its code parses.
+    """Bound the likelihood of a run's held-out text or of any other, or measure what it generates.
 
-    sedd eval --workdir=RUN [--data=wikitext2 --split=test] [--protocol=strict] [--num_times=1000] [--json]
+    sedd eval --workdir=RUN [--data=wikitext2 --split=test] [--protocol=strict] | --generate --judge=AR_RUN | --code
     """
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
@@ -138,9 +138,13 @@ def evaluate(argv: list[str]) -> None:
     flags.DEFINE_integer("seed", 0, "of times, noise and samples", flag_values=values)
     flags.DEFINE_enum("suite", None, ["zero_shot"], "the paper's table 1 with this run in it", flag_values=values)
     flags.DEFINE_string("suite_data", "data", "with --suite: where prepared sets are", flag_values=values)
+    flags.DEFINE_bool("generate", False, "perplexity of samples under --judge, and their entropy", flag_values=values)
+    flags.DEFINE_string("judge", None, "with --generate: an autoregressive run", flag_values=values)
+    flags.DEFINE_string("sampler", None, "with --generate: the run's if not given", flag_values=values)
+    flags.DEFINE_string("draw", None, "with --generate: precise or published", flag_values=values)
     flags.DEFINE_bool("code", False, "share of samples and infills that Python parses, instead", flag_values=values)
-    flags.DEFINE_integer("num_samples", 64, "with --code: windows of each kind", flag_values=values)
-    flags.DEFINE_integer("num_steps", None, "with --code: reverse steps; the run's if not given", flag_values=values)
+    flags.DEFINE_integer("num_samples", 64, "with --generate and --code: sequences", flag_values=values)
+    flags.DEFINE_integer("num_steps", None, "with both: reverse steps; the run's if not given", flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
     arguments.define_processes(values)
     if arguments.asks_for_help(argv):
@@ -154,6 +158,15 @@ def evaluate(argv: list[str]) -> None:
 
         names = ("step", "num_samples", "num_steps", "seed")
         result = program.measure(given["workdir"], **{name: given[name] for name in names})
+    elif given["generate"]:
+        from sedd_jax import generation_quality as program
+        from sedd_jax import storage
+
+        if not given["judge"]:
+            raise flags.IllegalFlagValueError("--judge=RUN must be given with --generate: an autoregressive run")
+        names = ("step", "num_samples", "batch_size", "seed", "sampler", "num_steps", "draw")
+        chosen = {name: given[name] for name in names if given[name] is not None}
+        result = program.measure(given["workdir"], storage.directory(given["judge"]), **chosen)
     else:
         from sedd_jax import evaluate as program
 

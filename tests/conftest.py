@@ -40,14 +40,29 @@ def golden():
 @pytest.fixture(scope="session")
 def code_run(tmp_path_factory):
     """The directory of a run of two steps, on lines of characters that are Python, its held-out text only half so."""
-    from sedd_jax import cli
-
     directory = tmp_path_factory.mktemp("code")
     (directory / "train.txt").write_text("a = 1\nb = 22\n" * 500)
     for split in ("valid", "test"):
         (directory / f"{split}.txt").write_text("a = 1\nb = 22\n" * 60 + "a = = 1\n" * 60)
-    settings = {
-        "data.source": f"text:{directory}/{{split}}.txt",
+    return _train_two_steps(directory / "run", f"text:{directory}/{{split}}.txt")
+
+
+@pytest.fixture(scope="session")
+def judge_run(code_run, tmp_path_factory):
+    """The directory of an autoregressive run of two steps on the same text."""
+    from sedd_jax import runs
+
+    settings = {"graph.name": "autoregressive", "network.scale_by_sigma": False}
+    return _train_two_steps(
+        tmp_path_factory.mktemp("judge") / "run", runs.load(code_run).config.data.source, **settings
+    )
+
+
+def _train_two_steps(workdir, source, **settings):
+    from sedd_jax import cli
+
+    settings |= {
+        "data.source": source,
         "data.tokenizer": "characters",
         "data.length": 32,
         "network.hidden_size": 32,
@@ -61,5 +76,5 @@ def code_run(tmp_path_factory):
         "sampling.num_steps": 4,
     }
     arguments = ["--num_processes=1", *(f"--config.{name}={value}" for name, value in settings.items())]
-    assert cli.main(["train", f"--workdir={directory / 'run'}", *arguments]) == 0
-    return directory / "run"
+    assert cli.main(["train", f"--workdir={workdir}", *arguments]) == 0
+    return workdir

@@ -52,6 +52,7 @@ FLOORS = (
         "convert",
         "evaluate",
         "generate",
+        "generation_quality",
         "plan",
         "prepare",
         "train",
