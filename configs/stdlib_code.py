@@ -3,7 +3,9 @@
     sedd train --config=configs/stdlib_code.py --workdir=runs/stdlib_code
     sedd eval --workdir=runs/stdlib_code --code
 
-Hardware: anything.
+Hardware: anything; made for 2 CPU cores, where it takes about half an hour.
+Expect a bound of about 1.90 bits per character (5.66 per token) on held-out modules. Little of what it writes parses yet:
+of 64 windows of held-out code that parse, 0.33 ± 0.06 still do once an eighth of each is refilled, 0.02 ± 0.02 of samples.
 """
 
 import ml_collections

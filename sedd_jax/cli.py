@@ -133,7 +133,7 @@ def evaluate(argv: list[str]) -> None:
     flags.DEFINE_string("split", None, "train, valid or test; valid of its own text, test of other", flag_values=values)
     flags.DEFINE_string("protocol", "published", "or strict: with prior and reconstruction terms", flag_values=values)
     flags.DEFINE_integer("num_times", None, "draws of time and noise for each sequence", flag_values=values)
-    flags.DEFINE_float("target_stderr", 0.005, "else as many as this needs, nats per token", flag_values=values)
+    flags.DEFINE_float("target_stderr", 0.01, "else as many as this needs, nats per token", flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "sequences at once", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of times, noise and samples", flag_values=values)
     flags.DEFINE_enum("suite", None, ["zero_shot"], "the paper's table 1 with this run in it", flag_values=values)

@@ -37,7 +37,7 @@ class Settings:
 
     protocol: str = "published"
     num_times: int | None = None
-    target_stderr: float = 0.005
+    target_stderr: float = 0.01
     batch_size: int = 32
     seed: int = 0
 
@@ -48,7 +48,7 @@ class Settings:
             if value is not None and value < 1:
                 raise ValueError(f"--{name}={value} must be at least 1")
         if not self.target_stderr > 0:
-            raise ValueError(f"--target_stderr={self.target_stderr} must be above 0: give one such as 0.005")
+            raise ValueError(f"--target_stderr={self.target_stderr} must be above 0: give one such as 0.01")
 
 
 def evaluate(
