@@ -221,15 +221,16 @@ def table(result: dict[str, Any]) -> str:
     names = [name for names in likelihoods.BOUNDS.values() for name in names if name in result]
     for name in dict.fromkeys(names):
         title = "exact" if name == "negative_log_likelihood" else name.replace("_", "-")
-        cells = [
-            f"{result[name][figure]:.{digits}f} ± {result[name][f'{figure}_stderr']:.{digits}f}"
-            for figure, digits in (
-                ("nats_per_token", 4),
-                ("bits_per_character", 4),
-                ("ppl_bound", 3),
-                ("ppl_bound_per_word", 2),
-            )
-        ]
+        cells = []
+        for figure, most_digits in (
+            ("nats_per_token", 4),
+            ("bits_per_character", 4),
+            ("ppl_bound", 3),
+            ("ppl_bound_per_word", 3),
+        ):
+            value, stderr = result[name][figure], result[name][f"{figure}_stderr"]
+            digits = most_digits if value < 1000 else 0
+            cells.append(f"{value:.{digits}f} ± {stderr:.{digits}f}")
         lines.append(f"{title:<14}{cells[0]:>18}{cells[1]:>18}{cells[2]:>20}{cells[3]:>24}")
     if "score_entropy" in result and "cross_entropy" not in result:
         lines.append("cross-entropy   not defined for the uniform graph, whose ratios have no known sum")
