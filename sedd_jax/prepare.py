@@ -16,7 +16,7 @@ def prepare(source: str, tokenizer_spec: str, directory: storage.Directory, *, n
         source: one of `corpora.FORMS`.
         tokenizer_spec: one of `tokenizers.FORMS`.
         directory: local, or in a bucket, whose header.json comes last.
-        num_workers: processes that tokenize; as many as this one may use cores if None.
+        num_workers: processes that tokenize; one for each core if None.
 
     Raises:
         ValueError: names the document and the remedy.
@@ -39,7 +39,7 @@ def prepare(source: str, tokenizer_spec: str, directory: storage.Directory, *, n
             partial,
             source=source,
             tokenizer_spec=tokenizer_spec,
-            num_workers=num_workers or len(os.sched_getaffinity(0)),
+            num_workers=num_workers or os.cpu_count() or 1,
             report=report,
         )
     storage.upload(directory)

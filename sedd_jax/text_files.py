@@ -142,14 +142,12 @@ def _parquet(paths: Sequence[str], part: documents.Part, *, column: str) -> Iter
     wanted = part.indices(total)
     index = 0
     for path, file in files.items():
-        row = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                if index in wanted:
-                    place = f"{path} row {row}"
-                    text = _checked(value, f"{place}, column {column!r},")
-                    yield documents.Document(text, place, part.progress((index + 1) / total))
-                row, index = row + 1, index + 1
+        for row, value in enumerate(_parquet_values(path, file, column)):
+            if index in wanted:
+                place = f"{path} row {row}"
+                text = _checked(value, f"{place}, column {column!r},")
+                yield documents.Document(text, place, part.progress((index + 1) / total))
+            index += 1
 
 
 def _parquet_file(path: str, column: str) -> Any:
@@ -158,12 +156,22 @@ def _parquet_file(path: str, column: str) -> Any:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file ({error}): give another, or copy it again") from error
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
         raise ValueError(f"{path} has no column {column!r}, its columns are {names}: name the text's as in #{column}")
     return file
+
+
+def _parquet_values(path: str, file: Any, column: str) -> Iterator[Any]:
+    import pyarrow
+
+    try:
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            yield from batch.column(0).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
 
 
 def _checked(value: Any, what: str) -> str:
@@ -208,10 +216,13 @@ def _decoded(content: bytes, path: str, number: int) -> str:
 
 def _unzipped(raw: BinaryIO) -> Any:
     """The only file of a ZIP archive."""
-    archive = zipfile.ZipFile(raw)
-    if len(archive.namelist()) != 1:
-        raise zipfile.BadZipFile(f"it holds {len(archive.namelist())} files, not one")
-    return archive.open(archive.namelist()[0])
+    try:
+        archive = zipfile.ZipFile(raw)
+        if len(archive.namelist()) != 1:
+            raise zipfile.BadZipFile(f"it holds {len(archive.namelist())} files, not one")
+        return archive.open(archive.namelist()[0])
+    except (NotImplementedError, OSError, RuntimeError) as error:
+        raise zipfile.BadZipFile(str(error)) from error
 
 
 _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zip": _unzipped}

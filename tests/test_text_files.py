@@ -6,6 +6,7 @@ import json
 import lzma
 import zipfile
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -175,3 +176,41 @@ def test_blank_files_hold_no_document(tmp_path):
     (tmp_path / "none.txt").write_text("")
     corpus = text_files.read_text(f"{tmp_path}/*.txt")
     assert [_texts(corpus, split) for split in corpus.splits] == [[], [], []]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zip", "a.parquet", "plain.parquet"])
+def test_bytes_that_changed_are_read_or_named(tmp_path, name):
+    """Cut, overwritten and inserted at random: never another error than one line with the file in it."""
+    texts = [f"line {number} é" for number in range(300)]
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts).encode()
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        compression = "none" if name.startswith("plain") else "snappy"
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=70, compression=compression)
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.jsonl", lines)
+    else:
+        with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "wb") as file:
+            file.write(lines)
+    read = text_files.read_parquet if path.suffix == ".parquet" else text_files.read_jsonl
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    messages = []
+    for _ in range(60):
+        content = bytearray(whole)
+        for place in random.integers(0, len(whole), random.integers(1, 4)).tolist():
+            kind = random.integers(0, 4)
+            if kind == 0:
+                del content[max(1, place) :]
+            elif kind == 1:
+                content[place:place] = random.bytes(5)
+            elif place < len(content):
+                content[place] = random.integers(0, 256)
+        path.write_bytes(content)
+        try:
+            corpus = read(str(path))
+            assert all(isinstance(text, str) for split in corpus.splits for text in _texts(corpus, split))
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) > 20
+    assert all(name in message for message in messages)
