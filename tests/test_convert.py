@@ -47,7 +47,7 @@ def test_a_converted_run_is_a_run(published, tmp_path):
     step, params = run.ema_params()
     assert step == 0
     assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), params))
-    with pytest.raises(ValueError, match="has no data of its own"):
+    with pytest.raises(ValueError, match="has no text of its own"):
         run.split("valid")
 
 
