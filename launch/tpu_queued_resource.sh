@@ -7,8 +7,8 @@
 #
 # Needed: git, gcloud logged in to a project with the TPU API, and for slices of many workers a key in the ssh agent
 # (ssh-add ~/.ssh/google_compute_engine). The slice's service account may write to WORKDIR. The workers have no text:
-# begin the run where the text is, with `sedd train` and the same config and workdir, and stop it when its first step is
-# done. This script can be stopped and started again. DRY_RUN=1 prints the commands.
+# prepare it where it is (sedd prepare --out=gs://BUCKET/TEXT) and add --config.data.source=prepared:gs://BUCKET/TEXT.
+# This script can be stopped and started again. DRY_RUN=1 prints the commands.
 set -euo pipefail
 
 : "${PROJECT:=}"

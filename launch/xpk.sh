@@ -5,8 +5,8 @@
 #     WORKDIR=gs://my-bucket/owt_small launch/xpk.sh [--config.a.b=value ...]
 #
 # Needed: xpk, with kubectl and gcloud logged in; IMAGE built from launch/Dockerfile. The cluster's nodes may write to
-# WORKDIR. They have no text: begin the run where the text is, with `sedd train` and the same config and workdir, and
-# stop it when its first step is done. DRY_RUN=1 prints the command.
+# WORKDIR. They have no text: prepare it where it is (sedd prepare --out=gs://BUCKET/TEXT) and add
+# --config.data.source=prepared:gs://BUCKET/TEXT. DRY_RUN=1 prints the command.
 set -euo pipefail
 
 : "${PROJECT:=}"
