@@ -130,7 +130,8 @@ def test_a_run_trains_is_measured_exactly_and_continues_text(tmp_path):
     assert result["negative_log_likelihood"]["bits_per_character"] == pytest.approx(bits, abs=0.08)
     assert result["negative_log_likelihood"]["nats_per_token_stderr"] == 0
     assert "exact" in evaluate.table(result)
-    again = evaluate.evaluate(run, split="test", settings=evaluate.Settings(seed=7, batch_size=5))
+    again = evaluate.evaluate(run, split="test", settings=evaluate.Settings(protocol="strict", seed=7, batch_size=5))
+    assert again["protocol"] == "exact"
     assert again["negative_log_likelihood"]["nats_per_token"] == pytest.approx(
         result["negative_log_likelihood"]["nats_per_token"], rel=1e-5
     )

@@ -79,6 +79,7 @@ def test_wrong_text_is_refused_in_one_line(run, tmp_path, capsys):
         f"--data=lines:{tmp_path}/{{split}}.txt --split=valid": "has no split 'valid': choose one of test",
         "--data=nothing:here": "is of no known kind",
         "--protocol=mine": "--protocol=mine is unknown: choose one of published, strict",
+        "--protocol=exact": "--protocol=exact is unknown",
         "--num_times=0": "--num_times=0 must be at least 1",
         "--target_stderr=0": "--target_stderr=0.0 must be above 0",
     }
