@@ -194,7 +194,9 @@ def _figures(
             )
     for name, bound in bounds.items():
         bits = 1 / (math.log(2) * text.characters_per_token)
-        ppl_bound, per_word = math.exp(bound.mean), math.exp(bound.mean / text.words_per_token)
+        ppl_bound, nats_per_word = math.exp(bound.mean), bound.mean / text.words_per_token
+        # Text almost without spaces has words of a perplexity that no float holds.
+        per_word = math.exp(nats_per_word) if nats_per_word < 700 else None
         figures[name] = {
             "nats_per_token": bound.mean,
             "nats_per_token_stderr": bound.stderr,
@@ -203,7 +205,7 @@ def _figures(
             "ppl_bound": ppl_bound,
             "ppl_bound_stderr": ppl_bound * bound.stderr,
             "ppl_bound_per_word": per_word,
-            "ppl_bound_per_word_stderr": per_word * bound.stderr / text.words_per_token,
+            "ppl_bound_per_word_stderr": None if per_word is None else per_word * bound.stderr / text.words_per_token,
         }
     if run.tokenizer.unit == "character":
         known = batches.entropies(text.tokens.read(0, text.num_tokens), run.graph.num_states)
@@ -231,8 +233,8 @@ def table(result: dict[str, Any]) -> str:
             ("ppl_bound_per_word", 3),
         ):
             value, stderr = result[name][figure], result[name][f"{figure}_stderr"]
-            digits = most_digits if value < 1000 else 0
-            cells.append(f"{value:.{digits}f} ± {stderr:.{digits}f}")
+            digits = most_digits if value is None or value < 1000 else 0
+            cells.append("no figure" if value is None else f"{value:.{digits}f} ± {stderr:.{digits}f}")
         lines.append(f"{title:<14}{cells[0]:>18}{cells[1]:>18}{cells[2]:>20}{cells[3]:>24}")
     if "score_entropy" in result and "cross_entropy" not in result:
         lines.append("cross-entropy   not defined for the uniform graph, whose ratios have no known sum")

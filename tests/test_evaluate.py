@@ -67,6 +67,13 @@ def test_other_text_is_tokenized_as_the_runs_was(run, tmp_path):
         assert result["cross_entropy"] == own["cross_entropy"]
 
 
+def test_text_without_words_has_no_figure_per_word(run, tmp_path):
+    (tmp_path / "test.txt").write_text("a=1b" * 500)
+    result = _evaluate(run, data=f"text:{tmp_path}/{{split}}.txt", num_times=1)
+    assert result["cross_entropy"]["ppl_bound_per_word"] is None
+    assert "no figure" in evaluate.table(result)
+
+
 def test_wrong_text_is_refused_in_one_line(run, tmp_path, capsys):
     (tmp_path / "test.txt").write_text("a = Z\n" * 100)
     (tmp_path / "short").mkdir()
