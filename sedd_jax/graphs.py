@@ -154,9 +154,7 @@ class Absorbing:
         The true ratios out of the mask sum to 1/a, so rescaling the score to that sum can only lower score entropy;
         what is left is a cross-entropy.
         """
-        masked = self.is_noise(xt)
-        value = jnp.where(masked, summary.logsumexp - summary.at_x0, 0.0)
-        return value / jnp.expm1(sigma)[:, None]
+        return self._surprise(summary, xt) / jnp.expm1(sigma)[:, None]
 
     def limit_divergence(self, sigma: Float[Array, ""]) -> Float[Array, ""]:
         """KL divergence of p(xt | x0) from the law that generation starts with, in nats a token: the prior term.
@@ -171,8 +169,11 @@ class Absorbing:
     ) -> Float[Array, "B L"]:
         """-log of the probability that `denoise_jump` gives x0: the reconstruction term, in nats per position."""
         del sigma, x0
-        masked = self.is_noise(xt)
-        return jnp.where(masked, jnp.where(masked, summary.logsumexp, 0.0) - jnp.where(masked, summary.at_x0, 0.0), 0.0)
+        return self._surprise(summary, xt)
+
+    def _surprise(self, summary: ScoreSummary, xt: Int[Array, "B L"]) -> Float[Array, "B L"]:
+        """Cross-entropy of the softmax of log score and x0 at masks, 0 elsewhere."""
+        return jnp.where(self.is_noise(xt), summary.logsumexp - summary.at_x0, 0.0)
 
     def is_noise(self, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
         """Where a position carries loss: at the masks."""
