@@ -1,7 +1,6 @@
 """Generated Python, measured: the share of samples and of filled gaps that parse."""
 
 import ast
-import dataclasses
 import math
 import re
 import warnings
@@ -74,8 +73,8 @@ def measure(
         ValueError: where the held-out code has too few windows that parse.
     """
     run = runs.load(workdir)
-    sampling = dataclasses.replace(run.config.sampling, num_samples=num_samples)
-    sampling = sampling if num_steps is None else dataclasses.replace(sampling, num_steps=num_steps)
+    changed = {} if num_steps is None else {"num_steps": num_steps}
+    sampling = generate.sampling_of(run, num_samples=num_samples, **changed)
     sequences = np.random.default_rng(seed).permutation(run.split("valid").sequences()).astype(np.int32)
     real = [parses(_text(run, row)) for row in sequences]
     chosen = sequences[np.flatnonzero(real)[:num_samples]]
@@ -98,7 +97,7 @@ def measure(
         "length": length,
         "gap": gap.stop - gap.start,
         "sampler": sampling.sampler,
-        "nfe": sampling.num_steps + 1,
+        "nfe": generate.num_evaluations(run, sampling),
         "held_out": _share(real),
         **{
             name: _share([parses(_text(run, row)) for row in rows])

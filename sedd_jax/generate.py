@@ -140,6 +140,17 @@ def draw_samples(
     ]
 
 
+def sampling_of(run: runs.Run, **changed: Any) -> configs.SamplingConfig:
+    """The run's settings with some fields changed.
+
+    Raises:
+        ValueError: names the field that cannot be.
+    """
+    sampling = dataclasses.replace(run.config.sampling, **changed)
+    configs.validate(dataclasses.replace(run.config, sampling=sampling))
+    return sampling
+
+
 def num_evaluations(run: runs.Run, settings: configs.SamplingConfig) -> int:
     """nfe of a sequence: one more than the reverse steps, or one for each token of the autoregressive baseline."""
     return run.config.data.length if run.is_autoregressive else settings.num_steps + 1
@@ -211,8 +222,7 @@ def generate(
         **settings: fields of `config.SamplingConfig` that differ from the run's.
     """
     run = runs.load(workdir)
-    changed = dataclasses.replace(run.config.sampling, **settings)
-    configs.validate(dataclasses.replace(run.config, sampling=changed))
+    changed = sampling_of(run, **settings)
     if template and (prefix or suffix):
         raise ValueError("--template cannot be combined with --prefix or --suffix: write them into the template")
     parsed = around(run, prefix, suffix) if prefix or suffix else parse_template(run, template)

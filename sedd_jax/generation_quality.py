@@ -1,6 +1,5 @@
 """Generated text, measured: perplexity under a judge, never without the entropy that tells how it was bought."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -46,8 +45,7 @@ def measure(
     run, reader = runs.load(workdir), runs.load(judge)
     if not reader.is_autoregressive:
         raise ValueError(f"--judge={judge} is no autoregressive run: train one with config.graph.name=autoregressive")
-    sampling = dataclasses.replace(run.config.sampling, num_samples=batch_size, **settings)
-    configs.validate(dataclasses.replace(run.config, sampling=sampling))
+    sampling = generate.sampling_of(run, num_samples=batch_size, **settings)
     mesh = sharding.make_mesh(sharding.MeshConfig())
     step, params = run.ema_params(mesh, step)
     judge_step, judge_params = reader.ema_params(mesh)
