@@ -72,7 +72,7 @@ def parse_template(run: runs.Run, template: str) -> Template:
             parts += [run.tokenizer.encode(text), int(match.group(1))]
             text = ""
     parts.append(run.tokenizer.encode(text + template[position:]))
-    return _assemble(run, parts, None if template else run.config.data.length)
+    return assemble(run, parts, None if template else run.config.data.length)
 
 
 def around(run: runs.Run, prefix: str, suffix: str) -> Template:
@@ -88,7 +88,27 @@ def around(run: runs.Run, prefix: str, suffix: str) -> Template:
             f"--prefix and --suffix take {len(start)} + {len(end)} tokens of the model's {run.config.data.length} and "
             "leave no gap: shorten them"
         )
-    return _assemble(run, [start, gap, end], None)
+    return assemble(run, [start, gap, end])
+
+
+def assemble(run: runs.Run, parts: list[Int[np.ndarray, "..."] | int], shown: int | None = None) -> Template:
+    """Known tokens and gaps, given by their lengths, one after another; `shown` tokens of them, or all.
+
+    Raises:
+        ValueError: where they are longer than the model.
+    """
+    length = run.config.data.length
+    total = sum(part if isinstance(part, int) else len(part) for part in parts)
+    if total > length:
+        raise ValueError(f"the template is {total} tokens long, the model's length is {length}: shorten it or its gaps")
+    tokens, is_given = np.zeros(length, np.int32), np.zeros(length, bool)
+    position = 0
+    for part in parts:
+        if not isinstance(part, int):
+            tokens[position : position + len(part)] = part
+            is_given[position : position + len(part)] = True
+        position += part if isinstance(part, int) else len(part)
+    return Template(tokens=tokens, is_given=is_given, length=total if shown is None else shown)
 
 
 def draw_samples(
@@ -280,21 +300,6 @@ def make_sampling_fns(
         last_token = lambda params, key, given, x: draw_positions(params, key, given, x, x.shape[1] - 1, x.shape[1])
         return jax.jit(next_tokens), jax.jit(last_token)
     return jax.jit(reverse_steps), jax.jit(denoise)
-
-
-def _assemble(run: runs.Run, parts: list[Int[np.ndarray, "..."] | int], shown: int | None) -> Template:
-    length = run.config.data.length
-    total = sum(part if isinstance(part, int) else len(part) for part in parts)
-    if total > length:
-        raise ValueError(f"the template is {total} tokens long, the model's length is {length}: shorten it or its gaps")
-    tokens, is_given = np.zeros(length, np.int32), np.zeros(length, bool)
-    position = 0
-    for part in parts:
-        if not isinstance(part, int):
-            tokens[position : position + len(part)] = part
-            is_given[position : position + len(part)] = True
-        position += part if isinstance(part, int) else len(part)
-    return Template(tokens=tokens, is_given=is_given, length=total if shown is None else shown)
 
 
 def _texts(run: runs.Run, tokens: Int[Array, "B L"], length: int) -> list[str]:
