@@ -1,0 +1,94 @@
+"""Gaps in held-out windows are refilled, counted where they come back, and read by the judge."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sedd_jax import cli, generation_quality, infilling, judges, runs
+
+
+@pytest.mark.parametrize(
+    ("pattern", "given"),
+    [
+        ("paper", [1] * 25 + [0] * 50 + [1] * 25),
+        ("prompt", [1] * 50 + [0] * 50),
+        ("2{3}1{1}", [1, 1, 0, 0, 0, 1, 0]),
+        ("{2}", [0, 0]),
+    ],
+)
+def test_a_pattern_says_what_is_given(pattern, given):
+    assert infilling.parse(pattern).astype(int).tolist() == given
+
+
+@pytest.mark.parametrize("pattern", ["", "25", "25{0}25", "a{3}", "{3", "{-1}", "2 {3}", "papers"])
+def test_what_is_no_pattern_is_refused(pattern):
+    with pytest.raises(ValueError, match="is no pattern: give numbers of known and"):
+        infilling.parse(pattern)
+
+
+def test_what_comes_back_is_counted(code_run, judge_run, monkeypatch):
+    wrong = []
+
+    def spoiled(run, params, sampling, tokens, is_given, seed):
+        """Text as it was, but for one missing token of the first two windows, and what follows the window."""
+        assert is_given[:, [0, 1, 2, 9]].all()
+        assert not is_given[:, 3:9].any()
+        assert not is_given[:, 10:].any()
+        found = tokens.copy()
+        found[:, 10:] = 0
+        found[:2, 4] = (found[:2, 4] + 1) % run.tokenizer.vocab_size
+        wrong.append(seed)
+        return found
+
+    monkeypatch.setattr(generation_quality, "fill", spoiled)
+    result = infilling.measure(code_run, "3{6}1", judge=str(judge_run), num_samples=8, num_draws=2)
+    assert result["tokens_matched"] == pytest.approx(1 - 2 / 48)
+    assert result["windows_matched"] == pytest.approx(6 / 8)
+    assert wrong == [0, 1]
+    judge, run = judges.open_judge(str(judge_run)), runs.load(code_run)
+    real, _ = generation_quality.held_out(run, 8, 0)
+    assert result["held_out"] == generation_quality.read(run, judge, real[:, :10])
+    assert result["refilled"]["gen_ppl_pooled"] != result["held_out"]["gen_ppl_pooled"]
+    assert result["texts"][7].count("[") == 1
+    assert len(result["texts"][7]) == 10 + 2
+
+
+def test_the_command_prints_and_keeps_what_it_found(code_run, judge_run, capsys):
+    arguments = ["eval", f"--workdir={code_run}", "--num_processes=1", "--num_samples=8", "--json"]
+    assert cli.main([*arguments, "--infill=4{8}4", f"--judge={judge_run}"]) == 0
+    *printed, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert "\n".join(printed) == str(infilling.table(result))
+    assert "no MAUVE: it says nothing of fewer than 100 windows" in printed
+    assert result["nfe"] == 5
+    assert result["data_sha256"] == runs.load(code_run).split("valid").sha256
+    assert cli.main([*arguments, "--infill=4{8}4"]) == 0
+    assert "perplexity" not in capsys.readouterr().out
+    assert cli.main([*arguments, "--infill=paper"]) == 1
+    assert "--infill=paper takes 100 tokens, the run's sequences have 32" in capsys.readouterr().err
+
+
+def test_a_baseline_continues_a_prompt_and_fills_nothing_else(judge_run):
+    result = infilling.measure(judge_run, "4{28}", num_samples=4)
+    assert (result["sampler"], result["nfe"]) == ("autoregressive", 32)
+    with pytest.raises(ValueError, match="sees no text after a gap"):
+        infilling.measure(judge_run, "4{8}4", num_samples=4)
+
+
+def test_mauve_tells_text_from_other_text(code_run, judge_run, monkeypatch):
+    pytest.importorskip("mauve")
+    run, judge = runs.load(code_run), judges.open_judge(str(judge_run))
+    random = np.random.default_rng(0)
+    real = random.integers(0, 4, (200, 16)).astype(np.int32)
+    other = random.integers(4, 8, (200, 16)).astype(np.int32)
+    alike = random.integers(0, 4, (200, 16)).astype(np.int32)
+    # A judge of one number: the share of low tokens.
+    monkeypatch.setattr(judge, "features", lambda rows: np.array([[row.mean(), row[0]] for row in rows], np.float32))
+    assert infilling._mauve(run, judge, real, [alike])["mauve"] > 0.9
+    found = infilling._mauve(run, judge, real, [other, other])
+    assert found["mauve"] < 0.2
+    assert found["mauve_stderr"] == 0
+    assert "fewer than 100" in infilling._mauve(run, judge, real[:99], [alike[:99]])["without_mauve"]
+    monkeypatch.setitem(__import__("sys").modules, "mauve", None)
+    assert "pip install 'sedd_jax[mauve]'" in infilling._mauve(run, judge, real, [alike])["without_mauve"]

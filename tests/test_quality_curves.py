@@ -1,0 +1,84 @@
+"""Curves have a point for every sampler, draw and number of steps, and go on after a stop."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+from sedd_jax import cli, generation_quality, quality_curves
+
+ARGUMENTS = [
+    "--curve=steps:2,4",
+    "--samplers=tweedie,tau_leaping",
+    "--num_samples=4",
+    "--batch_size=4",
+    "--num_processes=1",
+]
+
+
+@pytest.fixture
+def run(code_run, tmp_path):
+    """A copy of the run without evaluations."""
+    shutil.copytree(code_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
+    return tmp_path / "run"
+
+
+def test_points_are_those_of_single_measurements(run, judge_run, capsys):
+    assert cli.main(["eval", f"--workdir={run}", f"--judge={judge_run}", *ARGUMENTS, "--json"]) == 0
+    *printed, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    wanted = [
+        (sampler, draw, steps)
+        for sampler in ("tweedie", "tau_leaping")
+        for draw in ("precise", "published")
+        for steps in (2, 4)
+    ]
+    assert [(point["sampler"], point["draw"], point["num_steps"]) for point in result["points"]] == wanted
+    point = result["points"][6]
+    single = generation_quality.measure(
+        run, str(judge_run), num_samples=4, batch_size=4, sampler="tau_leaping", draw="published", num_steps=2
+    )
+    assert {name: point[name] for name in single["samples"]} == single["samples"]
+    assert point["nfe"] == single["nfe"] == 3
+    assert result["held_out"] == single["held_out"]
+    own = generation_quality.measure(judge_run, str(judge_run), num_samples=4, batch_size=4)
+    assert result["judge_samples"] == {"nfe": 32} | own["samples"]
+    assert "\n".join(printed) == str(quality_curves.table(result))
+    picture = run / "evaluations" / result["picture"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with picture.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["unigram_entropy"]) for row in rows] == [found["unigram_entropy"] for found in result["points"]]
+    assert json.loads(picture.with_suffix(".json").read_text())["config"]["data"]["length"] == 32
+
+
+def test_points_that_are_done_are_not_drawn_again(run, judge_run, monkeypatch):
+    settings = {"samplers": ["tweedie"], "num_samples": 4, "batch_size": 4}
+    first = quality_curves.measure(run, str(judge_run), num_steps=[2], **settings)
+    drawn = []
+    draw = generation_quality.draw
+    monkeypatch.setattr(
+        generation_quality, "draw", lambda run, *args: [drawn.append(run.is_autoregressive), draw(run, *args)][1]
+    )
+    both = quality_curves.measure(run, str(judge_run), num_steps=[4, 2], **settings)
+    assert drawn == [False, False, True]
+    assert [point for point in both["points"] if point["num_steps"] == 2] == first["points"]
+    assert len(list((run / "evaluations").glob("*.png"))) == 2
+
+
+def test_wrong_curves_are_refused(code_run, judge_run, capsys):
+    arguments = ["eval", f"--workdir={code_run}", f"--judge={judge_run}", "--num_processes=1"]
+    for wrong, message in (
+        ("--curve=16,32", "--curve=16,32 is no list of steps: give one such as steps:16,32,64"),
+        ("--curve=steps:a", "--curve=steps:a is no list of steps"),
+        ("--curve=steps:", "--curve=steps: is no list of steps"),
+        ("--curve=steps:0", "sampling.num_steps=0"),
+        ("--curve=steps:2 --samplers=mine", "sampling.sampler='mine'"),
+    ):
+        assert cli.main([*arguments, *wrong.split()]) != 0
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    with pytest.raises(ValueError, match="is autoregressive, which takes a step for every token"):
+        quality_curves.measure(judge_run, str(judge_run), num_steps=[2], samplers=["tweedie"])
