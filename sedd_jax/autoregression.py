@@ -33,6 +33,15 @@ def log_likelihood(
     return summary.at_x0 - summary.logsumexp
 
 
+def features(
+    config: networks.NetworkConfig, params: networks.Params, x0: Int[Array, "B L"], graph: graphs.Absorbing
+) -> Float[Array, "B L D"]:
+    """What the head reads once each token has been read; at the last position, once the one before it has."""
+    inputs, sigma = _inputs(x0, graph)
+    found = networks.apply(config, params, inputs, sigma)
+    return jnp.concatenate([found[:, 1:], found[:, -1:]], axis=1)
+
+
 def draw(
     key: Key[Array, ""],
     draw_fn: DrawFn,

@@ -5,7 +5,6 @@ import logging as python_logging
 import pathlib
 import sys
 import traceback
-from typing import Any
 
 from absl import flags, logging
 
@@ -122,67 +121,21 @@ def prepare(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """Bound the likelihood of a run's held-out text or of any other, or measure what it generates.
+    """Bound the likelihood of text, measure what a run generates, or report both.
 
-    sedd eval --workdir=RUN [--data=wikitext2 --split=test] [--protocol=strict] | --generate --judge=AR_RUN | --code
+    sedd eval --workdir=RUN [--data=wikitext2] | --generate|--curve=steps:16,64|--infill=paper --judge=AR_RUN | --report
     """
+    from sedd_jax import evaluations
+
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint; the newest if not given", flag_values=values)
-    flags.DEFINE_string("data", None, "prepared:DIR or another source; the run's own if not given", flag_values=values)
-    flags.DEFINE_string("split", None, "train, valid or test; valid of its own text, test of other", flag_values=values)
-    flags.DEFINE_string("protocol", "published", "or strict: with prior and reconstruction terms", flag_values=values)
-    flags.DEFINE_integer("num_times", None, "draws of time and noise for each sequence", flag_values=values)
-    flags.DEFINE_float("target_stderr", 0.01, "else as many as this needs, nats per token", flag_values=values)
-    flags.DEFINE_integer("batch_size", 32, "sequences at once", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of times, noise and samples", flag_values=values)
-    flags.DEFINE_enum("suite", None, ["zero_shot"], "the paper's table 1 with this run in it", flag_values=values)
-    flags.DEFINE_string("suite_data", "data", "with --suite: where prepared sets are", flag_values=values)
-    flags.DEFINE_bool("generate", False, "perplexity of samples under --judge, and their entropy", flag_values=values)
-    flags.DEFINE_string("judge", None, "with --generate: an autoregressive run", flag_values=values)
-    flags.DEFINE_string("sampler", None, "with --generate: the run's if not given", flag_values=values)
-    flags.DEFINE_string("draw", None, "with --generate: precise or published", flag_values=values)
-    flags.DEFINE_bool("code", False, "share of samples and infills that Python parses, instead", flag_values=values)
-    flags.DEFINE_integer("num_samples", 64, "with --generate and --code: sequences", flag_values=values)
-    flags.DEFINE_integer("num_steps", None, "with both: reverse steps; the run's if not given", flag_values=values)
-    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
-    arguments.define_processes(values)
+    evaluations.define(values)
     if arguments.asks_for_help(argv):
         arguments.print_help(evaluate, values)
         return
     given = arguments.parse(values, argv, "workdir")
     arguments.join_processes(given)
-    program: Any
-    if given["code"]:
-        from sedd_jax import code_quality as program
-
-        names = ("step", "num_samples", "num_steps", "seed")
-        result = program.measure(given["workdir"], **{name: given[name] for name in names})
-    elif given["generate"]:
-        from sedd_jax import generation_quality as program
-        from sedd_jax import storage
-
-        if not given["judge"]:
-            raise flags.IllegalFlagValueError("--judge=RUN must be given with --generate: an autoregressive run")
-        names = ("step", "num_samples", "batch_size", "seed", "sampler", "num_steps", "draw")
-        chosen = {name: given[name] for name in names if given[name] is not None}
-        result = program.measure(given["workdir"], storage.directory(given["judge"]), **chosen)
-    else:
-        from sedd_jax import evaluate as program
-
-        names = ("protocol", "num_times", "target_stderr", "batch_size", "seed")
-        settings = program.Settings(**{name: given[name] for name in names})
-        text = {name: given[name] for name in ("data", "split", "step")}
-        if given["suite"]:
-            if given["data"] or given["split"]:
-                raise flags.IllegalFlagValueError("--suite goes without --data and --split")
-            from sedd_jax import zero_shot as program
-
-            suite = {"directory": given["suite_data"], "step": given["step"]}
-            result = program.evaluate_sets(given["workdir"], **suite, settings=settings)
-        else:
-            result = program.evaluate(given["workdir"], **text, settings=settings)
-    print(program.table(result))
+    result, shown = evaluations.measure(values, given)
+    print(shown)
     if given["json"]:
         print(json.dumps(result))
 

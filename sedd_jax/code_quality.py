@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from sedd_jax import generate, runs, samplers, sharding, storage
+from sedd_jax import generate, generation_quality, results, runs, samplers, sharding, storage, tables
 
 # Lines that go on with a statement although they are not indented.
 _CONTINUES = re.compile(r"[)\]}]|(else|elif|except|finally|case)\b")
@@ -75,7 +75,8 @@ def measure(
     run = runs.load(workdir)
     changed = {} if num_steps is None else {"num_steps": num_steps}
     sampling = generate.sampling_of(run, num_samples=num_samples, **changed)
-    sequences = np.random.default_rng(seed).permutation(run.split("valid").sequences()).astype(np.int32)
+    held_out = run.split("valid")
+    sequences = np.random.default_rng(seed).permutation(held_out.sequences()).astype(np.int32)
     real = [parses(_text(run, row)) for row in sequences]
     chosen = sequences[np.flatnonzero(real)[:num_samples]]
     if len(chosen) < num_samples:
@@ -86,43 +87,48 @@ def measure(
     is_given[gap] = False
     mesh = sharding.make_mesh(sharding.MeshConfig())
     step, params = run.ema_params(mesh, step)
+    result = {
+        **results.circumstances(run, step),
+        "data_sha256": held_out.sha256,
+        "length": length,
+        "gap": gap.stop - gap.start,
+        **generation_quality.described(run, sampling),
+        "num_samples": num_samples,
+        "seed": seed,
+    }
+    name = results.name("code", result)
     nothing = samplers.Given(jnp.zeros(chosen.shape, jnp.int32), jnp.zeros(chosen.shape, bool))
     around = samplers.Given(jnp.asarray(chosen), jnp.broadcast_to(is_given, chosen.shape))
     with jax.set_mesh(mesh):
         samples, filled = (generate.draw_tokens(run, params, given, sampling, seed=seed) for given in (nothing, around))
     closed = np.delete(chosen, np.r_[gap], axis=1)
-    return {
-        "workdir": str(workdir),
-        "step": step,
-        "length": length,
-        "gap": gap.stop - gap.start,
-        "sampler": sampling.sampler,
-        "nfe": generate.num_evaluations(run, sampling),
-        "held_out": _share(real),
-        **{
-            name: _share([parses(_text(run, row)) for row in rows])
-            for name, rows in (("samples", samples), ("refilled", filled), ("gap_closed", closed))
-        },
-    }
+    result["held_out"] = _share(real)
+    for kind, rows in (("samples", samples), ("refilled", filled), ("gap_closed", closed)):
+        result[kind] = _share([parses(_text(run, row)) for row in rows])
+    result["texts"] = [_text(run, row) for row in samples[:8]]
+    results.keep(run, name, result)
+    return result
 
 
-def table(result: dict[str, Any]) -> str:
-    """What `measure` found as text."""
+def table(result: dict[str, Any]) -> tables.Table:
+    """What `measure` found."""
     names = {
         "held_out": "held-out code",
         "samples": "samples",
         "refilled": f"held-out code that parses, {result['gap']} tokens refilled",
         "gap_closed": "the same, those tokens left out",
     }
-    lines = [
-        f"{result['workdir']}  step {result['step']}  windows of {result['length']} tokens, {result['sampler']}, "
-        f"nfe {result['nfe']}",
-        f"{'windows whose whole statements parse':<56}{'share':>8}{'windows':>18}",
-    ]
-    for name, title in names.items():
-        found = result[name]
-        lines.append(f"{title:<56}{found['share']:>8.3f} ± {found['stderr']:.3f}{found['windows']:>10}")
-    return "\n".join(lines)
+    return tables.Table(
+        head=[
+            f"{result['workdir']}  step {result['step']}  windows of {result['length']} tokens, {result['sampler']}, "
+            f"nfe {result['nfe']}"
+        ],
+        columns=("windows whose whole statements parse", "share", "windows"),
+        rows=[
+            (title, tables.estimate(result[name]["share"], result[name]["stderr"]), str(result[name]["windows"]))
+            for name, title in names.items()
+        ],
+    )
 
 
 def _text(run: runs.Run, tokens: Int[np.ndarray, " L"]) -> str:

@@ -1,9 +1,6 @@
 """Perplexity: bounds on the likelihood of held-out text, or of any other."""
 
 import dataclasses
-import hashlib
-import importlib.metadata
-import json
 import math
 import pathlib
 import tempfile
@@ -14,11 +11,9 @@ import jax
 import numpy as np
 from jaxtyping import Integer
 
-from sedd_jax import batches, corpora, likelihoods, losses, processes, runs, sharding, shards, storage, terminals
-from sedd_jax import config as configs
+from sedd_jax import batches, corpora, likelihoods, losses, results, runs, sharding, shards, storage, tables, terminals
 
 PROTOCOLS = ("published", "strict")
-DIRECTORY = "evaluations"
 _MAX_TIMES = 1000
 
 
@@ -89,26 +84,20 @@ def evaluate(
         drawn = {"step": step, "split": split, "data_sha256": text.sha256, "length": text.length}
         drawn |= {"protocol": protocol, "seed": settings.seed, "batch_size": settings.batch_size}
         with jax.set_mesh(mesh):
-            name = hashlib.sha256(json.dumps([drawn, sharding.num_batch_devices()]).encode()).hexdigest()[:16]
+            name = results.name("likelihood", drawn | {"devices": sharding.num_batch_devices()})
             done = _passes(run, params, text.sequences(), settings, name)
     result = {
-        "workdir": str(workdir),
+        **results.circumstances(run, step),
         **drawn,
         "source": data or run.config.data.source,
         "num_sequences": text.num_sequences,
         "left_out_tokens": text.num_tokens - text.num_sequences * text.length,
         "num_times": len(done),
-        "dtype": run.config.network.dtype,
         "characters_per_token": text.characters_per_token,
         "words_per_token": text.words_per_token,
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("sedd_jax", "jax", "numpy")},
         **_figures(run, text, settings, done),
     }
-    if processes.is_first():
-        whole = json.dumps({**result, "config": configs.to_dict(run.config)}, indent=1)
-        (run.local / DIRECTORY / f"{name}.json").write_text(whole + "\n", encoding="utf-8")
-        storage.upload(run.workdir)
+    results.keep(run, name, result)
     return result
 
 
@@ -131,11 +120,7 @@ def _passes(
     run: runs.Run, params: Any, sequences: Integer[np.ndarray, "S L"], settings: Settings, name: str
 ) -> list[likelihoods.Pass]:
     """Passes until there are as many as asked for, those that the run directory holds among them."""
-    storage.download(run.workdir, DIRECTORY)
-    path = run.local / DIRECTORY / f"{name}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    done = [likelihoods.Pass(**json.loads(line)) for line in lines]
+    done = [likelihoods.Pass(**part) for part in results.read_parts(run, name)]
     values_fn = likelihoods.make_values_fn(run, with_reconstruction=settings.protocol == "strict")
     with terminals.progress() as report:
 
@@ -155,10 +140,7 @@ def _passes(
         )
         while len(done) < _num_times(settings, done):
             done.append(next(drawn))
-            if processes.is_first():
-                partial = path.with_suffix(".partial")
-                partial.write_text("".join(json.dumps(found._asdict()) + "\n" for found in done), encoding="utf-8")
-                partial.replace(path)
+            results.write_parts(run, name, [found._asdict() for found in done])
     return done[: settings.num_times]
 
 
@@ -213,16 +195,16 @@ def _figures(
     return figures
 
 
-def table(result: dict[str, Any]) -> str:
-    """The figures of `evaluate` as text."""
+def table(result: dict[str, Any]) -> tables.Table:
+    """The figures of `evaluate`."""
     times = f"{result['num_times']} times each, t in [1e-3, 1], {result['protocol']} protocol, "
     times = "" if result["protocol"] == "exact" else times
-    lines = [
+    head = [
         f"{result['workdir']}  step {result['step']}  {result['source']} {result['split']}",
         f"{result['num_sequences']} sequences of {result['length']} tokens, {times}{result['dtype']}",
-        f"{'bound':<14}{'nats/token':>18}{'bits/character':>18}{'ppl_bound':>20}{'ppl_bound per word':>24}",
     ]
     names = [name for names in likelihoods.BOUNDS.values() for name in names if name in result]
+    rows, notes = [], []
     for name in dict.fromkeys(names):
         title = "exact" if name == "negative_log_likelihood" else name.replace("_", "-")
         cells = []
@@ -234,18 +216,19 @@ def table(result: dict[str, Any]) -> str:
         ):
             value, stderr = result[name][figure], result[name][f"{figure}_stderr"]
             digits = most_digits if value is None or value < 1000 else 0
-            cells.append("no figure" if value is None else f"{value:.{digits}f} ± {stderr:.{digits}f}")
-        lines.append(f"{title:<14}{cells[0]:>18}{cells[1]:>18}{cells[2]:>20}{cells[3]:>24}")
+            cells.append("no figure" if value is None else tables.estimate(value, stderr, digits))
+        rows.append((title, *cells))
     if "score_entropy" in result and "cross_entropy" not in result:
-        lines.append("cross-entropy   not defined for the uniform graph, whose ratios have no known sum")
+        notes.append("cross-entropy   not defined for the uniform graph, whose ratios have no known sum")
     if result["protocol"] == "strict":
-        lines.append(
+        notes.append(
             f"in them, in nats/token: prior {result['prior_nats_per_token']:.4f}, reconstruction "
             f"{result['reconstruction_nats_per_token']:.4f} ± {result['reconstruction_nats_per_token_stderr']:.4f}"
         )
     if "bigram_entropy_bits" in result:
-        lines.append(
+        notes.append(
             f"own entropy of this text in bits/character: {result['unigram_entropy_bits']:.4f} unigram, "
             f"{result['bigram_entropy_bits']:.4f} bigram (given the one before)"
         )
-    return "\n".join(lines)
+    columns = ("bound", "nats/token", "bits/character", "ppl_bound", "ppl_bound per word")
+    return tables.Table(head=head, columns=columns, rows=rows, notes=notes)

@@ -4,25 +4,24 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from sedd_jax import autoregression, generate, graphs, networks, runs, samplers, sharding, storage
 from sedd_jax import config as configs
+from sedd_jax import generate, judges, networks, results, runs, samplers, sharding, storage, tables
 
 # Samples whose unigram entropy is this far below that of held-out text, in nats, are called annealed.
 _ANNEALED = 0.15
-_WINDOWS = 16  # read at once
+_KEPT_TEXTS = 8
 
 
 def measure(
     workdir: storage.Directory,
-    judge: storage.Directory,
+    judge: str,
     *,
     step: int | None = None,
     num_samples: int = 64,
-    batch_size: int = 16,
+    batch_size: int = 32,
     seed: int = 0,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -30,59 +29,42 @@ def measure(
 
     Args:
         workdir: the run directory.
-        judge: an autoregressive run, whose tokenizer may be another.
+        judge: see `judges.open_judge`; its tokenizer may be another.
         step: the run's checkpoint; the newest if None.
         num_samples: sequences.
         batch_size: sequences drawn at once.
-        seed: of the samples.
+        seed: of the samples and the choice of held-out text.
         **settings: fields of `config.SamplingConfig` that differ from the run's: sampler, num_steps, draw.
 
     Returns:
-        For samples and held-out text: `gen_ppl_per_sequence`, the mean of each sequence's perplexity, as published;
-        `gen_ppl_pooled`, over all tokens; `unigram_entropy` of a sequence's tokens in nats; `distinct_1` to
-        `distinct_3`, the share of n-grams that differ.
+        For samples and held-out text what `read` finds, and the first samples as text.
     """
-    run, reader = runs.load(workdir), runs.load(judge)
-    if not reader.is_autoregressive:
-        raise ValueError(f"--judge={judge} is no autoregressive run: train one with config.graph.name=autoregressive")
+    run, reader = runs.load(workdir), judges.open_judge(judge)
     sampling = generate.sampling_of(run, num_samples=batch_size, **settings)
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    step, params = run.ema_params(mesh, step)
-    judge_step, judge_params = reader.ema_params(mesh)
-    held_out = run.split("valid").sequences()
-    held_out = held_out[np.random.default_rng(seed).permutation(len(held_out))[:num_samples]].astype(np.int32)
-    with jax.set_mesh(mesh):
-        samples = _draw(run, params, sampling, num_samples, seed)
-        read = lambda tokens: {
-            **_perplexities(reader, judge_params, _retokenized(run, reader, tokens)),
-            **_diversity(tokens),
-        }
-        return {
-            "workdir": str(workdir),
-            "step": step,
-            "judge": str(judge),
-            "judge_step": judge_step,
-            "length": run.config.data.length,
-            "num_samples": num_samples,
-            "sampler": "autoregressive" if run.is_autoregressive else sampling.sampler,
-            "nfe": generate.num_evaluations(run, sampling),
-            "draw": sampling.draw,
-            "dtype": run.config.network.dtype,
-            "seed": seed,
-            "samples": read(samples),
-            "held_out": read(held_out),
-        }
+    step, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()), step)
+    real, sha256 = held_out(run, num_samples, seed)
+    samples = draw(run, params, sampling, num_samples, seed)
+    result = {
+        **results.circumstances(run, step),
+        "judge": reader.name,
+        "judge_first": reader.first,
+        "length": run.config.data.length,
+        "data_sha256": sha256,
+        "num_samples": num_samples,
+        **described(run, sampling),
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    name = results.name("generation", result)
+    result["samples"], result["held_out"] = read(run, reader, samples), read(run, reader, real)
+    result["texts"] = [run.tokenizer.decode(row) for row in samples[:_KEPT_TEXTS]]
+    results.keep(run, name, result)
+    return result
 
 
-def table(result: dict[str, Any]) -> str:
-    """What `measure` found as text, with a warning where it flatters."""
-    samples, held_out = result["samples"], result["held_out"]
-    lines = [
-        f"{result['workdir']}  step {result['step']}  {result['num_samples']} samples of {result['length']} tokens, "
-        f"{result['sampler']}, nfe {result['nfe']}, {result['draw']} draws, {result['dtype']}",
-        f"read by {result['judge']}  step {result['judge_step']}",
-        f"{'':<34}{'samples':>20}{'held-out text':>20}",
-    ]
+def table(result: dict[str, Any]) -> tables.Table:
+    """What `measure` found, with a warning where it flatters."""
+    samples, real = result["samples"], result["held_out"]
     titles = {
         "gen_ppl_per_sequence": "perplexity, mean of sequences",
         "gen_ppl_pooled": "perplexity, pooled over tokens",
@@ -91,72 +73,109 @@ def table(result: dict[str, Any]) -> str:
         "distinct_2": "distinct pairs",
         "distinct_3": "distinct triples",
     }
-    for name, title in titles.items():
-        cells = []
-        for found in (samples, held_out):
-            error = f" ± {found[f'{name}_stderr']:.3f}" if f"{name}_stderr" in found else ""
-            cells.append(f"{found[name]:.3f}{error}")
-        lines.append(f"{title:<34}{cells[0]:>20}{cells[1]:>20}")
-    if samples["unigram_entropy"] < held_out["unigram_entropy"] - _ANNEALED:
-        lines.append(
-            "warning: samples have less entropy than text, so their perplexity is bought with repetition (annealing): "
-            "compare at equal entropy only"
-        )
-    return "\n".join(lines)
+    cell = lambda found, name: tables.estimate(found[name], found.get(f"{name}_stderr"))
+    return tables.Table(
+        head=[
+            f"{result['workdir']}  step {result['step']}  {result['num_samples']} samples of {result['length']} "
+            f"tokens, {result['sampler']}, nfe {result['nfe']}, {result['draw']} draws, {result['dtype']}",
+            f"read by {result['judge']}, {('every token', 'every token but the first')[result['judge_first']]}",
+        ],
+        columns=("", "samples", "held-out text"),
+        rows=[(title, cell(samples, name), cell(real, name)) for name, title in titles.items()],
+        notes=annealing(samples, real),
+    )
 
 
-def _draw(
+def annealing(samples: dict[str, Any], real: dict[str, Any]) -> list[str]:
+    """A warning where samples have less entropy than text."""
+    if samples["unigram_entropy"] >= real["unigram_entropy"] - _ANNEALED:
+        return []
+    return [
+        "warning: samples have less entropy than text, so their perplexity is bought with repetition (annealing): "
+        "compare at equal entropy only"
+    ]
+
+
+def described(run: runs.Run, sampling: configs.SamplingConfig) -> dict[str, Any]:
+    """How samples are drawn, for a result."""
+    return {
+        "sampler": "autoregressive" if run.is_autoregressive else sampling.sampler,
+        "nfe": generate.num_evaluations(run, sampling),
+        "draw": sampling.draw,
+    }
+
+
+def held_out(run: runs.Run, num_samples: int, seed: int) -> tuple[Int[np.ndarray, "S L"], str]:
+    """Random held-out sequences of the run's own text, as many as asked for and there are, and the text's checksum."""
+    split = run.split("valid")
+    sequences = split.sequences()
+    return sequences[np.random.default_rng(seed).permutation(len(sequences))[:num_samples]].astype(
+        np.int32
+    ), split.sha256
+
+
+def draw(
     run: runs.Run, params: networks.Params, sampling: configs.SamplingConfig, num_samples: int, seed: int
 ) -> Int[np.ndarray, "S L"]:
-    shape = (sampling.num_samples, run.config.data.length)
-    nothing = samplers.Given(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
-    parts = []
-    for index in range(-(-num_samples // sampling.num_samples)):
-        (own,) = np.random.SeedSequence([seed, index]).generate_state(1).tolist()
-        parts.append(generate.draw_tokens(run, params, nothing, sampling, seed=own))
-    return np.concatenate(parts)[:num_samples]
+    """Samples from nothing, `sampling.num_samples` at once, on the mesh of all devices."""
+    nothing = np.zeros((num_samples, run.config.data.length), np.int32)
+    return fill(run, params, sampling, nothing, nothing.astype(bool), seed)
 
 
-def _retokenized(run: runs.Run, judge: runs.Run, tokens: Int[np.ndarray, "S L"]) -> list[Int[np.ndarray, " _"]]:
-    """Each sequence in the judge's tokens."""
-    if run.tokenizer.fingerprint() == judge.tokenizer.fingerprint():
-        return list(tokens)
-    return [judge.tokenizer.encode(run.tokenizer.decode(row)) for row in tokens]
+def fill(
+    run: runs.Run,
+    params: networks.Params,
+    sampling: configs.SamplingConfig,
+    tokens: Int[np.ndarray, "S L"],
+    is_given: np.ndarray,
+    seed: int,
+) -> Int[np.ndarray, "S L"]:
+    """Sequences that agree with what is given of each, `sampling.num_samples` at once, on the mesh of all devices."""
+    size, parts = sampling.num_samples, []
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig())):
+        for index, at in enumerate(range(0, len(tokens), size)):
+            # The last batch is filled up, so that no other shape is compiled.
+            rows = np.arange(at, at + size) % len(tokens)
+            (own,) = np.random.SeedSequence([seed, index]).generate_state(1).tolist()
+            given = samplers.Given(jax.numpy.asarray(tokens[rows]), jax.numpy.asarray(is_given[rows]))
+            parts.append(generate.draw_tokens(run, params, given, sampling, seed=own))
+    return np.concatenate(parts)[: len(tokens)]
 
 
-def _perplexities(judge: runs.Run, params: networks.Params, rows: list[Int[np.ndarray, " _"]]) -> dict[str, float]:
-    """Of sequences of any lengths, each read in windows of the judge's length from its start."""
-    graph, network, length = judge.graph, judge.network, judge.config.data.length
-    assert isinstance(graph, graphs.Absorbing)
-    windows = [(number, row[at : at + length]) for number, row in enumerate(rows) for at in range(0, len(row), length)]
-    padded = np.zeros((-(-len(windows) // _WINDOWS) * _WINDOWS, length), np.int32)
-    for place, (_, window) in zip(padded, windows, strict=False):
-        place[: len(window)] = window  # What follows changes nothing before it.
-    read = jax.jit(lambda x: sharding.replicate(autoregression.log_likelihood(network, params, x, graph)))
-    found = np.concatenate([np.asarray(read(padded[at : at + _WINDOWS])) for at in range(0, len(padded), _WINDOWS)])
-    total = np.zeros(len(rows))
-    for (number, window), values in zip(windows, found, strict=False):
-        total[number] -= float(values[: len(window)].sum())
-    counts = np.array([max(1, len(row)) for row in rows])
+def read(run: runs.Run, judge: judges.Judge, tokens: Int[np.ndarray, "S L"]) -> dict[str, Any]:
+    """Figures of sequences.
+
+    Returns:
+        `gen_ppl_per_sequence`, the mean of each sequence's perplexity, as published; `gen_ppl_pooled`, over all tokens;
+        `unigram_entropy` of a sequence's tokens in nats; `distinct_1` to `distinct_3`, the share of different n-grams.
+    """
+    return {**_perplexities(judge.log_likelihoods(judge.tokens(run, tokens))), **_diversity(tokens)}
+
+
+def _perplexities(log_likelihoods: list[Float[np.ndarray, "_"]]) -> dict[str, Any]:
+    counts = np.array([max(1, len(values)) for values in log_likelihoods])
+    total = -np.array([values.sum() for values in log_likelihoods])
     each = np.exp(total / counts)
     return {
         "gen_ppl_per_sequence": float(each.mean()),
-        "gen_ppl_per_sequence_stderr": _stderr(each),
+        "gen_ppl_per_sequence_stderr": stderr(each),
         "gen_ppl_pooled": float(np.exp(total.sum() / counts.sum())),
     }
 
 
-def _diversity(tokens: Int[np.ndarray, "S L"]) -> dict[str, float]:
+def _diversity(tokens: Int[np.ndarray, "S L"]) -> dict[str, Any]:
     entropies = []
     for row in tokens:
         shares = np.unique(row, return_counts=True)[1] / len(row)
         entropies.append(-float((shares * np.log(shares)).sum()))
-    found = {"unigram_entropy": float(np.mean(entropies)), "unigram_entropy_stderr": _stderr(np.array(entropies))}
+    found: dict[str, Any] = {"unigram_entropy": float(np.mean(entropies))}
+    found["unigram_entropy_stderr"] = stderr(np.array(entropies))
     for n in (1, 2, 3):
         grams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1).reshape(-1, n)
         found[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / len(grams)
     return found
 
 
-def _stderr(values: Float[np.ndarray, " S"]) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
+def stderr(values: Float[np.ndarray, " S"]) -> float | None:
+    """Standard error of a mean; None of a single value."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None

@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from sedd_jax import corpora, evaluate, shards, storage
+from sedd_jax import corpora, evaluate, results, runs, shards, storage, tables
 
 # The sets in the paper's order, and the splits it measured; the first that there is.
 SETS = {
@@ -44,17 +44,20 @@ def evaluate_sets(
     Raises:
         ValueError: where no set can be read.
     """
-    results, missing = {}, {}
+    found, missing = {}, {}
     for name in SETS:
         try:
             data, split = _find(name, directory)
-            results[name] = evaluate.evaluate(workdir, data=data, split=split, step=step, settings=settings)
+            found[name] = evaluate.evaluate(workdir, data=data, split=split, step=step, settings=settings)
         except (ImportError, OSError, ValueError) as error:
             missing[name] = " ".join(str(error).split())
-    if not results:
+    if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
         raise ValueError(f"no set of the suite can be read: {reasons}")
-    return {"workdir": str(workdir), "sets": results, "missing": missing}
+    run, step = runs.load(workdir), next(iter(found.values()))["step"]
+    result = {**results.circumstances(run, step), "sets": found, "missing": missing}
+    results.keep(run, results.name("zero_shot", {"step": step}), result)
+    return result
 
 
 def _find(name: str, directory: str) -> tuple[str, str]:
@@ -70,24 +73,25 @@ def _find(name: str, directory: str) -> tuple[str, str]:
     return source, split
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> tables.Table:
     """The paper's table with this run's bounds in it, and what is missing."""
     found = next(iter(result["sets"].values()))
-    row = lambda title, cells: f"{title:<38}" + "".join(f"{cell:>16}" for cell in cells)
     measured = [result["sets"].get(name) for name in SETS]
-    lines = [
-        f"zero-shot ppl_bound per token of {found['length']}, {found['protocol']} protocol; GPT-2's are perplexities",
-        row("", SETS),
-        *(row(title, [f"{figure:.2f}" for figure in figures]) for title, figures in PUBLISHED.items()),
-    ]
-    name = f"{pathlib.PurePath(result['workdir']).name} step {found['step']}"
+    rows = [(title, *(f"{figure:.2f}" for figure in figures)) for title, figures in PUBLISHED.items()]
+    name = f"{pathlib.PurePath(result['workdir']).name} step {result['step']}"
     for bound in ("cross_entropy", "score_entropy", "negative_log_likelihood"):
         if bound in found:
             cells = [
-                f"{one[bound]['ppl_bound']:.2f} ± {one[bound]['ppl_bound_stderr']:.2f}" if one else "missing"
+                tables.estimate(one[bound]["ppl_bound"], one[bound]["ppl_bound_stderr"], 2) if one else "missing"
                 for one in measured
             ]
-            lines.append(row(f"{name}, {bound.replace('_', '-')}", cells))
-    lines.append(row("its split, times", [f"{one['split']}, {one['num_times']}" if one else "" for one in measured]))
-    lines += [f"missing: {name}: {reason}" for name, reason in result["missing"].items()]
-    return "\n".join(lines)
+            rows.append((f"{name}, {bound.replace('_', '-')}", *cells))
+    rows.append(("its split, times", *(f"{one['split']}, {one['num_times']}" if one else "" for one in measured)))
+    return tables.Table(
+        head=[
+            f"zero-shot ppl_bound per token of {found['length']}, {found['protocol']} protocol; GPT-2 has perplexities"
+        ],
+        columns=("", *SETS),
+        rows=rows,
+        notes=[f"missing: {name}: {reason}" for name, reason in result["missing"].items()],
+    )

@@ -4,16 +4,15 @@ import dataclasses
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
-from sedd_jax import alphabets, autoregression, cli, evaluate, generation_quality, runs
+from sedd_jax import cli, evaluate, generation_quality, runs, sharding
 
 
 def test_all_held_out_text_has_the_perplexity_that_evaluation_finds(code_run, judge_run):
     num = runs.load(code_run).split("valid").num_sequences
-    result = generation_quality.measure(code_run, judge_run, num_samples=num, batch_size=16)
+    result = generation_quality.measure(code_run, str(judge_run), num_samples=num, batch_size=16)
     exact = evaluate.evaluate(judge_run)["negative_log_likelihood"]
     assert result["held_out"]["gen_ppl_pooled"] == pytest.approx(exact["ppl_bound"], rel=1e-5)
     assert result["held_out"]["gen_ppl_per_sequence"] >= result["held_out"]["gen_ppl_pooled"]
@@ -21,30 +20,11 @@ def test_all_held_out_text_has_the_perplexity_that_evaluation_finds(code_run, ju
     assert result["samples"]["gen_ppl_pooled"] != result["held_out"]["gen_ppl_pooled"]
 
 
-def test_sequences_of_any_length_are_read_in_windows(judge_run):
-    judge = runs.load(judge_run)
-    _, params = judge.ema_params()
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(0), x.shape), params)
-    random = np.random.default_rng(0)
-    rows = [random.integers(0, judge.tokenizer.vocab_size, length).astype(np.int32) for length in (5, 32, 37)]
-    found = generation_quality._perplexities(judge, params, rows)
-    read = jax.jit(lambda x: autoregression.log_likelihood(judge.network, params, x, judge.graph).sum())
-    nll = [-float(sum(read(row[None, at : at + 32]) for at in range(0, len(row), 32))) for row in rows]
-    lengths = np.array([len(row) for row in rows])
-    each = np.exp(np.array(nll) / lengths)
-    assert found["gen_ppl_per_sequence"] == pytest.approx(each.mean(), rel=1e-4)
-    assert found["gen_ppl_per_sequence_stderr"] == pytest.approx(each.std(ddof=1) / math.sqrt(3), rel=1e-3)
-    assert found["gen_ppl_pooled"] == pytest.approx(math.exp(sum(nll) / lengths.sum()), rel=1e-4)
-
-
-def test_another_tokenizer_reads_the_text(code_run, judge_run):
-
-    run, judge = runs.load(code_run), runs.load(judge_run)
-    tokens = run.split("valid").sequences()[:2].astype(np.int32)
-    assert [row.tolist() for row in generation_quality._retokenized(run, judge, tokens)] == tokens.tolist()
-    other = dataclasses.replace(judge, tokenizer=alphabets.Bytes())
-    texts = [bytes(row.tolist()).decode() for row in generation_quality._retokenized(run, other, tokens)]
-    assert texts == [run.tokenizer.decode(row) for row in tokens]
+def test_perplexity_is_of_sequences_or_of_all_their_tokens():
+    found = generation_quality._perplexities([np.log([0.5, 0.5]), np.log([0.1]), np.zeros(0)])
+    assert found["gen_ppl_per_sequence"] == pytest.approx((2 + 10 + 1) / 3)
+    assert found["gen_ppl_per_sequence_stderr"] == pytest.approx(np.std([2, 10, 1], ddof=1) / math.sqrt(3))
+    assert found["gen_ppl_pooled"] == pytest.approx(40 ** (1 / 4))
 
 
 def test_entropy_and_n_grams_are_counted():
@@ -63,9 +43,9 @@ def test_the_command_warns_of_samples_with_too_little_entropy(code_run, judge_ru
     assert (result["draw"], result["nfe"], result["num_samples"]) == ("published", 3, 3)
     assert f"{result['samples']['gen_ppl_pooled']:.3f}" in printed
     same = {**result, "samples": result["held_out"]}
-    assert "warning" not in generation_quality.table(same)
+    assert "warning" not in str(generation_quality.table(same))
     annealed = {**result["held_out"], "unigram_entropy": result["held_out"]["unigram_entropy"] - 0.2}
-    assert "warning: samples have less entropy" in generation_quality.table({**result, "samples": annealed})
+    assert "warning: samples have less entropy" in str(generation_quality.table({**result, "samples": annealed}))
     assert cli.main(arguments) == 2
     assert "--judge=RUN must be given" in capsys.readouterr().err
     assert cli.main([*arguments, f"--judge={code_run}"]) == 1
@@ -74,10 +54,21 @@ def test_the_command_warns_of_samples_with_too_little_entropy(code_run, judge_ru
 
 def test_batches_of_samples_differ(code_run):
     run = runs.load(code_run)
-    _, params = run.ema_params()
-
+    _, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()))
     sampling = dataclasses.replace(run.config.sampling, num_samples=2)
-    drawn = generation_quality._draw(run, params, sampling, 3, seed=0)
+    drawn = generation_quality.draw(run, params, sampling, 3, seed=0)
     assert drawn.shape == (3, 32)
     assert not np.array_equal(drawn[0], drawn[2])
-    assert np.array_equal(drawn, generation_quality._draw(run, params, sampling, 3, seed=0))
+    assert np.array_equal(drawn, generation_quality.draw(run, params, sampling, 3, seed=0))
+
+
+def test_what_is_given_of_each_sequence_is_kept(code_run):
+    run = runs.load(code_run)
+    _, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()))
+    sampling = dataclasses.replace(run.config.sampling, num_samples=2)
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, run.tokenizer.vocab_size, (3, 32)).astype(np.int32)
+    is_given = random.random((3, 32)) < 0.5
+    filled = generation_quality.fill(run, params, sampling, tokens, is_given, seed=0)
+    assert (filled == tokens)[is_given].all()
+    assert (filled != tokens)[~is_given].any()

@@ -1,0 +1,46 @@
+"""Tables of figures, in a terminal or on a page."""
+
+import dataclasses
+import html
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """Figures with what they are of; str() is the table in a terminal.
+
+    Attributes:
+        head: lines above, what was measured and how.
+        columns: titles; the first is of the rows' names.
+        rows: cells.
+        notes: lines below.
+    """
+
+    head: Sequence[str]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        lines = []
+        for cells in (self.columns, *self.rows):
+            first, *others = (
+                cell.rjust(width + 3) if number else cell.ljust(width)
+                for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            )
+            lines.append((first + "".join(others)).rstrip())
+        return "\n".join([*self.head, *lines, *self.notes])
+
+    def as_html(self) -> str:
+        """The table as an element of a page."""
+        paragraphs = lambda kind, lines: "".join(f'<p class="{kind}">{html.escape(line)}</p>' for line in lines)
+        row = lambda cells, kind: f"<tr>{''.join(f'<{kind}>{html.escape(cell)}</{kind}>' for cell in cells)}</tr>"
+        body = "".join(row(cells, "td") for cells in self.rows)
+        table = f'<div class="wide"><table><thead>{row(self.columns, "th")}</thead><tbody>{body}</tbody></table></div>'
+        return paragraphs("head", self.head) + table + paragraphs("note", self.notes)
+
+
+def estimate(value: float, stderr: float | None, digits: int = 3) -> str:
+    """A figure with its standard error, where it has one."""
+    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
