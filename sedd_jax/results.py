@@ -1,5 +1,6 @@
 """What was measured of a run, kept in RUN/evaluations: a result as KIND-HASH.json, complete enough to be repeated."""
 
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -32,11 +33,11 @@ def name(kind: str, settings: dict[str, Any]) -> str:
 
 
 def keep(run: runs.Run, name: str, result: dict[str, Any]) -> None:
-    """Writes a result with the run's config beside it, replacing one of the same name."""
+    """Writes a result with the time and the run's config, replacing one of the same name."""
+    measured = datetime.datetime.now(datetime.UTC).isoformat()
     if processes.is_first():
-        _write(
-            path(run, f"{name}.json"), json.dumps({**result, "config": configs.to_dict(run.config)}, indent=1) + "\n"
-        )
+        content = {"measured": measured, **result, "config": configs.to_dict(run.config)}
+        _write(path(run, f"{name}.json"), json.dumps(content, indent=1) + "\n")
         storage.upload(run.workdir)
 
 
@@ -44,10 +45,9 @@ def load(run: runs.Run) -> dict[str, list[dict[str, Any]]]:
     """All results of each kind, the oldest first."""
     storage.download(run.workdir, DIRECTORY)
     found: dict[str, list[dict[str, Any]]] = {}
-    files = sorted((run.local / DIRECTORY).glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
-    for file in files:
+    for file in (run.local / DIRECTORY).glob("*.json"):
         found.setdefault(file.stem.rpartition("-")[0], []).append(json.loads(file.read_text(encoding="utf-8")))
-    return found
+    return {kind: sorted(kept, key=lambda result: result["measured"]) for kind, kept in found.items()}
 
 
 def read_parts(run: runs.Run, name: str) -> list[dict[str, Any]]:
@@ -61,6 +61,7 @@ def write_parts(run: runs.Run, name: str, parts: Sequence[dict[str, Any]]) -> No
     """Writes all finished parts of a result."""
     if processes.is_first():
         _write(path(run, f"{name}.jsonl"), "".join(json.dumps(part) + "\n" for part in parts))
+        storage.upload(run.workdir)
 
 
 def path(run: runs.Run, name: str) -> pathlib.Path:
