@@ -35,12 +35,8 @@ def main(workdirs: list[str]) -> None:
                 samples.plot(nfe, figures, style, color=COLORS[graph], label=f"{graph}, {draw} draws")
             if graph == "absorb":
                 own = curve["judge_samples"]
-                style = {
-                    "color": COLORS["autoregressive"],
-                    "markersize": 12,
-                    "label": "autoregressive: the judge's own",
-                }
-                samples.plot(own["nfe"], own["gen_ppl_per_sequence"], "*", **style)
+                point, label = (own["nfe"], own["gen_ppl_per_sequence"]), "autoregressive: the judge's own"
+                samples.plot(*point, "*", color=COLORS["autoregressive"], markersize=12, label=label)
                 samples.axhline(curve["held_out"]["gen_ppl_per_sequence"], color="k", ls=":", label="held-out text")
     training.set(xlabel="step", ylabel="bits per character of held-out text, at most")
     samples.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="perplexity under the judge")

@@ -1,6 +1,8 @@
 """Programs in the sandbox can compute; whatever else they try, from Python or by system call, is refused."""
 
 import pathlib
+import platform
+import sys
 import textwrap
 
 import pytest
@@ -18,12 +20,13 @@ assert ctypes.get_errno() == 1, ctypes.get_errno()
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _checked():
-    try:
-        sandbox.check()
-    except ValueError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in sandbox._ALLOWED, reason="programs are run on Linux only"
+)
+
+
+def test_programs_can_be_kept_in():
+    sandbox.check()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,7 @@ def test_programs_pass_where_they_come_to_their_end(program, outcome):
     "program",
     [
         "while True: pass",
-        "import time\ntime.sleep(100)",
+        "import time\ntime.sleep(10)",
         "import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nwhile True: pass",
         "import os\nwhile True: os.write(3, b'x' * 1000)",
         "print(1, flush=True)\nwhile True:\n    try:\n        while True: pass\n    except BaseException: pass",
