@@ -3,6 +3,7 @@
 import itertools
 import json
 import platform
+import re
 import sys
 
 import numpy as np
@@ -83,6 +84,17 @@ def test_a_function_ends_where_another_statement_begins(code_run):
     between = code_problems._template(run, code_problems.Problem(**INFILL))
     assert between.length == 3 + 4 + 6
     assert np.flatnonzero(~between.is_given[: between.length]).tolist() == [3, 4, 5, 6]
+
+
+def test_between_a_prompt_and_a_suffix_everything_written_counts(code_run, monkeypatch):
+    run = runs.load(code_run)
+    monkeypatch.setattr(code_problems, "_STOP", re.compile(r"\nb"))
+    for content, code in ((INFILL, " 1\nb"), (PREFIX, " 1")):
+        problem = code_problems.Problem(**content)
+        template = code_problems._template(run, problem)
+        row = template.tokens.copy()
+        row[np.flatnonzero(~template.is_given)[:4]] = run.tokenizer.encode(" 1\nb")
+        assert code_problems._code(run, problem, row, template) == code
 
 
 def test_the_command_measures_a_file(code_run, problems, capsys):
