@@ -45,6 +45,9 @@ def test_what_comes_back_is_counted(code_run, judge_run, monkeypatch):
     result = infilling.measure(code_run, "3{6}1", judge=str(judge_run), num_samples=8, num_draws=2)
     assert result["tokens_matched"] == pytest.approx(1 - 2 / 48)
     assert result["windows_matched"] == pytest.approx(6 / 8)
+    texts = [generation_quality.held_out(runs.load(code_run), 8, 0)[0][:, 3:9][row].tolist() for row in range(8)]
+    same = [a == b for row in range(8) for a, b in zip(texts[row], texts[row - 1], strict=True)]
+    assert result["tokens_matched_by_chance"] == pytest.approx(np.mean(same))
     assert wrong == [0, 1]
     judge, run = judges.open_judge(str(judge_run)), runs.load(code_run)
     real, _ = generation_quality.held_out(run, 8, 0)
@@ -60,7 +63,7 @@ def test_the_command_prints_and_keeps_what_it_found(code_run, judge_run, capsys)
     *printed, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert "\n".join(printed) == str(infilling.table(result))
-    assert "no MAUVE: it says nothing of fewer than 100 windows" in printed
+    assert "no MAUVE: it takes 1000 windows (--num_samples)" in printed
     assert result["nfe"] == 5
     assert result["data_sha256"] == runs.load(code_run).split("valid").sha256
     assert cli.main([*arguments, "--infill=4{8}4"]) == 0
@@ -83,12 +86,13 @@ def test_mauve_tells_text_from_other_text(code_run, judge_run, monkeypatch):
     real = random.integers(0, 4, (200, 16)).astype(np.int32)
     other = random.integers(4, 8, (200, 16)).astype(np.int32)
     alike = random.integers(0, 4, (200, 16)).astype(np.int32)
+    monkeypatch.setattr(infilling, "_WINDOWS_FOR_MAUVE", 200)
     # A judge of one number: the share of low tokens.
     monkeypatch.setattr(judge, "features", lambda rows: np.array([[row.mean(), row[0]] for row in rows], np.float32))
     assert infilling._mauve(run, judge, real, [alike])["mauve"] > 0.9
     found = infilling._mauve(run, judge, real, [other, other])
     assert found["mauve"] < 0.2
     assert found["mauve_stderr"] == 0
-    assert "fewer than 100" in infilling._mauve(run, judge, real[:99], [alike[:99]])["without_mauve"]
+    assert "it takes 200 windows" in infilling._mauve(run, judge, real[:199], [alike[:199]])["without_mauve"]
     monkeypatch.setitem(__import__("sys").modules, "mauve", None)
     assert "pip install 'sedd_jax[mauve]'" in infilling._mauve(run, judge, real, [alike])["without_mauve"]
