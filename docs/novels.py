@@ -15,7 +15,7 @@ BOUNDS = ("valid/negative_log_likelihood_bits", "valid/cross_entropy_bits", "val
 
 
 def main(workdirs: list[str]) -> None:
-    figure, (training, samples) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    figure, (training, samples) = pyplot.subplots(1, 2, figsize=(11, 4.8))
     for run in (runs.load(pathlib.Path(workdir)) for workdir in workdirs):
         graph, per_token = run.config.graph.name, run.split("valid").characters_per_token
         records = metric_writers.read_json_lines(run.local / "metrics.jsonl")
@@ -40,9 +40,12 @@ def main(workdirs: list[str]) -> None:
                 samples.axhline(curve["held_out"]["gen_ppl_per_sequence"], color="k", ls=":", label="held-out text")
     training.set(xlabel="step", ylabel="bits per character of held-out text, at most")
     samples.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="perplexity under the judge")
+    samples.set_xticks((5, 9, 17, 33, 65, 129), (5, 9, 17, 33, 65, 129))
+    samples.set_yticks((50, 100, 200, 500, 1000, 2000), (50, 100, 200, 500, 1000, 2000))
+    samples.minorticks_off()
     for panel in (training, samples):
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, frameon=False)
+        panel.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     figure.tight_layout()
     figure.savefig(pathlib.Path(__file__).with_suffix(".png"), dpi=120)
 

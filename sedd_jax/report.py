@@ -59,7 +59,7 @@ def write(workdir: storage.Directory) -> pathlib.Path:
     """Writes the page from what RUN/evaluations holds, the newest results first, and returns where it is.
 
     Raises:
-        ValueError: where nothing has been measured yet.
+        ValueError: where nothing has been measured yet, or by another version.
     """
     run = runs.load(workdir)
     found = results.load(run)
@@ -70,7 +70,7 @@ def write(workdir: storage.Directory) -> pathlib.Path:
     sections = []
     for kind in kinds:
         title, table = _SECTIONS[kind]
-        articles = "".join(_article(run, result, table(result)) for result in reversed(found[kind]))
+        articles = "".join(_article(run, result, table) for result in reversed(found[kind]))
         sections.append(f'<h2 id="{kind}">{html.escape(title)}</h2>{articles}')
     if (run.local / "loss.png").exists():
         sections.append(f'<h2 id="training">Training</h2>{_image(run.local / "loss.png", "Bits over training")}')
@@ -96,8 +96,12 @@ def write(workdir: storage.Directory) -> pathlib.Path:
     return path
 
 
-def _article(run: runs.Run, result: dict[str, Any], table: tables.Table) -> str:
-    parts = [table.as_html()]
+def _article(run: runs.Run, result: dict[str, Any], table: Callable[[dict[str, Any]], tables.Table]) -> str:
+    try:
+        parts = [table(result).as_html()]
+    except KeyError as error:
+        file = run.local / results.DIRECTORY / f"{result['name']}.json"
+        raise ValueError(f"{file} has no {error}: another version kept it, so remove it and measure again") from error
     if "picture" in result:
         parts.append(_image(run.local / results.DIRECTORY / result["picture"], "Perplexity and entropy against nfe"))
     if result.get("texts"):

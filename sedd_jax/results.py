@@ -42,12 +42,13 @@ def keep(run: runs.Run, name: str, result: dict[str, Any]) -> None:
 
 
 def load(run: runs.Run) -> dict[str, list[dict[str, Any]]]:
-    """All results of each kind, the oldest first."""
+    """All results of each kind with their names, the oldest first."""
     storage.download(run.workdir, DIRECTORY)
     found: dict[str, list[dict[str, Any]]] = {}
     for file in (run.local / DIRECTORY).glob("*.json"):
-        found.setdefault(file.stem.rpartition("-")[0], []).append(json.loads(file.read_text(encoding="utf-8")))
-    return {kind: sorted(kept, key=lambda result: result["measured"]) for kind, kept in found.items()}
+        result = {"name": file.stem, **json.loads(file.read_text(encoding="utf-8"))}
+        found.setdefault(file.stem.rpartition("-")[0], []).append(result)
+    return {kind: sorted(kept, key=lambda result: result.get("measured", "")) for kind, kept in found.items()}
 
 
 def read_parts(run: runs.Run, name: str) -> list[dict[str, Any]]:

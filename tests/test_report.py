@@ -75,6 +75,13 @@ def test_samples_are_no_markup(run):
     assert not {"script", "b"} & set(page.tags)
 
 
+def test_a_result_of_another_version_is_named(run):
+    opened = runs.load(run)
+    results.keep(opened, results.name("generation", {}), {"judge": "one"})
+    with pytest.raises(ValueError, match=r"generation-\w+.json has no '\w+': another version kept it, so remove it"):
+        report.write(run)
+
+
 def test_nothing_measured_is_no_report(run, capsys):
     assert cli.main(["eval", f"--workdir={run}", "--report", "--num_processes=1"]) == 1
     assert "has no results yet: measure it with sedd eval first" in capsys.readouterr().err
