@@ -128,7 +128,7 @@ def measure(
     result["outcomes"] = dict(collections.Counter(outcomes))
     result["left_out"] = left_out
     result["passed"] = {problem.task_id: count for problem, count in passed.items()}
-    result["texts"] = [assemble(problem, code) for problem, code in attempts[::num_samples][:8]]
+    result["texts"] = [assemble(problem, code) for problem, code in attempts[::num_samples][: results.KEPT_TEXTS]]
     results.keep(run, name, result)
     return result
 

@@ -105,7 +105,7 @@ def measure(
     result["held_out"] = _share(real)
     for kind, rows in (("samples", samples), ("refilled", filled), ("gap_closed", closed)):
         result[kind] = _share([parses(_text(run, row)) for row in rows])
-    result["texts"] = [_text(run, row) for row in samples[:8]]
+    result["texts"] = [_text(run, row) for row in samples[: results.KEPT_TEXTS]]
     results.keep(run, name, result)
     return result
 

@@ -12,7 +12,6 @@ from sedd_jax import generate, judges, networks, results, runs, samplers, shardi
 
 # Samples whose unigram entropy is this far below that of held-out text, in nats, are called annealed.
 _ANNEALED = 0.15
-_KEPT_TEXTS = 8
 
 
 def measure(
@@ -57,7 +56,7 @@ def measure(
     }
     name = results.name("generation", result)
     result["samples"], result["held_out"] = read(run, reader, samples), read(run, reader, real)
-    result["texts"] = [run.tokenizer.decode(row) for row in samples[:_KEPT_TEXTS]]
+    result["texts"] = [run.tokenizer.decode(row) for row in samples[: results.KEPT_TEXTS]]
     results.keep(run, name, result)
     return result
 
@@ -73,7 +72,6 @@ def table(result: dict[str, Any]) -> tables.Table:
         "distinct_2": "distinct pairs",
         "distinct_3": "distinct triples",
     }
-    cell = lambda found, name: tables.estimate(found[name], found.get(f"{name}_stderr"))
     return tables.Table(
         head=[
             f"{result['workdir']}  step {result['step']}  {result['num_samples']} samples of {result['length']} "
@@ -84,6 +82,11 @@ def table(result: dict[str, Any]) -> tables.Table:
         rows=[(title, cell(samples, name), cell(real, name)) for name, title in titles.items()],
         notes=annealing(samples, real),
     )
+
+
+def cell(found: dict[str, Any], name: str) -> str:
+    """A figure of `read` with its standard error, where it has one."""
+    return tables.estimate(found[name], found.get(f"{name}_stderr"))
 
 
 def annealing(samples: dict[str, Any], real: dict[str, Any]) -> list[str]:

@@ -85,7 +85,7 @@ def measure(
         result["refilled"] = generation_quality.read(run, reader, np.concatenate(draws))
         result["held_out"] = generation_quality.read(run, reader, real)
         result |= _mauve(run, reader, real, draws)
-    result["texts"] = [_shown(run, row, is_given) for row in draws[0][:8]]
+    result["texts"] = [_shown(run, row, is_given) for row in draws[0][: results.KEPT_TEXTS]]
     results.keep(run, name, result)
     return result
 
@@ -113,19 +113,17 @@ def table(result: dict[str, Any]) -> tables.Table:
         f"{result['workdir']}  step {result['step']}  {result['num_samples']} windows {result['pattern']}{times}, "
         f"{result['sampler']}, nfe {result['nfe']}, {result['draw']} draws, {result['dtype']}"
     ]
-    exact = lambda name: tables.estimate(result[name], result[f"{name}_stderr"])
     rows = [
-        ("missing tokens that come back", exact("tokens_matched"), ""),
-        ("the same in another window", tables.estimate(result["tokens_matched_by_chance"], None), ""),
-        ("windows that come back whole", exact("windows_matched"), ""),
+        ("missing tokens that come back", generation_quality.cell(result, "tokens_matched"), ""),
+        ("the same in another window", generation_quality.cell(result, "tokens_matched_by_chance"), ""),
+        ("windows that come back whole", generation_quality.cell(result, "windows_matched"), ""),
     ]
     notes = []
     if result["judge"] is not None:
         head.append(f"read by {result['judge']}")
         refilled, real = result["refilled"], result["held_out"]
-        cell = lambda found, name: tables.estimate(found[name], found.get(f"{name}_stderr"))
         rows += [
-            (title, cell(refilled, name), cell(real, name))
+            (title, generation_quality.cell(refilled, name), generation_quality.cell(real, name))
             for name, title in (
                 ("gen_ppl_per_sequence", "perplexity of the whole, mean of windows"),
                 ("gen_ppl_pooled", "perplexity of the whole, pooled over tokens"),
@@ -133,7 +131,7 @@ def table(result: dict[str, Any]) -> tables.Table:
             )
         ]
         if "mauve" in result:
-            rows.append(("MAUVE", tables.estimate(result["mauve"], result["mauve_stderr"]), ""))
+            rows.append(("MAUVE", generation_quality.cell(result, "mauve"), ""))
         else:
             notes.append(f"no MAUVE: {result['without_mauve']}")
         notes += generation_quality.annealing(refilled, real)

@@ -80,7 +80,13 @@ def measure(
     for point, sampling in zip(wanted, settings, strict=True):
         if not any(is_of(part, point) for part in done):
             samples = generation_quality.draw(run, params, sampling, num_samples, seed)
-            done.append({**point, "nfe": sampling.num_steps + 1, **generation_quality.read(run, reader, samples)})
+            done.append(
+                {
+                    **point,
+                    "nfe": generate.num_evaluations(run, sampling),
+                    **generation_quality.read(run, reader, samples),
+                }
+            )
             results.write_parts(run, parts, done)
     result["points"] = [next(part for part in done if is_of(part, point)) for point in wanted]
     result["held_out"] = generation_quality.read(run, reader, real)

@@ -14,6 +14,7 @@ from sedd_jax import config as configs
 from sedd_jax import processes, runs, storage
 
 DIRECTORY = "evaluations"
+KEPT_TEXTS = 8  # samples that a result shows
 
 
 def circumstances(run: runs.Run, step: int) -> dict[str, Any]:
