@@ -1,0 +1,328 @@
+"""A converted model in PyTorch: this one file and torch are all it needs (Lou et al. 2023, sections 4 and 5.1).
+
+    model = SEDD.from_pretrained("sedd-mine").to("cuda")
+    tokens = model.sample(4, num_steps=128)  # [4, L] token ids, from nothing
+    log_score = model(tokens, sigma)  # [B, L, V]
+
+Infilling: `model.sample(num_steps=128, given=tokens, is_given=known)`. The modules carry the names of the published
+program's, so its checkpoints load, too. Draws are precise: they are made in float64, without truncated Gumbel noise
+(Zheng et al. 2024, arXiv 2409.02908). Shapes: B batch, L length, V states, D features, H heads, C width of the
+embedding of sigma; R positions that may move.
+"""
+
+import json
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+T_END = 1e-5
+_ROWS = 1024  # Positions whose scores exist at once.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class SEDD(nn.Module):
+    """The score network, its graph and its noise schedule, as config.json describes them."""
+
+    def __init__(self, config: dict[str, Any], *, dtype: torch.dtype = torch.float32):
+        """Makes a network with fresh weights.
+
+        Args:
+            config: what config.json holds: tokens, graph, noise, model.
+            dtype: of the matrix products between embedding and scores; weights and scores are float32.
+        """
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.is_absorbing = config["graph"]["type"] == "absorb"
+        self.vocab_size = config["tokens"]
+        self.num_states = self.vocab_size + self.is_absorbing
+        sizes = config["model"]
+        self.length, self.scale_by_sigma = sizes["length"], sizes["scale_by_sigma"]
+        hidden, heads, cond = sizes["hidden_size"], sizes["n_heads"], sizes["cond_dim"]
+        self.vocab_embed = Embedding(self.num_states, hidden)
+        self.sigma_map = SigmaEmbedding(cond)
+        self.rotary_emb = Rotary(hidden // heads)
+        self.blocks = nn.ModuleList(Block(hidden, heads, cond, sizes["dropout"]) for _ in range(sizes["n_blocks"]))
+        self.output_layer = Head(hidden, self.num_states, cond)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | pathlib.Path, *, dtype: torch.dtype = torch.float32) -> "SEDD":
+        """The model of a directory with config.json and model.safetensors, ready to be used.
+
+        Raises:
+            OSError: where a file is missing.
+            RuntimeError: names tensors that are missing, unknown or of another shape.
+        """
+        directory = pathlib.Path(directory)
+        model = cls(json.loads((directory / "config.json").read_text(encoding="utf-8")), dtype=dtype)
+        model.load_state_dict(read_safetensors(directory / "model.safetensors"))
+        return model.eval()
+
+    def features(self, tokens: Tensor, sigma: Tensor) -> Tensor:
+        """What the head's matrix product reads, [B, L, D], from tokens [B, L] and the total noise of each [B]."""
+        x = self.vocab_embed(tokens)
+        condition = functional.silu(self.sigma_map(sigma))
+        rotation = self.rotary_emb(tokens.shape[1])
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            for block in self.blocks:
+                x = block(x, condition, rotation)
+            return self.output_layer.features(x, condition)
+
+    def forward(self, tokens: Tensor, sigma: Tensor) -> Tensor:
+        """log of the score of every state, [B, L, V], 0 at the current token; tokens [B, L], sigma [B]."""
+        return self._log_score(self.features(tokens, sigma), tokens, sigma[:, None])
+
+    def _log_score(self, features: Tensor, tokens: Tensor, sigma: Tensor) -> Tensor:
+        """[..., V] from features [..., D] at tokens [...], with a sigma that broadcasts over them."""
+        with torch.autocast(features.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            z = self.output_layer.linear(features)
+        z = z.float()
+        if self.scale_by_sigma:
+            z = z - (torch.log(torch.expm1(sigma)) + math.log(self.num_states - 1))[..., None]
+        return z.scatter(-1, tokens[..., None], 0.0)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Total noise at times t in [0, 1]."""
+        noise = self.config["noise"]
+        if noise["type"] == "loglinear":
+            return -torch.log1p(-(1 - noise.get("eps", 1e-3)) * t)
+        return noise["sigma_min"] ** (1 - t) * noise["sigma_max"] ** t
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        num_samples: int = 1,
+        *,
+        num_steps: int = 128,
+        given: Tensor | None = None,
+        is_given: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draws token ids [B, L] by Tweedie steps (equations 19 and 20) and a last one that denoises.
+
+        Args:
+            num_samples: sequences B; as many as `given` has where it is given.
+            num_steps: steps evenly spaced in t; the network is evaluated once more than that.
+            given: known tokens [B, L]; anything where they are not known.
+            is_given: where they are known, a bool [B, L].
+            generator: of everything random, on the model's device.
+        """
+        device = self.vocab_embed.embedding.device
+        if (given is None) != (is_given is None):
+            raise ValueError("given and is_given go together: the known tokens, and where they are known")
+        if given is None or is_given is None:
+            given = torch.zeros(num_samples, self.length, dtype=torch.int64, device=device)
+            is_given = torch.zeros_like(given, dtype=torch.bool)
+        if given.ndim != 2 or given.shape != is_given.shape or is_given.dtype != torch.bool:
+            raise ValueError(
+                f"given {tuple(given.shape)} and is_given {tuple(is_given.shape)} ({is_given.dtype}) must both be "
+                "[B, L], is_given a bool"
+            )
+        given, is_given = given.to(device, torch.int64), is_given.to(device)
+        if self.is_absorbing:
+            xt = torch.full_like(given, self.vocab_size)
+        else:
+            xt = torch.randint(self.num_states, given.shape, device=device, generator=generator)
+        times = torch.linspace(1, T_END, num_steps + 1, device=device)
+        sigmas = [*self.sigma(times), torch.zeros((), device=device)]
+        for number, (sigma, after) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+            xt = torch.where(is_given, given, xt)
+            is_movable = ~is_given & (xt == self.vocab_size) if self.is_absorbing else ~is_given
+            xt[is_movable] = self._move(xt, sigma, sigma - after, is_movable, number == num_steps, generator)
+        return torch.where(is_given, given, xt)
+
+    def _move(
+        self,
+        xt: Tensor,
+        sigma: Tensor,
+        delta_sigma: Tensor,
+        is_movable: Tensor,
+        is_last: bool,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The next states [R] of the movable positions of xt."""
+        features = self.features(xt, sigma.expand(len(xt)))[is_movable]
+        moved = []
+        for rows, tokens in zip(features.split(_ROWS), xt[is_movable].split(_ROWS), strict=True):
+            score = self._log_score(rows, tokens, sigma).exp().scatter(-1, tokens[:, None], 0.0)
+            total = score.sum(-1, keepdim=True)
+            if self.is_absorbing:
+                jump = absorbing_jump(total, delta_sigma, is_last=is_last)
+            else:
+                jump = uniform_jump(total, delta_sigma, self.num_states)
+            moved.append(draw(score, tokens, jump, generator))
+        return torch.cat(moved) if moved else xt[is_movable]
+
+
+class Jump(NamedTuple):
+    """The law of a step: the current token has the weight `stay`, any other y slope score_y + offset, at least 0."""
+
+    stay: Tensor
+    slope: Tensor
+    offset: Tensor
+
+
+def absorbing_jump(total: Tensor, delta_sigma: Tensor, *, is_last: bool) -> Jump:
+    """From the mask (equation 19): a token gets (e^d - 1) score_y, the mask what is left of 1, in the end nothing.
+
+    Args:
+        total: sum of the score over all y != xt, [R, 1].
+        delta_sigma: noise d removed by the step.
+        is_last: whether no mask may stay (theorem 4.1).
+    """
+    growth = torch.expm1(delta_sigma).expand(total.shape)
+    stay = torch.zeros_like(total) if is_last else 1 - growth * total
+    return Jump(stay, growth, torch.zeros_like(total))
+
+
+def uniform_jump(total: Tensor, delta_sigma: Tensor, num_states: int) -> Jump:
+    """From any token: [e^d s_y + (1 - e^d)/N sum s] [e^-d delta(xt, y) + (1 - e^-d)/N], args as above."""
+    grown, share = torch.exp(delta_sigma), -torch.expm1(-delta_sigma) / num_states
+    taken = torch.expm1(delta_sigma) * (total + 1) / num_states
+    return Jump((grown - taken) * (1 / grown + share), (grown * share).expand(total.shape), -taken * share)
+
+
+def draw(score: Tensor, tokens: Tensor, jump: Jump, generator: torch.Generator | None) -> Tensor:
+    """The next state of every position, [R]: first whether it moves, then where to, both in float64.
+
+    Args:
+        score: of every state, 0 at the current one, [R, V].
+        tokens: current states [R].
+        jump: the law of the step, arrays [R, 1].
+        generator: of the draws.
+    """
+    weights = (jump.slope * score + jump.offset).clamp(min=0).scatter(-1, tokens[:, None], 0.0)
+    leave, stay = weights.sum(-1, dtype=torch.float64), jump.stay[:, 0].clamp(min=0)
+    uniform = torch.rand(leave.shape, dtype=torch.float64, device=leave.device, generator=generator)
+    moves = uniform * (leave + stay) < leave
+    after = tokens.clone()
+    if moves.any():
+        after[moves] = torch.multinomial(weights[moves].double(), 1, generator=generator)[:, 0]
+    return after
+
+
+class Embedding(nn.Module):
+    """A vector for every state."""
+
+    def __init__(self, num_states: int, hidden: int):
+        super().__init__()
+        bound = 1 / math.sqrt(hidden)
+        self.embedding = nn.Parameter(torch.empty(num_states, hidden).uniform_(-bound, bound))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embedding[tokens]
+
+
+class SigmaEmbedding(nn.Module):
+    """The noise level in 256 sinusoids, cosines first, and a two-layer MLP: [B] to [B, C]."""
+
+    def __init__(self, cond: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32, device=sigma.device) / 128)
+        angles = sigma[:, None] * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of rotary positions (Su et al. 2021), base 10000: two arrays [L, K/2]."""
+
+    def __init__(self, head_size: int):
+        super().__init__()
+        self.register_buffer("inv_freq", 1 / 10_000 ** (torch.arange(0, head_size, 2).float() / head_size))
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        angles = torch.arange(length, device=self.inv_freq.device).float()[:, None] * self.inv_freq.float()
+        return angles.cos(), angles.sin()
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over features with a scale and no bias, in float32."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x.float(), self.weight.shape) * self.weight
+
+
+def modulation(chunks: int, cond: int, hidden: int) -> nn.Linear:
+    """From the noise level to shifts, scales and gates, 0 at first."""
+    linear = nn.Linear(cond, chunks * hidden)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with adaptive LayerNorm and a gate driven by the noise level."""
+
+    def __init__(self, hidden: int, heads: int, cond: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm1 = LayerNorm(hidden)
+        self.attn_qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.attn_out = nn.Linear(hidden, hidden, bias=False)
+        self.norm2 = LayerNorm(hidden)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden, 4 * hidden), nn.GELU(approximate="tanh"), nn.Linear(4 * hidden, hidden)
+        )
+        self.adaLN_modulation = modulation(6, cond, hidden)
+
+    def forward(self, x: Tensor, condition: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
+        attended = self.attend(self.norm1(x) * (1 + scale1) + shift1, rotation)
+        x = x + gate1 * functional.dropout(attended, self.dropout, self.training)
+        mixed = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return x + gate2 * functional.dropout(mixed, self.dropout, self.training)
+
+    def attend(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention of every position to all, with rotary positions on queries and keys."""
+        batch, length, hidden = x.shape
+        q, k, v = self.attn_qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out = functional.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
+        return self.attn_out(out.transpose(1, 2).reshape(batch, length, hidden))
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns feature j with j + K/2 by the angle of its position; x [B, H, L, K]."""
+    cos, sin = (part.to(x.dtype) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Head(nn.Module):
+    """The last LayerNorm, modulated, and the linear layer to the states."""
+
+    def __init__(self, hidden: int, num_states: int, cond: int):
+        super().__init__()
+        self.norm_final = LayerNorm(hidden)
+        self.linear = nn.Linear(hidden, num_states)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.adaLN_modulation = modulation(2, cond, hidden)
+
+    def features(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.norm_final(x) * (1 + scale) + shift
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: eight bytes that count the header's, the header in JSON, the numbers."""
+    tensors = {}
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            file.seek(8 + size + start)
+            numbers = torch.frombuffer(bytearray(file.read(stop - start)), dtype=_DTYPES[entry["dtype"]])
+            tensors[name] = numbers.reshape(entry["shape"])
+    return tensors
