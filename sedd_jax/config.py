@@ -248,6 +248,11 @@ def validate(config: Config) -> None:
             "config.network.scale_by_sigma=True only has a meaning for the absorbing graph: set it to False for "
             f"{config.graph.name}"
         )
+    if network.normalize and not network.scale_by_sigma:
+        raise ValueError(
+            "config.network.normalize=True fixes the sum of the scores, which depends on sigma: set "
+            "config.network.scale_by_sigma=True"
+        )
     if training.batch_size % training.num_micro_batches:
         raise ValueError(
             f"config.training.batch_size={training.batch_size} must be divisible by config.training.num_micro_batches="

@@ -44,7 +44,8 @@ def draw(
         is_movable: where the state may change.
         jump_fn: from the sum of the score over all y != xt to the law of the step.
     """
-    blocks = functools.partial(_over_head, config, params, features, xt, sigma, is_movable)
+    log_scale = score_heads.scale_needed(config, params, features, xt, sigma, is_movable)
+    blocks = functools.partial(_over_head, config, params, features, xt, log_scale, is_movable)
     key_block, key_state = jax.random.split(key)
     plain = graphs.Jump(stay=jnp.zeros(xt.shape), slope=jnp.ones(xt.shape))
     sums = blocks(_block_sums, plain)
@@ -71,7 +72,8 @@ def draw_published(
 
     Every state runs a race of its own (`categoricals.race_published`), so this needs noise for all of them.
     """
-    blocks = functools.partial(_over_head, config, params, features, xt, sigma, is_movable)
+    log_scale = score_heads.scale_needed(config, params, features, xt, sigma, is_movable)
+    blocks = functools.partial(_over_head, config, params, features, xt, log_scale, is_movable)
     plain = graphs.Jump(stay=jnp.zeros(xt.shape), slope=jnp.ones(xt.shape))
     jump = jump_fn(blocks(_block_sums, plain).sum(-1))
     return blocks(_race, jump, jax.random.key_data(_position_keys(key, xt)))
@@ -91,13 +93,12 @@ def _over_head(
     params: networks.Params,
     features: Float[Array, "B L D"],
     xt: Int[Array, "B L"],
-    sigma: Float[Array, "B"],
+    log_scale: Float[Array, "B L"],
     is_movable: Bool[Array, "B L"],
     fn: Callable[..., Any],
     *arrays: Any,
 ) -> Any:
     """Calls fn(vocabulary, features, xt, log_scale, is_movable, *arrays) for each device's positions and all states."""
-    log_scale = jnp.broadcast_to(score_heads.log_scale(config, sigma), xt.shape)
     width = min(BLOCK_STATES, config.padded_states)
 
     def run(kernel: Array, bias: Array, *arrays: Any) -> Any:

@@ -38,7 +38,8 @@ def log_score(
     """log of the score s(xt, sigma)_y for every state y, 0 at the current token: the whole array, for inspection."""
     z = logits(params, features)[..., : config.num_states]
     current = xt[..., None] == jnp.arange(config.num_states)[None, None]
-    return jnp.where(current, 0.0, z + log_scale(config, sigma)[..., None])
+    logsumexp = jax.nn.logsumexp(jnp.where(current, -jnp.inf, z), axis=-1)
+    return jnp.where(current, 0.0, z + log_scale(config, sigma, logsumexp)[..., None])
 
 
 def summarize(
@@ -55,7 +56,7 @@ def summarize(
     Differentiable in parameters and features; the backward pass computes the logits of each tile again.
     """
     raw = _summarize(config.num_states, params["head_kernel"], params["head_bias"], features, xt, x0, is_needed)
-    scale = log_scale(config, sigma)
+    scale = log_scale(config, sigma, raw.logsumexp)
     needed = lambda x: jnp.where(is_needed, x, 0.0)
     return graphs.ScoreSummary(
         logsumexp=needed(raw.logsumexp + scale),
@@ -64,11 +65,38 @@ def summarize(
     )
 
 
-def log_scale(config: networks.NetworkConfig, sigma: Float[Array, "B"]) -> Float[Array, "B 1"]:
-    """What is added to z to make it log score: -log((e^sigma - 1) N) with N real tokens, or nothing."""
+def scale_needed(
+    config: networks.NetworkConfig,
+    params: networks.Params,
+    features: Float[Array, "B L D"],
+    xt: Int[Array, "B L"],
+    sigma: Float[Array, "B"],
+    is_needed: Bool[Array, "B L"],
+) -> Float[Array, "B L"]:
+    """`log_scale` where `is_needed`, without the array over states; the head runs only where scores are normalised."""
+    if not config.normalize:
+        return log_scale(config, sigma, jnp.zeros(xt.shape))
+    raw = _summarize(config.num_states, params["head_kernel"], params["head_bias"], features, xt, xt, is_needed)
+    return log_scale(config, sigma, raw.logsumexp)
+
+
+def log_scale(
+    config: networks.NetworkConfig, sigma: Float[Array, "B"], logsumexp: Float[Array, "B L"]
+) -> Float[Array, "B L"]:
+    """What is added to z to make it log score.
+
+    -log((e^sigma - 1) N) with N real tokens, or nothing; where scores are normalised, what makes them sum to
+    1 / (e^sigma - 1).
+
+    Args:
+        config: which of the three.
+        sigma: total noise of each sequence.
+        logsumexp: of z over all y != xt.
+    """
     if not config.scale_by_sigma:
-        return jnp.zeros_like(sigma)[:, None]
-    return -(jnp.log(jnp.expm1(sigma)) + jnp.log(jnp.float32(config.num_states - 1)))[:, None]
+        return jnp.zeros_like(logsumexp)
+    log_num = logsumexp if config.normalize else jnp.full_like(logsumexp, jnp.log(jnp.float32(config.num_states - 1)))
+    return -jnp.log(jnp.expm1(sigma))[:, None] - log_num
 
 
 def _make_tiles(

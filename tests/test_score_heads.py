@@ -12,12 +12,16 @@ SIGMA = jnp.array([1e-3, 0.7, 6.0])
 
 
 @pytest.fixture(
-    scope="module", params=[(201, True), (201, False), (256, False)], ids=["scaled", "unscaled", "without padding"]
+    scope="module",
+    params=[(201, True, False), (201, False, False), (256, False, False), (201, True, True)],
+    ids=["scaled", "unscaled", "without padding", "normalised"],
 )
 def head(request):
     """A config, random weights (padding included), features, and tokens."""
-    num_states, scaled = request.param
-    config = networks.NetworkConfig(num_states=num_states, hidden_size=WIDTH, scale_by_sigma=scaled, dtype="float32")
+    num_states, scaled, normalized = request.param
+    config = networks.NetworkConfig(
+        num_states=num_states, hidden_size=WIDTH, scale_by_sigma=scaled, normalize=normalized, dtype="float32"
+    )
     keys = jax.random.split(jax.random.key(0), 5)
     params = {
         "head_kernel": jax.random.normal(keys[0], (WIDTH, config.padded_states)),
@@ -165,7 +169,9 @@ def test_log_score_is_zero_at_the_current_token_and_scaled_elsewhere(head):
     assert not np.asarray(log_score)[current].any()
     z = np.float64(features) @ np.float64(params["head_kernel"]) + np.float64(params["head_bias"])
     if config.scale_by_sigma:
-        z -= np.log(np.expm1(np.float64(SIGMA)) * (config.num_states - 1))[:, None, None]
+        others = np.where(current, -np.inf, z[..., : config.num_states])
+        total = np.exp(others).sum(-1, keepdims=True) if config.normalize else config.num_states - 1
+        z -= np.log(np.expm1(np.float64(SIGMA))[:, None, None] * total)
     np.testing.assert_allclose(log_score[~current], z[..., : config.num_states][~current], rtol=1e-5, atol=1e-4)
 
 
