@@ -207,7 +207,8 @@ def _by_blocks(fn: Any, *arrays: Any) -> Any:
     batch, length, num_heads = arrays[0].shape[:3]
     n = batch * num_heads
     most = max(1, BLOCK_SCORES[sharding.platform()] // length**2)
-    size = next(size for size in range(min(most, n), 0, -1) if n % size == 0)
+    # Where the batch has no size yet (`jax.export`), the heads of one sequence.
+    size = next(size for size in range(min(most, n), 0, -1) if n % size == 0) if isinstance(n, int) else num_heads
     split = lambda x: jnp.swapaxes(x, 1, 2).reshape(n // size, size, length, -1)
     join = lambda x: jnp.swapaxes(x.reshape(batch, num_heads, length, -1), 1, 2)
     inputs = tuple(split(x) for x in arrays)

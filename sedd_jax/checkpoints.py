@@ -100,10 +100,10 @@ class Checkpoints:
         items = self._restore(step, {name: getattr(like, name) for name in _TREES}, like.step.sharding)
         return train_state.TrainState(step=items.pop("progress")["step"], **items)
 
-    def restore_ema(self, step: int, like: networks.Params) -> networks.Params:
-        """The moving average saved at `step`, with the shapes, dtypes and shardings of `like`; raises as `restore`."""
+    def restore_params(self, step: int, like: networks.Params, name: str) -> networks.Params:
+        """`params` or `ema_params` of the state saved at `step`, laid out as `like`; raises as `restore`."""
         mesh = jax.tree.leaves(like)[0].sharding.mesh
-        return self._restore(step, {"ema_params": like}, NamedSharding(mesh, PartitionSpec()))["ema_params"]
+        return self._restore(step, {name: like}, NamedSharding(mesh, PartitionSpec()))[name]
 
     def remove_after(self, step: int) -> None:
         """Removes every checkpoint newer than `step`, so that a run can go on from it."""

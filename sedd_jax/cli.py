@@ -183,28 +183,39 @@ def sample(argv: list[str]) -> None:
 
 
 def convert(argv: list[str]) -> None:
-    """Carry a checkpoint from the published PyTorch layout into a run directory, or back.
+    """Carry a checkpoint between run directories, PyTorch's layouts, the Hub and StableHLO.
 
-    sedd convert --from=DIR --to=DIR [--tokenizer=SPEC]
+    sedd convert --from=RUN|DIR|FILE.ckpt|OWNER/NAME --to=DIR [--to_format=torch|jax|stablehlo] [--weights=raw]
     """
     values = flags.FlagValues()
-    flags.DEFINE_string("from", None, "directory with config.json + model.safetensors, or a run", flag_values=values)
-    flags.DEFINE_string("to", None, "directory to write, of the other kind", flag_values=values)
+    flags.DEFINE_string(
+        "from", None, "run, directory or file of PyTorch's, or OWNER/NAME of the Hub", flag_values=values
+    )
+    flags.DEFINE_string("to", None, "directory to write", flag_values=values)
+    flags.DEFINE_string(
+        "to_format", None, "torch, jax (a run) or stablehlo; the other side if not given", flag_values=values
+    )
+    flags.DEFINE_string("weights", "ema", "ema, or raw (not averaged)", flag_values=values)
+    flags.DEFINE_string("dtype", "float32", "of torch's tensors: float32, bfloat16 or float16", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint of a run; the newest if not given", flag_values=values)
     flags.DEFINE_string(
-        "tokenizer", "", "for a run: gpt2:FILE, text8, ...; by default from the size", flag_values=values
+        "tokenizer", "", "for a source without one: gpt2:FILE, text8, ...; by default from the size", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "verify", None, "compare with the network in PyTorch; if not given, where torch is", flag_values=values
     )
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
     if arguments.asks_for_help(argv):
         arguments.print_help(convert, values)
         return
     given = arguments.parse(values, argv, "from", "to")
+    as_json, source, target = given.pop("json"), given.pop("from"), given.pop("to")
     from sedd_jax import convert as program
 
-    done = program.convert(given["from"], given["to"], step=given["step"], tokenizer=given["tokenizer"])
-    print(done)
-    if given["json"]:
-        print(json.dumps({"from": str(given["from"]), "to": str(given["to"]), "done": done}))
+    result = program.convert(source, target, **given)
+    print(program.describe(result))
+    if as_json:
+        print(json.dumps(result))
 
 
 def bench(argv: list[str]) -> None:

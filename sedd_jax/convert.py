@@ -1,178 +1,262 @@
-"""Carrying checkpoints between run directories and the published PyTorch layout (config.json + model.safetensors)."""
+"""Carrying checkpoints between run directories, the published PyTorch layouts and StableHLO."""
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
+import shutil
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from sedd_jax import config as configs
-from sedd_jax import networks, optimizers, runs, storage, tokenizers, torch_weights, train_state
-
-_WEIGHTS = "model.safetensors"
-# Where the published config.json keeps what ours does.
-_FIELDS = (
-    ("data.length", ("model", "length")),
-    ("network.hidden_size", ("model", "hidden_size")),
-    ("network.num_layers", ("model", "n_blocks")),
-    ("network.num_heads", ("model", "n_heads")),
-    ("network.cond_dim", ("model", "cond_dim")),
-    ("network.dropout", ("model", "dropout")),
-    ("network.scale_by_sigma", ("model", "scale_by_sigma")),
-    ("graph.name", ("graph", "type")),
-    ("noise.name", ("noise", "type")),
-    ("noise.sigma_min", ("noise", "sigma_min")),
-    ("noise.sigma_max", ("noise", "sigma_max")),
-    ("optimizer.learning_rate", ("optim", "lr")),
-    ("optimizer.warmup_steps", ("optim", "warmup")),
-    ("optimizer.beta1", ("optim", "beta1")),
-    ("optimizer.beta2", ("optim", "beta2")),
-    ("optimizer.eps", ("optim", "eps")),
-    ("optimizer.weight_decay", ("optim", "weight_decay")),
-    ("optimizer.clip_norm", ("optim", "grad_clip")),
-    ("optimizer.ema_decay", ("training", "ema")),
-    ("training.batch_size", ("training", "batch_size")),
-    ("training.num_micro_batches", ("training", "accum")),
-    ("training.num_steps", ("training", "n_iters")),
+from sedd_jax import (
+    hosts,
+    model_cards,
+    networks,
+    optimizers,
+    published_checkpoints,
+    published_configs,
+    runs,
+    score_export,
+    storage,
+    subwords,
+    tokenizers,
+    torch_weights,
+    train_state,
+    verification,
 )
+
+FORMATS = ("torch", "jax", "stablehlo")
+WEIGHTS = {"ema": "ema_params", "raw": "params"}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is carried.
+
+    Attributes:
+        run: config, tokenizer and, as its directory, where it comes from.
+        tensors: the network's, in the published names and layouts, float32.
+        origin: facts about where it comes from.
+        is_conditioned: whether the tensors are of a network that is told the noise.
+    """
+
+    run: runs.Run
+    tensors: dict[str, np.ndarray]
+    origin: dict[str, Any]
+    is_conditioned: bool = True
 
 
 def convert(
-    source: storage.Directory, target: storage.Directory, *, step: int | None = None, tokenizer: str = ""
-) -> str:
-    """Converts a published directory into a run directory, or a run directory's moving average into a published one.
+    source: storage.Directory,
+    target: storage.Directory,
+    *,
+    to_format: str | None = None,
+    weights: str = "ema",
+    dtype: str = "float32",
+    step: int | None = None,
+    tokenizer: str = "",
+    verify: bool | None = None,
+) -> dict[str, Any]:
+    """Carries a network from one program's directory to another's, which appears whole or not at all.
 
     Args:
-        source: either kind of directory.
+        source: a run directory, whatever `published_checkpoints` reads, or OWNER/NAME of the Hub.
         target: a directory that does not exist yet.
+        to_format: torch (config.json and model.safetensors as the published program loads them, a model card, the
+            network in PyTorch), stablehlo (that, and the score function), or jax (a run directory); the other side of
+            the source if None.
+        weights: ema or raw.
+        dtype: of the tensors written, where they are not a run's.
         step: of a run directory's checkpoint; the newest if None.
-        tokenizer: for a run directory: a spec as in config.data.tokenizer; GPT-2 for 50257 tokens and plain ids
-            otherwise.
+        tokenizer: for a source that does not bring its own: a spec as in config.data.tokenizer.
+        verify: whether the PyTorch network must agree with ours; where torch is installed if None.
 
     Returns:
-        What was done, in one line.
+        What was done: from, to, to_format, dtype, weights, step and more of where it comes from, num_parameters, and
+        largest_difference and largest_logit, None where not verified.
 
     Raises:
-        ValueError: where the source is neither kind, is damaged, or its config and weights disagree.
+        ImportError: where torch is needed and not installed.
+        ValueError: where the source is none of these or damaged, the target's program has no such model, or the two
+            networks disagree.
     """
     for flag, place in (("from", source), ("to", target)):
         if not isinstance(place, pathlib.Path):
             raise ValueError(f"--{flag}={place} is in a bucket: copy it, and give a local directory")
     assert isinstance(source, pathlib.Path)
     assert isinstance(target, pathlib.Path)
-    if (source / _WEIGHTS).exists():
-        if step is not None:
-            raise ValueError(f"--step={step} has no use here: {source} holds one set of weights")
-        return _to_run(source, target, tokenizer)
-    if (source / "checkpoints").exists():
-        if tokenizer:
-            raise ValueError(f"--tokenizer={tokenizer} has no use here: {source} is a run directory and has its own")
-        return _to_torch(source, target, step)
-    raise ValueError(
-        f"{source} has neither {_WEIGHTS} (a published PyTorch directory) nor checkpoints/ (a run directory): give "
-        "one of them"
-    )
+    for flag, value, known in (("weights", weights, WEIGHTS), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise ValueError(f"--{flag}={value} is unknown: choose one of {', '.join(known)}")
+    if to_format not in (None, *FORMATS):
+        raise ValueError(f"--to_format={to_format} is unknown: choose one of {', '.join(FORMATS)}")
+    if target.exists():
+        raise ValueError(f"{target} exists: use another --to")
+    has_torch = importlib.util.find_spec("torch") is not None
+    if verify and not has_torch:
+        raise ImportError("--verify runs the network in PyTorch: pip install torch, or give --noverify")
+
+    model, other_side = _read(source, weights, step, tokenizer)
+    to_format = to_format or other_side
+    if to_format == "jax" and dtype != "float32":
+        raise ValueError(f"--dtype={dtype} is for tensors of PyTorch: a run directory holds float32")
+    compares = has_torch if verify is None else verify
+    with storage.new_directory(target) as partial:
+        compared = (_write_run if to_format == "jax" else _write_torch)(partial, model, to_format, dtype, compares)
+    size = sum(tensor.size for name, tensor in model.tensors.items() if name != torch_weights.ROTARY)
+    found = compared._asdict() if compared else dict.fromkeys(verification.Comparison._fields)
+    return {**model.origin, "to": str(target), "to_format": to_format, "dtype": dtype, "num_parameters": size, **found}
 
 
-def read_published(source: pathlib.Path) -> tuple[configs.Config, int, networks.Params]:
-    """Config, number of tokens N and parameters of a published directory.
-
-    Raises:
-        ValueError: names what is missing, damaged or contradictory.
-    """
-    config, num_tokens = _read_config(source / "config.json")
-    try:
-        tensors = safetensors.numpy.load_file(source / _WEIGHTS)
-    except (safetensors.SafetensorError, TypeError) as error:
-        raise ValueError(f"{source / _WEIGHTS} cannot be read as safetensors ({error}): copy it again") from error
-    network = _network(config, num_tokens)
-    return config, num_tokens, torch_weights.from_torch(tensors, network)
-
-
-def _to_run(source: pathlib.Path, target: pathlib.Path, spec: str) -> str:
-    config, num_tokens, params = read_published(source)
-    built = tokenizers.build(spec or ("gpt2" if num_tokens == 50257 else f"ids:{num_tokens}"), lambda: iter(()))
-    real_tokens = built.vocab_size if built.mask_id is None or config.graph.name == "absorb" else built.vocab_size + 1
-    if real_tokens != num_tokens:
-        raise ValueError(
-            f"--tokenizer={spec} has {real_tokens} tokens, the checkpoint {num_tokens}: give its own tokenizer"
+def describe(result: dict[str, Any]) -> str:
+    """What `convert` did, in two lines."""
+    step = f" of step {result['step']}" if "step" in result else ""
+    lines = [
+        f"wrote {result['to']}: {result['num_parameters']} parameters in {result['dtype']}, weights {result['weights']}"
+        f"{step} of {result['from']}; the optimizer's state is not carried"
+    ]
+    if result["largest_difference"] is None:
+        lines.append("not verified: install torch to compare with the network in PyTorch (--verify)")
+    else:
+        lines.append(
+            f"verified: logits of PyTorch and JAX differ by at most {result['largest_difference']:.2g}, the largest is "
+            f"{result['largest_logit']:.4g}"
         )
+    return "\n".join(lines)
+
+
+def _read(source: pathlib.Path, weights: str, step: int | None, spec: str) -> tuple[Model, str]:
+    """What a source holds, and the format on its other side."""
+    if not source.exists():
+        if not published_checkpoints.is_hub_name(str(source)):
+            raise ValueError(f"--from={source} does not exist: correct the path")
+        source = published_checkpoints.download(str(source))
+    read = published_checkpoints.find_reader(source)
+    if read is not None:
+        if step is not None:
+            raise ValueError(f"--step={step} is for run directories: name the file of that step in {source} instead")
+        return _from_checkpoint(read(source, weights), source, spec), "jax"
+    if not (source / storage.CHECKPOINTS).exists():
+        raise ValueError(
+            f"{source} is no checkpoint: give a run directory, one with config.json and model.safetensors or "
+            "pytorch_model.bin, one with .hydra/ and checkpoints-meta/, or a .pth or .ckpt file"
+        )
+    if spec:
+        raise ValueError(f"--tokenizer={spec} has no use here: {source} is a run directory and has its own")
+    run = runs.load(source)
+    found, params = run.params(WEIGHTS[weights], step=step)
+    origin = {"from": str(source), "layout": "run directory", "weights": weights, "step": found}
+    tensors = torch_weights.to_torch(params, run.network)
+    return Model(run=run, tensors=tensors, origin=origin | {"revision": hosts.revision()}), "torch"
+
+
+def _from_checkpoint(checkpoint: published_checkpoints.Checkpoint, source: pathlib.Path, spec: str) -> Model:
+    tokenizer = _find_tokenizer(checkpoint, source, spec)
+    run = runs.Run(workdir=source, config=checkpoint.config, tokenizer=tokenizer)
+    if run.graph.vocab_size != checkpoint.num_tokens:
+        raise ValueError(
+            f"--tokenizer={spec} has {run.graph.vocab_size} tokens, the checkpoint {checkpoint.num_tokens}: give its "
+            "own tokenizer"
+        )
+    origin = {"from": str(source), **checkpoint.origin, "revision": hosts.revision()}
+    tensors = {name: np.asarray(tensor, np.float32) for name, tensor in checkpoint.tensors.items()}
+    tensors.setdefault(torch_weights.ROTARY, torch_weights.rotary(run.network))
+    return Model(run=run, tensors=tensors, origin=origin, is_conditioned=checkpoint.is_conditioned)
+
+
+def _find_tokenizer(
+    checkpoint: published_checkpoints.Checkpoint, source: pathlib.Path, spec: str
+) -> tokenizers.Tokenizer:
+    """The tokenizer asked for, or the source's own, or GPT-2's where its size is that, or plain ids."""
+    if not spec and (source / published_checkpoints.TOKENIZER).exists():
+        return tokenizers.read(source / published_checkpoints.TOKENIZER)
+    if not spec and checkpoint.tokenizer not in ("", "gpt2"):
+        raise ValueError(
+            f"{source} was trained on tokens of {checkpoint.tokenizer}, whose mask may be any of them: give "
+            "--tokenizer, such as wordpiece:vocab.txt"
+        )
+    usual = "gpt2" if checkpoint.num_tokens == tokenizers.VOCAB_SIZES["gpt2"] else f"ids:{checkpoint.num_tokens}"
+    return tokenizers.build(spec or usual, lambda: iter(()))
+
+
+def _write_run(
+    directory: pathlib.Path, model: Model, to_format: str, dtype: str, compares: bool
+) -> verification.Comparison | None:
+    run = model.run
+    params = torch_weights.from_torch(_told_noise(model), run.network)
     state = train_state.TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema_params=params,
-        opt_state=optimizers.make_optimizer(config.optimizer).init(params),
+        opt_state=optimizers.make_optimizer(run.config.optimizer).init(params),
     )
-    runs.start_converted(target, config, built, state)
-    return f"wrote run directory {target}: {_size(params)} parameters, optimizer state fresh"
+    written = runs.fill(directory, run.config, run.tokenizer, state)
+    _write_json(directory / "origin.json", model.origin)
+    if not compares:
+        return None
+    theirs = verification.load(published_configs.to_sedd(run), model.tensors)
+    return _agreeing(theirs, written.ema_params()[1], run, is_conditioned=model.is_conditioned)
 
 
-def _to_torch(source: pathlib.Path, target: pathlib.Path, step: int | None) -> str:
-    run = runs.load(source)
-    if run.is_autoregressive:
-        raise ValueError(f"{source} is an autoregressive run: the published layout is for diffusion models")
-    if run.graph.num_states - 1 != getattr(run.graph, "mask_id", run.graph.num_states - 1):
+def _write_torch(
+    directory: pathlib.Path, model: Model, to_format: str, dtype: str, compares: bool
+) -> verification.Comparison | None:
+    run = model.run
+    published_configs.check_publishable(run)
+    tensors = _rounded(_told_noise(model), dtype)
+    origin = {**model.origin, "dtype": dtype, "config": configs.to_dict(run.config)}
+    _write_json(directory / "config.json", published_configs.to_sedd(run) | {"sedd_jax": origin})
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    # safetensors writes for the owner alone.
+    (directory / "model.safetensors").chmod((directory / "config.json").stat().st_mode)
+    tokenizers.write(run.tokenizer, directory / published_checkpoints.TOKENIZER)
+    if isinstance(run.tokenizer, subwords.SentencePiece):
+        (directory / "tokenizer.model").write_bytes(run.tokenizer.file())
+    shutil.copyfile(pathlib.Path(__file__).parent / "torch_model.py", directory / "torch_model.py")
+    if to_format == "stablehlo":
+        exported = score_export.export(tensors, run.network, run.config.data.length)
+        (directory / "score.stablehlo").write_bytes(exported)
+        (directory / "example.py").write_text(model_cards.STABLEHLO_EXAMPLE, encoding="utf-8")
+    card = model_cards.card(run, model.origin, dtype, with_stablehlo=to_format == "stablehlo")
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    if not compares:
+        return None
+    from sedd_jax import torch_model
+
+    theirs = torch_model.SEDD.from_pretrained(directory)
+    return _agreeing(theirs, torch_weights.from_torch(tensors, run.network), run)
+
+
+def _agreeing(
+    theirs: Any, params: networks.Params, run: runs.Run, *, is_conditioned: bool = True
+) -> verification.Comparison:
+    compared = verification.compare(theirs, params, run.network, run.config.data.length, is_conditioned=is_conditioned)
+    if not compared.agrees:
         raise ValueError(
-            f"{source} has its mask at id {run.tokenizer.mask_id}; the published layout knows only the last id"
+            f"logits of PyTorch and JAX differ by {compared.largest_difference:.2g} where the largest is "
+            f"{compared.largest_logit:.4g}: nothing was written; --noverify writes all the same"
         )
-    if target.exists():
-        raise ValueError(f"{target} exists: use another --to")
-    step, params = run.ema_params(step=step)
-    tensors = torch_weights.to_torch(params, run.network)
-    target.mkdir(parents=True)
-    (target / "config.json").write_text(json.dumps(_published_config(run), indent=2) + "\n", encoding="utf-8")
-    safetensors.numpy.save_file(tensors, target / _WEIGHTS, metadata={"format": "pt"})
-    return f"wrote {target}: moving average of step {step}, {len(tensors)} tensors"
+    return compared
 
 
-def _read_config(path: pathlib.Path) -> tuple[configs.Config, int]:
-    try:
-        published = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: a published directory has one beside {_WEIGHTS}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
-    flat: dict[str, Any] = configs.flatten(configs.to_dict(configs.Config()))
-    for ours, (section, name) in _FIELDS:
-        try:
-            value = published[section][name]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} has no {section}.{name}: it is not a published SEDD config") from error
-        # JSON and YAML write 1.0 as 1 where they can.
-        flat[ours] = type(flat[ours])(value) if isinstance(value, int | float) else value
-    flat["data.source"], flat["network.dtype"] = "", "float32"
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        section, _, field = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[field] = value
-    num_tokens = published.get("tokens")
-    if not isinstance(num_tokens, int) or num_tokens < 1:
-        raise ValueError(f"{path} has tokens={num_tokens!r}: it must be the number of real tokens")
-    return configs.parse(nested), num_tokens
+def _told_noise(model: Model) -> dict[str, np.ndarray]:
+    """Tensors of a network that may be told any noise level."""
+    return model.tensors if model.is_conditioned else torch_weights.without_noise(model.tensors)
 
 
-def _published_config(run: runs.Run) -> dict[str, Any]:
-    flat = configs.flatten(configs.to_dict(run.config))
-    published: dict[str, Any] = {"ngpus": 1, "tokens": run.graph.vocab_size, "model_type": "sedd"}
-    for ours, (section, name) in _FIELDS:
-        published.setdefault(section, {})[name] = flat[ours]
-    published["model"] |= {"name": "sedd_jax", "type": "ddit"}
-    published["graph"] |= {"file": "data", "report_all": False}
-    published["optim"]["optimizer"] = "AdamW"
-    published["data"] = {"train": run.config.data.source, "valid": run.config.data.source, "cache_dir": "data"}
-    published["sampling"] = {"predictor": "analytic", "steps": run.config.sampling.num_steps, "noise_removal": True}
-    return published
+def _rounded(tensors: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """Tensors in another dtype, but for the frequencies of rotary positions, which are no weights."""
+    narrow = {name: x if name == torch_weights.ROTARY else x.astype(jnp.dtype(dtype)) for name, x in tensors.items()}
+    for name, x in narrow.items():
+        if not np.isfinite(x.astype(np.float32)).all():
+            raise ValueError(f"--dtype={dtype} cannot hold the values of {name}: use bfloat16 or float32")
+    return narrow
 
 
-def _network(config: configs.Config, num_tokens: int) -> networks.NetworkConfig:
-    graph = configs.make_graph(config.graph, num_tokens, None)
-    return dataclasses.replace(config.network, num_states=graph.num_states)
-
-
-def _size(params: networks.Params) -> int:
-    return sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -27,6 +28,21 @@ def use_huge_pages() -> None:
         if "[madvise]" in HUGE_PAGES.read_text() and "GLIBC_TUNABLES" not in os.environ:
             os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
             os.execv(sys.executable, sys.orig_argv)
+
+
+def revision() -> str | None:
+    """The commit of this program's checkout, with a + where it was changed since; None where it is installed."""
+    here = pathlib.Path(__file__)
+
+    def git(*question: str) -> str:
+        command = ["git", "-C", str(here.parent), *question]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # A checkout may hold the environment that this is installed in.
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def cache_directory() -> pathlib.Path:

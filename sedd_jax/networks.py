@@ -40,8 +40,8 @@ class NetworkConfig:
         dropout: probability of dropping a branch's output, while training.
         dropout_generator: threefry (the same on every mesh), or rbg (cheaper, but another on another mesh).
         scale_by_sigma: whether the head's output is divided by (e^sigma - 1) N (absorbing graph only).
-        normalize: whether scores are scaled to the sum 1 / (e^sigma - 1) that true ones have, so that the softmax of the
-            output is the law of x0 and score entropy is cross-entropy (the mean parameterisation, MDLM's SUBS).
+        normalize: whether scores are scaled to the sum 1 / (e^sigma - 1) that true ones have: the softmax of the output
+            is the law of x0 then, and score entropy is cross-entropy (the mean parameterisation, MDLM's SUBS).
         dtype: dtype of the matrix products, "float32" or "bfloat16"; everything else is float32.
         remat: what the backward pass computes again instead of keeping it: none, all but matrix products (elementwise),
             or everything between blocks (blocks).

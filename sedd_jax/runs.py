@@ -76,6 +76,12 @@ class Run:
 
     def ema_params(self, mesh: jax.sharding.Mesh | None = None, step: int | None = None) -> tuple[int, networks.Params]:
         """Step and moving average of a checkpoint (the newest if None), laid out on a mesh (one device if None)."""
+        return self.params("ema_params", mesh, step)
+
+    def params(
+        self, name: str, mesh: jax.sharding.Mesh | None = None, step: int | None = None
+    ) -> tuple[int, networks.Params]:
+        """`ema_params`, or the parameters themselves where `name` is params."""
         mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
         if not self.checkpoint_dir.exists():
             raise ValueError(
@@ -86,7 +92,7 @@ class Run:
             if found is None:
                 raise ValueError(f"{self.workdir} has no complete checkpoint: train longer")
             shapes = jax.eval_shape(lambda: networks.init(jax.random.key(0), self.network))
-            return found, saved.restore_ema(found, sharding.shapes_on(mesh, shapes))
+            return found, saved.restore_params(found, sharding.shapes_on(mesh, shapes), name)
 
 
 def start(workdir: storage.Directory, config: configs.Config) -> None:
@@ -110,7 +116,7 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
         storage.upload(workdir)
         return
     # A start that was killed may have left these in a bucket, where nothing can appear whole.
-    ours = {"data", "tokenizer.json"} if storage.is_remote(workdir) else set()
+    ours = {"data", "tokenizer.json", *tokenizers.FILES.values()} if storage.is_remote(workdir) else set()
     if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - ours):
         raise ValueError(f"{workdir} exists and is not a run directory: use another --workdir")
     storage.clear(workdir)
@@ -149,15 +155,12 @@ def _fill(directory: pathlib.Path, config: configs.DataConfig) -> tokenizers.Tok
     return tokenizer
 
 
-def start_converted(workdir: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer, state: Any) -> Run:
-    """Makes a run directory around a given train state, with no data of its own."""
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise ValueError(f"{workdir} exists and is not empty: use another --to")
-    with storage.new_directory(workdir) as partial:
-        _describe(partial, config, tokenizer)
-        with contextlib.closing(checkpoints.Checkpoints(partial / "checkpoints", keep=1)) as saved:
-            saved.save(int(state.step), state)
-    return load(workdir)
+def fill(directory: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer, state: Any) -> Run:
+    """Makes a new directory that of a run with a given train state, and no data of its own."""
+    _describe(directory, config, tokenizer)
+    with contextlib.closing(checkpoints.Checkpoints(directory / storage.CHECKPOINTS, keep=1)) as saved:
+        saved.save(int(state.step), state)
+    return load(directory)
 
 
 def unsaved(config: configs.Config, vocab_size: int) -> Run:
@@ -175,16 +178,16 @@ def load(workdir: storage.Directory) -> Run:
         raise ValueError(
             f"{workdir} is not a run directory, it has no config.json: give the --workdir of a training run"
         )
-    storage.download(workdir, "config.json", "tokenizer.json")
+    storage.download(workdir, "config.json", "tokenizer.json", *tokenizers.FILES.values())
     local = storage.local_copy(workdir)
     config = configs.parse(_read_json(local / "config.json"))
-    tokenizer = tokenizers.from_json(_read_json(local / "tokenizer.json"))
+    tokenizer = tokenizers.read(local / "tokenizer.json")
     return Run(workdir=workdir, config=config, tokenizer=tokenizer)
 
 
 def _describe(directory: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer) -> None:
     _write_json(directory / "config.json", configs.to_dict(config))
-    _write_json(directory / "tokenizer.json", tokenizer.to_json())
+    tokenizers.write(tokenizer, directory / "tokenizer.json")
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

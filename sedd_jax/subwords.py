@@ -77,6 +77,10 @@ class GPT2:
     def to_json(self) -> dict[str, Any]:
         return {"kind": "gpt2", "path": self.path, "sha256": self.sha256}
 
+    def file(self) -> bytes:
+        """Content of a file that `path` may name."""
+        return _file_of_ranks(self._ranks)
+
     def fingerprint(self) -> str:
         """Equal for tokenizers that give every text the same ids, wherever their files lie."""
         return alphabets.fingerprint_of({"kind": "gpt2", "sha256": self.sha256})
@@ -146,6 +150,10 @@ class WordPiece:
     def to_json(self) -> dict[str, Any]:
         return {"kind": "wordpiece", "path": self.path, "sha256": self.sha256}
 
+    def file(self) -> bytes:
+        """Content of a file that `path` may name."""
+        return content(self.path)
+
     def fingerprint(self) -> str:
         """Equal for tokenizers that give every text the same ids, wherever their files lie."""
         return alphabets.fingerprint_of({"kind": "wordpiece", "sha256": self.sha256})
@@ -213,6 +221,10 @@ class SentencePiece:
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "sentencepiece", "model": self.model}
+
+    def file(self) -> bytes:
+        """The model as SentencePiece itself reads it."""
+        return base64.b64decode(self.model)
 
     def fingerprint(self) -> str:
         """Equal for the same model."""
@@ -307,6 +319,11 @@ def _read_ranks(path: str | None) -> dict[bytes, int]:
     return ranks
 
 
-def _sha256_of_ranks(ranks: dict[bytes, int]) -> str:
+def _file_of_ranks(ranks: dict[bytes, int]) -> bytes:
+    """Ranks in tiktoken's format."""
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
-    return hashlib.sha256(b"".join(lines)).hexdigest()
+    return b"".join(lines)
+
+
+def _sha256_of_ranks(ranks: dict[bytes, int]) -> str:
+    return hashlib.sha256(_file_of_ranks(ranks)).hexdigest()

@@ -5,6 +5,7 @@ where nothing ends a document, `unk_id` where nothing stands for text that has n
 """
 
 import difflib
+import json
 import pathlib
 import string
 from collections.abc import Callable, Iterable
@@ -28,6 +29,8 @@ FORMS = (
     "wordpiece:FILE",
     "ids:N",
 )
+# What a kind reads beside its description.
+FILES = {"gpt2": "gpt2.tiktoken", "wordpiece": "vocab.txt"}
 # Tokens of the tokenizers, masks left out; a corpus' own characters are taken to be 100.
 VOCAB_SIZES = {"gpt2": 50_257, "text8": 27, "bytes": 256, "wordpiece": 30_521, "characters": 100}
 
@@ -64,6 +67,36 @@ def from_json(description: dict[str, Any]) -> Tokenizer:
     if kind not in _KINDS:
         raise ValueError(f"tokenizer kind={kind!r} is unknown: this version reads {', '.join(_KINDS)}")
     return _KINDS[kind](**fields)
+
+
+def write(tokenizer: Tokenizer, path: pathlib.Path) -> None:
+    """Writes what `read` reads: the description in JSON, and beside it the file that it needs, if any (`FILES`)."""
+    description = tokenizer.to_json()
+    if isinstance(tokenizer, subwords.GPT2 | subwords.WordPiece):
+        description["path"] = FILES[description["kind"]]
+        (path.parent / description["path"]).write_bytes(tokenizer.file())
+    path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def read(path: pathlib.Path) -> Tokenizer:
+    """The tokenizer that `write` wrote.
+
+    Raises:
+        ValueError: where the description is damaged, or names a file that is not its own.
+    """
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        name = FILES.get(description["kind"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    if name is not None:
+        if description.get("path") != name:
+            raise ValueError(f"{path} names the file {description.get('path')!r}, but its own is {name}, beside it")
+        description["path"] = str(path.absolute().parent / name)
+    try:
+        return from_json(description)
+    except TypeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def num_ids(tokenizer: Tokenizer) -> int:

@@ -17,7 +17,11 @@ import safetensors.numpy
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # Whose objects may be replaced, and names of other libraries that come with them.
 _LIBRARIES = ("omegaconf", "transformers", "tokenizers", "lightning", "pytorch_lightning", "torchmetrics")
-_NAMES = ("typing.Any", "collections.defaultdict", *(f"builtins.{name}" for name in "dict list int str float bool".split()))
+_NAMES = (
+    "typing.Any",
+    "collections.defaultdict",
+    *(f"builtins.{name}" for name in ["dict", "list", "int", "str", "float", "bool"]),
+)
 
 
 class Inert:
@@ -79,7 +83,9 @@ def read_pickle(path: pathlib.Path) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ImportError(f"{path} is a pickle, which takes torch to read: pip install torch, or use safetensors") from error
+        raise ImportError(
+            f"{path} is a pickle, which takes torch to read: pip install torch, or use safetensors"
+        ) from error
 
     try:
         is_zip = zipfile.is_zipfile(path)

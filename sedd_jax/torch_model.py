@@ -10,6 +10,7 @@ program's, so its checkpoints load, too. Draws are precise: they are made in flo
 embedding of sigma; R positions that may move.
 """
 
+import itertools
 import json
 import math
 import pathlib
@@ -128,7 +129,7 @@ class SEDD(nn.Module):
             xt = torch.randint(self.num_states, given.shape, device=device, generator=generator)
         times = torch.linspace(1, T_END, num_steps + 1, device=device)
         sigmas = [*self.sigma(times), torch.zeros((), device=device)]
-        for number, (sigma, after) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        for number, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
             xt = torch.where(is_given, given, xt)
             is_movable = ~is_given & (xt == self.vocab_size) if self.is_absorbing else ~is_given
             xt[is_movable] = self._move(xt, sigma, sigma - after, is_movable, number == num_steps, generator)

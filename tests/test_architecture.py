@@ -25,6 +25,7 @@ FLOORS = (
         "storage",
         "tables",
         "tiles",
+        "torch_model",
     ),
     ("networks", "score_draws", "score_heads"),
     (
@@ -44,7 +45,9 @@ FLOORS = (
         "text_files",
         "tfds_text_files",
         "tokenizers",
+        "torch_files",
         "torch_weights",
+        "verification",
     ),
     (
         "batches",
@@ -53,8 +56,12 @@ FLOORS = (
         "curves",
         "judges",
         "likelihoods",
+        "model_cards",
+        "published_checkpoints",
+        "published_configs",
         "results",
         "runs",
+        "score_export",
         "shards",
         "terminals",
         "train_state",
@@ -86,7 +93,8 @@ ROOMS = {
     "tensorflow_datasets": {"hub_corpora", "tfds_text_files"},
     "datasets": {"hub_corpora"},
     "sentencepiece": {"subwords"},
-    "torch": {"benchmark_published", "judges"},  # The first is run by the reference's interpreter.
+    # The first is run by the reference's interpreter.
+    "torch": {"benchmark_published", "judges", "torch_files", "torch_model", "verification"},
     "transformers": {"judges"},
     "mauve": {"infilling"},
 }

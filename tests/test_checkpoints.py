@@ -87,7 +87,7 @@ def test_what_a_mesh_has_saved_one_device_reads(tmp_path):
         saved.save(5, state(5, make_mesh("split")))
     assert_same(restore(tmp_path, 5), state(5))
     with contextlib.closing(checkpoints.Checkpoints(tmp_path)) as saved:
-        assert_same(saved.restore_ema(5, state(0).ema_params), state(5).ema_params)
+        assert_same(saved.restore_params(5, state(0).ema_params, "ema_params"), state(5).ema_params)
 
 
 def test_the_newest_are_kept_and_every_so_many_for_good(tmp_path):
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_with_none_before_it(saved_twice, tmp_path):
     with pytest.raises(ValueError, match=r"2 is damaged or cannot be read \(.*\): there is none before it"):
         restore(directory, 2)
     with contextlib.closing(checkpoints.Checkpoints(directory)) as saved:
-        assert_same(saved.restore_ema(2, state(0).ema_params), state(2).ema_params)
+        assert_same(saved.restore_params(2, state(0).ema_params, "ema_params"), state(2).ema_params)
 
 
 def test_a_full_disk_is_told_and_loses_nothing(small_disk):

@@ -1,0 +1,214 @@
+"""Configs of the published program, and of MDLM's, in our terms and back."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from sedd_jax import config as configs
+from sedd_jax import runs
+
+# Our name -> theirs; what a config may lack stands apart.
+_SEDD = {
+    "data.length": "model.length",
+    "network.hidden_size": "model.hidden_size",
+    "network.num_layers": "model.n_blocks",
+    "network.num_heads": "model.n_heads",
+    "network.cond_dim": "model.cond_dim",
+    "network.dropout": "model.dropout",
+    "network.scale_by_sigma": "model.scale_by_sigma",
+    "graph.name": "graph.type",
+    "noise.name": "noise.type",
+    "noise.sigma_min": "noise.sigma_min",
+    "noise.sigma_max": "noise.sigma_max",
+    "optimizer.learning_rate": "optim.lr",
+    "optimizer.warmup_steps": "optim.warmup",
+    "optimizer.beta1": "optim.beta1",
+    "optimizer.beta2": "optim.beta2",
+    "optimizer.eps": "optim.eps",
+    "optimizer.weight_decay": "optim.weight_decay",
+    "optimizer.clip_norm": "optim.grad_clip",
+    "optimizer.ema_decay": "training.ema",
+    "training.batch_size": "training.batch_size",
+    "training.num_micro_batches": "training.accum",
+    "training.num_steps": "training.n_iters",
+}
+_SEDD_OPTIONAL = {"noise.eps": "noise.eps"}
+# Without scale_by_sigma: MDLM's program scales by the parameterisation, whatever that field says.
+_MDLM = {
+    "data.length": "model.length",
+    "network.hidden_size": "model.hidden_size",
+    "network.num_layers": "model.n_blocks",
+    "network.num_heads": "model.n_heads",
+    "network.cond_dim": "model.cond_dim",
+    "network.dropout": "model.dropout",
+    "noise.name": "noise.type",
+}
+_MDLM_OPTIONAL = {
+    "noise.sigma_min": "noise.sigma_min",
+    "noise.sigma_max": "noise.sigma_max",
+    "optimizer.learning_rate": "optim.lr",
+    "optimizer.warmup_steps": "lr_scheduler.num_warmup_steps",
+    "optimizer.beta1": "optim.beta1",
+    "optimizer.beta2": "optim.beta2",
+    "optimizer.eps": "optim.eps",
+    "optimizer.weight_decay": "optim.weight_decay",
+    "optimizer.clip_norm": "trainer.gradient_clip_val",
+    "optimizer.ema_decay": "training.ema",
+    "training.batch_size": "loader.global_batch_size",
+    "training.num_steps": "trainer.max_steps",
+}
+_MDLM_TRANSFORMERS = {
+    "data.length": "model_length",
+    "network.hidden_size": "hidden_dim",
+    "network.num_layers": "n_blocks",
+    "network.num_heads": "n_heads",
+    "network.cond_dim": "cond_dim",
+    "network.dropout": "dropout",
+}
+
+
+class Fields:
+    """A mapping out of a file, whose missing keys are named together with the file."""
+
+    def __init__(self, content: Any, path: pathlib.Path):
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{path} holds a {type(content).__name__} where a mapping should be: it is another file")
+        self._content, self._path = content, path
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._content:
+            raise ValueError(f"{self._path} has no {name!r}, only {', '.join(map(repr, list(self._content)[:6]))}")
+        return self._content[name]
+
+    def choice(self, name: str, *known: Any) -> Any:
+        """The value of a field that must be one of those known."""
+        if self[name] not in known:
+            raise ValueError(
+                f"{self._path} has {name}={self[name]!r}: it can be converted where that is "
+                f"{' or '.join(map(repr, known))}"
+            )
+        return self[name]
+
+    def whole_number(self, name: str) -> int:
+        """The value of a field that must be a whole number, at least 0."""
+        value = self[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{self._path} has {name}={value!r}: it must be a whole number")
+        return value
+
+
+def from_sedd(published: Mapping[str, Any], path: pathlib.Path) -> tuple[configs.Config, int]:
+    """Config and number of real tokens N from config.json or .hydra/config.yaml of the published program.
+
+    Raises:
+        ValueError: names the file and the field that is missing or impossible; so do the others.
+    """
+    num_tokens = Fields(published, path).whole_number("tokens")
+    if num_tokens == 0:
+        raise ValueError(f"{path} has tokens=0: it must be the number of real tokens")
+    return _translate(published, path, _SEDD, _SEDD_OPTIONAL, {}), num_tokens
+
+
+def from_mdlm(published: Mapping[str, Any], path: pathlib.Path) -> configs.Config:
+    """Config from that of MDLM's program, whose networks mean scores (sedd) or the law of x0 (subs)."""
+    fields = Fields(published, path)
+    fields.choice("backbone", "dit")
+    fields.choice("diffusion", "absorbing_state")
+    is_mean = fields.choice("parameterization", "sedd", "subs") == "subs"
+    return _translate(published, path, _MDLM, _MDLM_OPTIONAL, {"network.normalize": is_mean})
+
+
+def from_mdlm_transformers(published: Mapping[str, Any], path: pathlib.Path) -> configs.Config:
+    """Config from config.json of a model of MDLM's in transformers, which means the law of x0."""
+    return _translate(published, path, _MDLM_TRANSFORMERS, {}, {"network.normalize": True})
+
+
+def to_sedd(run: runs.Run) -> dict[str, Any]:
+    """config.json of the published program for a run."""
+    published: dict[str, Any] = {"model_type": "sedd", "ngpus": 1, "tokens": run.graph.vocab_size}
+    flat = configs.flatten(configs.to_dict(run.config))
+    for ours, path in (_SEDD | _SEDD_OPTIONAL).items():
+        section, _, name = path.partition(".")
+        published.setdefault(section, {})[name] = flat[ours]
+    published["model"] |= {"name": "sedd_jax", "type": "ddit"}
+    published["graph"] |= {"file": "data", "report_all": False}
+    published["optim"]["optimizer"] = "AdamW"
+    published["data"] = {"train": run.config.data.source, "valid": run.config.data.source, "cache_dir": "data"}
+    published["sampling"] = {"predictor": "analytic", "steps": run.config.sampling.num_steps, "noise_removal": True}
+    return published
+
+
+def check_publishable(run: runs.Run) -> None:
+    """Raises ValueError where the published program knows no model like the run's."""
+    if run.is_autoregressive:
+        raise ValueError(f"{run.workdir} is an autoregressive run: the published layout is for diffusion models")
+    if run.graph.num_states - 1 != getattr(run.graph, "mask_id", run.graph.num_states - 1):
+        raise ValueError(
+            f"{run.workdir} has its mask at id {run.tokenizer.mask_id}: the published layout knows only the last id"
+        )
+    for name, known in (("normalize", False), ("mlp_ratio", 4)):
+        found = getattr(run.network, name)
+        if found != known:
+            raise ValueError(f"{run.workdir} has network.{name}={found}: the published layout knows only {known}")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A config in JSON."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: a published directory has one beside its weights") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    Fields(content, path)
+    return content
+
+
+def read_yaml(path: pathlib.Path) -> dict[str, Any]:
+    """A config in YAML, as Hydra writes it."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())[:120]}): copy it again") from error
+    Fields(content, path)
+    return content
+
+
+def _translate(
+    published: Mapping[str, Any],
+    path: pathlib.Path,
+    required: Mapping[str, str],
+    optional: Mapping[str, str],
+    fixed: Mapping[str, Any],
+) -> configs.Config:
+    """A config from another program's, by tables of names."""
+    flat: dict[str, Any] = configs.flatten(configs.to_dict(configs.Config()))
+    theirs = configs.flatten(published)
+    for ours, name in {**required, **optional}.items():
+        if name in theirs:
+            flat[ours] = _as_number(theirs[name], type(flat[ours]))
+        elif ours in required:
+            raise ValueError(f"{path} has no {name}: it is not the config of such a model")
+    flat |= {**fixed, "data.source": "", "network.dtype": "float32"}
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        section, _, field = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[field] = value
+    try:
+        return configs.parse(nested)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _as_number(value: Any, kind: type) -> Any:
+    """A value as a field of ours has it: YAML reads 1e-4 as text, and it and JSON write 1.0 as 1."""
+    if kind not in (int, float) or isinstance(value, bool):
+        return value
+    try:
+        number = float(value)
+        return kind(number) if number == kind(number) else value
+    except (TypeError, ValueError, OverflowError):
+        return value
