@@ -107,9 +107,11 @@ class Config:
 
     Attributes:
         seed: of initialisation, data order, noise and dropout.
+        init_from: a run directory, as `sedd convert` makes them, too, whose weights this one starts with; "" for fresh.
     """
 
     seed: int = 0
+    init_from: str = ""
     data: DataConfig = DataConfig()
     graph: GraphConfig = GraphConfig()
     noise: NoiseConfig = NoiseConfig()

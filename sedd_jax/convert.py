@@ -77,8 +77,8 @@ def convert(
         verify: whether the PyTorch network must agree with ours; where torch is installed if None.
 
     Returns:
-        What was done: from, to, to_format, dtype, weights, step and more of where it comes from, num_parameters, and
-        largest_difference and largest_logit, None where not verified.
+        What was done: from, to, to_format, dtype, num_parameters, largest_difference and largest_logit (None where not
+        verified), and what is known of the source: layout, weights, step, revision of this program.
 
     Raises:
         ImportError: where torch is needed and not installed.
@@ -117,8 +117,8 @@ def describe(result: dict[str, Any]) -> str:
     """What `convert` did, in two lines."""
     step = f" of step {result['step']}" if "step" in result else ""
     lines = [
-        f"wrote {result['to']}: {result['num_parameters']} parameters in {result['dtype']}, weights {result['weights']}"
-        f"{step} of {result['from']}; the optimizer's state is not carried"
+        f"wrote {result['to']}: {result['num_parameters']} parameters in {result['dtype']}, "
+        f"{result.get('weights', 'the')} weights{step} of {result['from']}; the optimizer's state is not carried"
     ]
     if result["largest_difference"] is None:
         lines.append("not verified: install torch to compare with the network in PyTorch (--verify)")
@@ -157,7 +157,8 @@ def _read(source: pathlib.Path, weights: str, step: int | None, spec: str) -> tu
 
 def _from_checkpoint(checkpoint: published_checkpoints.Checkpoint, source: pathlib.Path, spec: str) -> Model:
     tokenizer = _find_tokenizer(checkpoint, source, spec)
-    run = runs.Run(workdir=source, config=checkpoint.config, tokenizer=tokenizer)
+    data = dataclasses.replace(checkpoint.config.data, tokenizer=spec or tokenizer.to_json()["kind"])
+    run = runs.Run(workdir=source, config=dataclasses.replace(checkpoint.config, data=data), tokenizer=tokenizer)
     if run.graph.vocab_size != checkpoint.num_tokens:
         raise ValueError(
             f"--tokenizer={spec} has {run.graph.vocab_size} tokens, the checkpoint {checkpoint.num_tokens}: give its "

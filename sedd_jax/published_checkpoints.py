@@ -61,7 +61,7 @@ def read_hub(source: pathlib.Path, weights: str) -> Checkpoint:
         raise ValueError(f"--weights={weights}: {source} holds one set of weights, as a rule the moving average")
     file = source / "config.json"
     published = published_configs.read_json(file)
-    origin = {"layout": "Hub directory", "weights": "the only ones"}
+    origin = {"layout": "Hub directory"}
     if published.get("model_type") != "mdlm":
         config, num_tokens = published_configs.from_sedd(published, file)
         return _checked(config, num_tokens, torch_files.read_weights(source), source, origin)

@@ -19,6 +19,7 @@ from sedd_jax import (
     checkpoints,
     curves,
     generate,
+    initial_weights,
     likelihoods,
     losses,
     metric_writers,
@@ -66,6 +67,8 @@ def train(
     """
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
+    if config.init_from and not storage.holds(workdir, "config.json"):
+        initial_weights.check(config)
     processes.first_then_all("start", lambda: runs.start(workdir, config))
     if not storage.holds(workdir, "config.json"):
         raise ValueError(
@@ -77,9 +80,11 @@ def train(
     saved = checkpoints.Checkpoints(run.checkpoint_dir, **keep)
     try:
         with contextlib.closing(saved), jax.set_mesh(mesh), processes.told_to_stop() as told_to_stop:
-            state, step = initial_state(run, optimizer, mesh, saved, from_step)
+            state, step, said = initial_state(run, optimizer, mesh, saved, from_step)
             step_fn = make_step_fn(run, optimizer, mesh, state)
             with _make_writer(run, mesh, step, stream) as writer:
+                if said:
+                    writer.say(said)
                 return _loop(run, state, step, step_fn, saved, writer, mesh, told_to_stop)
     except OSError as error:
         raise OSError(f"{error}: {_newest(saved)}; make {workdir} writable, then the same command goes on") from error
@@ -138,19 +143,22 @@ def initial_state(
     mesh: jax.sharding.Mesh,
     saved: checkpoints.Checkpoints,
     from_step: int | None = None,
-) -> tuple[train_state.TrainState, int]:
-    """A checkpoint (the newest if None), or a fresh state, laid out on the mesh; and its step.
+) -> tuple[train_state.TrainState, int, str]:
+    """A checkpoint (the newest if None), or a fresh state, laid out on the mesh; its step, and what to tell the user.
 
     With `from_step`, newer checkpoints are removed once it is read.
     """
     create = make_state_fn(run, optimizer, mesh)
     step = saved.find(from_step)
     if step is None:
-        return create(), 0
+        state, said = create(), ""
+        if run.config.init_from:
+            state, said = initial_weights.take(run, state, mesh)
+        return state, 0, said
     state = saved.restore(step, sharding.shapes_on(mesh, jax.eval_shape(create)))
     if from_step is not None:
         saved.remove_after(from_step)
-    return state, step
+    return state, step, ""
 
 
 def make_state_fn(

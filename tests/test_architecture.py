@@ -54,6 +54,7 @@ FLOORS = (
         "checkpoints",
         "config",
         "curves",
+        "initial_weights",
         "judges",
         "likelihoods",
         "model_cards",
