@@ -110,7 +110,7 @@ def from_sedd(published: Mapping[str, Any], path: pathlib.Path) -> tuple[configs
     return _translate(published, path, _SEDD, _SEDD_OPTIONAL, {}), num_tokens
 
 
-def from_mdlm(published: Mapping[str, Any], path: pathlib.Path) -> configs.Config:
+def from_mdlm(published: Any, path: pathlib.Path) -> configs.Config:
     """Config from that of MDLM's program, whose networks mean scores (sedd) or the law of x0 (subs)."""
     fields = Fields(published, path)
     fields.choice("backbone", "dit")

@@ -110,17 +110,12 @@ def read_pickle(path: pathlib.Path) -> Any:
 
 
 def to_arrays(state: Any, path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a state_dict as NumPy arrays, half precision widened to float32."""
+    """The tensors of a state_dict as float32 arrays."""
     import torch
 
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state_dict, a mapping from names to tensors: give one that does")
-    return {name: to_array(tensor) for name, tensor in state.items()}
-
-
-def to_array(tensor: Any) -> np.ndarray:
-    """A tensor as a NumPy array, half precision widened to float32."""
-    return (tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor).detach().numpy()
+    return {name: tensor.detach().float().numpy() for name, tensor in state.items()}
 
 
 def plain(value: Any) -> Any:
@@ -146,7 +141,7 @@ def _parts(index: pathlib.Path) -> list[pathlib.Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of weights ({_brief(error)}): copy it again") from error
     for name in names:
-        if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+        if not isinstance(name, str) or pathlib.PurePath(name).name != name or name == "..":
             raise ValueError(f"{index} names {name!r}, which is not a file beside it: nothing was read")
         if not (index.parent / name).exists():
             raise ValueError(f"{index} names {name}, which is missing: copy it again")

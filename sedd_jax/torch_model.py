@@ -131,9 +131,9 @@ class SEDD(nn.Module):
         sigmas = [*self.sigma(times), torch.zeros((), device=device)]
         for number, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
             xt = torch.where(is_given, given, xt)
-            is_movable = ~is_given & (xt == self.vocab_size) if self.is_absorbing else ~is_given
+            is_movable = xt == self.vocab_size if self.is_absorbing else ~is_given
             xt[is_movable] = self._move(xt, sigma, sigma - after, is_movable, number == num_steps, generator)
-        return torch.where(is_given, given, xt)
+        return xt
 
     def _move(
         self,

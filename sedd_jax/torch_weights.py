@@ -61,7 +61,7 @@ def check(tensors: Mapping[str, np.ndarray], config: networks.NetworkConfig) -> 
         raise ValueError(f"these are not the weights of this network: missing {missing[:4]}, unknown {unknown[:4]}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name]:
-            raise ValueError(f"tensor {name} has shape {tensor.shape}, but config.json means {expected[name]}")
+            raise ValueError(f"tensor {name} has shape {tensor.shape}, but the config means {expected[name]}")
         if not np.isfinite(tensor.astype(np.float32)).all():
             raise ValueError(f"tensor {name} holds values that are not finite: the file is damaged or the run diverged")
 

@@ -80,13 +80,13 @@ def truncate(path):
         (lambda path: edit(path, lambda t: t.update(extra=np.zeros(1))), r"unknown \['extra'\]"),
         (
             lambda path: edit(path, lambda t: t.update({"output_layer.linear.bias": np.zeros(28, np.float32)})),
-            r"output_layer.linear.bias has shape \(28,\), but config.json means \(27,\)",
+            r"output_layer.linear.bias has shape \(28,\), but the config means \(27,\)",
         ),
         (
             lambda path: edit(path, lambda t: t["vocab_embed.embedding"].fill(np.nan)),
             "vocab_embed.embedding holds values that are not finite",
         ),
-        (lambda path: edit_config(path, lambda c: c.update(tokens=25)), "but config.json means"),
+        (lambda path: edit_config(path, lambda c: c.update(tokens=25)), "but the config means"),
         (lambda path: edit_config(path, lambda c: c.update(tokens="26")), "tokens='26'"),
         (lambda path: edit_config(path, lambda c: c["model"].pop("n_heads")), "has no model.n_heads"),
         (
