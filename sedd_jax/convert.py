@@ -252,7 +252,10 @@ def _told_noise(model: Model) -> dict[str, np.ndarray]:
 
 def _rounded(tensors: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
     """Tensors in another dtype, but for the frequencies of rotary positions, which are no weights."""
-    narrow = {name: x if name == torch_weights.ROTARY else x.astype(jnp.dtype(dtype)) for name, x in tensors.items()}
+    with np.errstate(over="ignore"):  # Which is told below, by its name.
+        narrow = {
+            name: x if name == torch_weights.ROTARY else x.astype(jnp.dtype(dtype)) for name, x in tensors.items()
+        }
     for name, x in narrow.items():
         if not np.isfinite(x.astype(np.float32)).all():
             raise ValueError(f"--dtype={dtype} cannot hold the values of {name}: use bfloat16 or float32")

@@ -26,8 +26,8 @@ def check(config: configs.Config) -> None:
     directory = storage.directory(config.init_from)
     if not storage.holds(directory, storage.CHECKPOINTS):
         raise ValueError(
-            f"config.init_from={directory} is no run directory: `sedd convert --from={directory} --to=DIR` makes one of a "
-            "published model"
+            f"config.init_from={directory} is no run directory: `sedd convert --from={directory} --to=DIR` makes one "
+            "of a published model"
         )
     source = runs.load(directory).config
     if source.graph.name != config.graph.name:

@@ -134,10 +134,10 @@ def replicate(x: jax.Array) -> jax.Array:
     return constrain(x, *(None,) * x.ndim)
 
 
-def mapped_axes(batch_size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def mapped_axes(batch_size: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The axes of the current mesh that `per_device` splits a batch and a vocabulary over; none without a mesh.
 
-    A batch that the devices do not divide is whole on all of them.
+    A batch that the devices do not divide is whole on all of them; `jax.export` may give a symbol for its size.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

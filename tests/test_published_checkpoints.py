@@ -1,6 +1,5 @@
 """Checkpoints of the published program, of MDLM's and of the Hub: the right weights, whatever keeps them."""
 
-import collections
 import http.server
 import json
 import os
@@ -10,11 +9,11 @@ import subprocess
 import sys
 import threading
 
+import foreign
 import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
-import omegaconf
 import pytest
 import torch
 import yaml
@@ -39,11 +38,6 @@ def model():
     return torch_model.SEDD.from_pretrained(GOLDEN)
 
 
-def average(model):
-    """A moving average as both programs keep it: of the parameters in their order, here all of them plus 1."""
-    return {"decay": 0.9999, "num_updates": 7, "shadow_params": [p.detach() + 1 for p in model.parameters()]}
-
-
 @pytest.fixture
 def training(tmp_path, model):
     """A run directory of the published program."""
@@ -57,41 +51,15 @@ def training(tmp_path, model):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.zeros(1, 24, dtype=torch.int64), torch.ones(1)).sum().backward()
     optimizer.step()
-    saved = {"optimizer": optimizer.state_dict(), "model": model.state_dict(), "ema": average(model), "step": 11}
+    saved = {
+        "optimizer": optimizer.state_dict(),
+        "model": model.state_dict(),
+        "ema": foreign.average(model),
+        "step": 11,
+    }
     torch.save(saved, root / "checkpoints-meta" / "checkpoint.pth")
     torch.save(saved | {"step": 5}, root / "checkpoints" / "checkpoint_1.pth")
     return root
-
-
-def mdlm_config(**changed):
-    sizes = {"hidden_size": 64, "cond_dim": 32, "length": 24, "n_blocks": 2, "n_heads": 4, "scale_by_sigma": True}
-    config = {
-        "backbone": "dit",
-        "diffusion": "absorbing_state",
-        "parameterization": "subs",
-        "time_conditioning": False,
-        "data": {"tokenizer_name_or_path": "gpt2"},
-        "loader": {"global_batch_size": 512, "batch_size": "${loader.global_batch_size}"},
-        "model": sizes | {"dropout": 0.1},
-        "noise": {"type": "loglinear", "sigma_min": 1e-4, "sigma_max": 20},
-        "optim": {"lr": 1e-3},
-        "trainer": {"max_steps": 1000},
-    }
-    return omegaconf.OmegaConf.merge(config, changed)
-
-
-def write_lightning(path, model, config, **changed):
-    saved = {
-        "state_dict": collections.OrderedDict((f"backbone.{name}", x) for name, x in model.state_dict().items()),
-        "hyper_parameters": {"config": config, "tokenizer": omegaconf.OmegaConf.create({"stands": "for a tokenizer"})},
-        "ema": average(model),
-        "global_step": 9,
-        "epoch": 0,
-        "loops": {},
-        "callbacks": {},
-    }
-    torch.save(saved | changed, path)
-    return path
 
 
 def read(source, weights="ema"):
@@ -115,8 +83,8 @@ def test_a_run_of_the_published_program(training, model, weights, file):
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 @pytest.mark.parametrize("parameterization", ["sedd", "subs"])
 def test_a_checkpoint_of_mdlm(tmp_path, model, weights, parameterization):
-    config = mdlm_config(parameterization=parameterization, time_conditioning=parameterization == "sedd")
-    found = read(write_lightning(tmp_path / "x.ckpt", model, config), weights)
+    config = foreign.mdlm_config(parameterization=parameterization, time_conditioning=parameterization == "sedd")
+    found = read(foreign.write_lightning(tmp_path / "x.ckpt", model, config), weights)
     for name, parameter in model.named_parameters():
         np.testing.assert_array_equal(found.tensors[name], parameter.detach() + (weights == "ema"), name)
     assert found.config.network.normalize == (parameterization == "subs")
@@ -142,7 +110,7 @@ def test_a_directory_of_mdlm(tmp_path, model):
 
 def test_mdlm_means_the_law_of_x0(tmp_path, model):
     """Bounds of a converted network are MDLM's objective, written out: -log softmax(z without the mask)[x0] / t."""
-    found = read(write_lightning(tmp_path / "x.ckpt", model, mdlm_config()), "raw")
+    found = read(foreign.write_lightning(tmp_path / "x.ckpt", model, foreign.mdlm_config()), "raw")
     network = found.config.network
     network = networks.NetworkConfig(
         **{**network.__dict__, "num_states": 27, "dropout": 0.0, "dtype": "float32"},
@@ -243,7 +211,7 @@ def test_a_file_without_its_config_is_named(training):
     ],
 )
 def test_other_models_of_mdlm_are_refused(tmp_path, model, changed, message):
-    source = write_lightning(tmp_path / "x.ckpt", model, mdlm_config(**changed))
+    source = foreign.write_lightning(tmp_path / "x.ckpt", model, foreign.mdlm_config(**changed))
     with pytest.raises(ValueError, match=message):
         read(source, "raw")
 
@@ -257,7 +225,7 @@ def test_other_models_of_mdlm_are_refused(tmp_path, model, changed, message):
     ],
 )
 def test_other_lightning_checkpoints_are_refused(tmp_path, model, changed, message):
-    source = write_lightning(tmp_path / "x.ckpt", model, mdlm_config(), **changed)
+    source = foreign.write_lightning(tmp_path / "x.ckpt", model, foreign.mdlm_config(), **changed)
     with pytest.raises(ValueError, match=message):
         read(source, "raw")
 
