@@ -102,12 +102,19 @@ def convert(
         raise ImportError("--verify runs the network in PyTorch: pip install torch, or give --noverify")
 
     model, other_side = _read(source, weights, step, tokenizer)
+    origin = {"from": str(source), **model.origin, "revision": hosts.revision()}
+    model = dataclasses.replace(model, origin=origin)
     to_format = to_format or other_side
+    if to_format == "jax" and other_side != "jax":
+        raise ValueError(f"--to_format=jax: {source} is a run directory already")
     if to_format == "jax" and dtype != "float32":
         raise ValueError(f"--dtype={dtype} is for tensors of PyTorch: a run directory holds float32")
     compares = has_torch if verify is None else verify
     with storage.new_directory(target) as partial:
-        compared = (_write_run if to_format == "jax" else _write_torch)(partial, model, to_format, dtype, compares)
+        if to_format == "jax":
+            compared = _write_run(partial, model, compares)
+        else:
+            compared = _write_torch(partial, model, dtype, compares, with_stablehlo=to_format == "stablehlo")
     size = sum(tensor.size for name, tensor in model.tensors.items() if name != torch_weights.ROTARY)
     found = compared._asdict() if compared else dict.fromkeys(verification.Comparison._fields)
     return {**model.origin, "to": str(target), "to_format": to_format, "dtype": dtype, "num_parameters": size, **found}
@@ -150,9 +157,8 @@ def _read(source: pathlib.Path, weights: str, step: int | None, spec: str) -> tu
         raise ValueError(f"--tokenizer={spec} has no use here: {source} is a run directory and has its own")
     run = runs.load(source)
     found, params = run.params(WEIGHTS[weights], step=step)
-    origin = {"from": str(source), "layout": "run directory", "weights": weights, "step": found}
-    tensors = torch_weights.to_torch(params, run.network)
-    return Model(run=run, tensors=tensors, origin=origin | {"revision": hosts.revision()}), "torch"
+    origin = {"layout": "run directory", "weights": weights, "step": found}
+    return Model(run=run, tensors=torch_weights.to_torch(params, run.network), origin=origin), "torch"
 
 
 def _from_checkpoint(checkpoint: published_checkpoints.Checkpoint, source: pathlib.Path, spec: str) -> Model:
@@ -161,13 +167,12 @@ def _from_checkpoint(checkpoint: published_checkpoints.Checkpoint, source: pathl
     run = runs.Run(workdir=source, config=dataclasses.replace(checkpoint.config, data=data), tokenizer=tokenizer)
     if run.graph.vocab_size != checkpoint.num_tokens:
         raise ValueError(
-            f"--tokenizer={spec} has {run.graph.vocab_size} tokens, the checkpoint {checkpoint.num_tokens}: give its "
-            "own tokenizer"
+            f"{spec or published_checkpoints.TOKENIZER} has {run.graph.vocab_size} tokens, the checkpoint "
+            f"{checkpoint.num_tokens}: give its own, as --tokenizer"
         )
-    origin = {"from": str(source), **checkpoint.origin, "revision": hosts.revision()}
     tensors = {name: np.asarray(tensor, np.float32) for name, tensor in checkpoint.tensors.items()}
     tensors.setdefault(torch_weights.ROTARY, torch_weights.rotary(run.network))
-    return Model(run=run, tensors=tensors, origin=origin, is_conditioned=checkpoint.is_conditioned)
+    return Model(run=run, tensors=tensors, origin=checkpoint.origin, is_conditioned=checkpoint.is_conditioned)
 
 
 def _find_tokenizer(
@@ -185,9 +190,7 @@ def _find_tokenizer(
     return tokenizers.build(spec or usual, lambda: iter(()))
 
 
-def _write_run(
-    directory: pathlib.Path, model: Model, to_format: str, dtype: str, compares: bool
-) -> verification.Comparison | None:
+def _write_run(directory: pathlib.Path, model: Model, compares: bool) -> verification.Comparison | None:
     run = model.run
     params = torch_weights.from_torch(_told_noise(model), run.network)
     state = train_state.TrainState(
@@ -205,7 +208,7 @@ def _write_run(
 
 
 def _write_torch(
-    directory: pathlib.Path, model: Model, to_format: str, dtype: str, compares: bool
+    directory: pathlib.Path, model: Model, dtype: str, compares: bool, *, with_stablehlo: bool
 ) -> verification.Comparison | None:
     run = model.run
     published_configs.check_publishable(run)
@@ -219,11 +222,11 @@ def _write_torch(
     if isinstance(run.tokenizer, subwords.SentencePiece):
         (directory / "tokenizer.model").write_bytes(run.tokenizer.file())
     shutil.copyfile(pathlib.Path(__file__).parent / "torch_model.py", directory / "torch_model.py")
-    if to_format == "stablehlo":
+    if with_stablehlo:
         exported = score_export.export(tensors, run.network, run.config.data.length)
         (directory / "score.stablehlo").write_bytes(exported)
         (directory / "example.py").write_text(model_cards.STABLEHLO_EXAMPLE, encoding="utf-8")
-    card = model_cards.card(run, model.origin, dtype, with_stablehlo=to_format == "stablehlo")
+    card = model_cards.card(run, model.origin, dtype, with_stablehlo=with_stablehlo)
     (directory / "README.md").write_text(card, encoding="utf-8")
     if not compares:
         return None

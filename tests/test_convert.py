@@ -131,7 +131,7 @@ def test_broken_directories_are_refused_and_nothing_is_written(published, tmp_pa
 
 
 def test_a_tokenizer_of_another_size_is_refused(published, tmp_path):
-    with pytest.raises(ValueError, match="text8 has 27 tokens, the checkpoint 26"):
+    with pytest.raises(ValueError, match="text8 has 27 tokens, the checkpoint 26: give its own, as --tokenizer"):
         convert.convert(published, tmp_path / "run", tokenizer="text8")
 
 
@@ -330,7 +330,12 @@ def test_what_the_published_program_does_not_know_is_refused(make_run, tmp_path,
     with pytest.raises(ValueError, match=message):
         convert.convert(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    convert.convert(tmp_path / "run", tmp_path / "again", to_format="jax", verify="mlp_ratio" not in network)
+
+
+def test_a_run_is_a_run_already(make_run, tmp_path):
+    make_run()
+    with pytest.raises(ValueError, match=r"--to_format=jax: .*/run is a run directory already"):
+        convert.convert(tmp_path / "run", tmp_path / "out", to_format="jax")
 
 
 def test_a_mask_inside_the_vocabulary_is_refused(make_run, tmp_path):

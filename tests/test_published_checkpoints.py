@@ -294,6 +294,7 @@ def test_a_model_of_the_hub(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "verified" in done.stdout
     assert runs.load(tmp_path / "run").graph.num_states == 27
+    assert json.loads((tmp_path / "run" / "origin.json").read_text())["from"] == "owner/name"
     files = {path.name for path in (tmp_path / "hub").rglob("snapshots/*/*")}
     assert files == {"config.json", "model.safetensors"}
 
