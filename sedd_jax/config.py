@@ -9,7 +9,17 @@ from typing import Any
 
 import ml_collections
 
-from sedd_jax import attentions, graphs, networks, noise_schedules, optimizers, samplers, score_draws, sharding
+from sedd_jax import (
+    attentions,
+    first_hitting,
+    graphs,
+    networks,
+    noise_schedules,
+    optimizers,
+    samplers,
+    score_draws,
+    sharding,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +99,7 @@ class SamplingConfig:
     """Samples drawn while training, and what `sedd sample` does unless told.
 
     Attributes:
-        sampler: euler, tau_leaping or tweedie.
+        sampler: euler, tau_leaping, tweedie, or first_hitting (absorbing: exact from num_steps + 1 = length on).
         num_steps: reverse steps; one more evaluation denoises.
         num_samples: sequences drawn at once.
         draw: precise, or published (truncated float32 noise, which anneals; for comparison).
@@ -225,7 +235,7 @@ def validate(config: Config) -> None:
     """Raises ValueError where values are impossible on their own or together."""
     _validate_choice("graph.name", config.graph.name, (*graphs.GRAPHS, AUTOREGRESSIVE))
     _validate_choice("noise.name", config.noise.name, noise_schedules.SCHEDULES)
-    _validate_choice("sampling.sampler", config.sampling.sampler, samplers.SAMPLERS)
+    _validate_choice("sampling.sampler", config.sampling.sampler, (*samplers.SAMPLERS, first_hitting.NAME))
     _validate_choice("sampling.draw", config.sampling.draw, score_draws.DRAWS)
     _validate_choice("network.remat", config.network.remat, ("none", *networks.REMAT_POLICIES))
     _validate_choice("network.dropout_generator", config.network.dropout_generator, ("threefry", "rbg"))
@@ -254,6 +264,11 @@ def validate(config: Config) -> None:
         raise ValueError(
             "config.network.normalize=True fixes the sum of the scores, which depends on sigma: set "
             "config.network.scale_by_sigma=True"
+        )
+    if config.sampling.sampler == first_hitting.NAME and config.graph.name == "uniform":
+        raise ValueError(
+            "config.sampling.sampler=first_hitting follows masks, of which config.graph.name=uniform has none: set "
+            "config.sampling.sampler=tweedie"
         )
     if training.batch_size % training.num_micro_batches:
         raise ValueError(

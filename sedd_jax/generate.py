@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from sedd_jax import autoregression, networks, runs, samplers, score_draws, sharding, storage, terminals
+from sedd_jax import autoregression, first_hitting, networks, runs, samplers, score_draws, sharding, storage, terminals
 from sedd_jax import config as configs
 
 _GAP = re.compile(r"\{\{|\}\}|\{(\d+)\}|\{[^{}]*\}?|\}")
@@ -143,7 +143,7 @@ def draw_samples(
             watch(taken, total, functools.partial(_texts, run, tokens, template.length))
 
     tokens = draw_tokens(run, params, given, settings, seed=seed, watch=None if watch is None else show)
-    rows, nfe = tokens[:, : template.length], num_evaluations(run, settings)
+    rows, nfe = tokens[:, : template.length], num_evaluations(run, settings, int((~template.is_given).sum()))
     return [
         Sample(
             text=run.tokenizer.decode(row),
@@ -171,9 +171,16 @@ def sampling_of(run: runs.Run, **changed: Any) -> configs.SamplingConfig:
     return sampling
 
 
-def num_evaluations(run: runs.Run, settings: configs.SamplingConfig) -> int:
-    """nfe of a sequence: one more than the reverse steps, or one for each token of the autoregressive baseline."""
-    return run.config.data.length if run.is_autoregressive else settings.num_steps + 1
+def num_evaluations(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int | None = None) -> int:
+    """nfe of a sequence: one more than the reverse steps, or one for each token of the autoregressive baseline.
+
+    first_hitting takes no more than there are tokens to fill: `num_gaps`, or the model's length.
+    """
+    if run.is_autoregressive:
+        return run.config.data.length
+    if settings.sampler == first_hitting.NAME:
+        return min(settings.num_steps + 1, max(1, run.config.data.length if num_gaps is None else num_gaps))
+    return settings.num_steps + 1
 
 
 def draw_tokens(
@@ -199,7 +206,8 @@ def draw_tokens(
         raise ValueError(
             "an autoregressive run sees no text after a gap: give text at the start only, as --prefix does"
         )
-    num_steps = num_evaluations(run, settings) - 1
+    num_gaps = int((~np.asarray(given.is_given)).sum(1).max())
+    num_steps = num_evaluations(run, settings, num_gaps) - 1
     key_limit, key_steps, key_denoise = jax.random.split(jax.random.key(seed), 3)
     xt = given.clamp(run.graph.sample_limit(key_limit, given.tokens.shape))
     reverse_steps, denoise = make_sampling_fns(
@@ -212,7 +220,9 @@ def draw_tokens(
         xt = reverse_steps(params, key_steps, given, xt, start, stop, num_steps)
         if watch:
             watch(stop, num_steps + 1, given.clamp(jax.block_until_ready(xt)))
-    tokens = denoise(params, key_denoise, given, xt)
+    # The clocks of first_hitting go on from the steps before.
+    key_last = key_steps if settings.sampler == first_hitting.NAME else key_denoise
+    tokens = denoise(params, key_last, given, xt)
     if watch:
         watch(num_steps + 1, num_steps + 1, tokens)
     return np.asarray(tokens)
@@ -288,6 +298,13 @@ def make_sampling_fns(
     def denoise(params, key, given, xt):
         return sharding.replicate(samplers.denoise(key, move_fn(params), graph, noise, given, xt))
 
+    def hits(params, key, given, xt, start, stop, num_steps):
+        xt = first_hitting.reverse_steps(key, move_fn(params), graph, noise, given, xt, start, stop, num_steps)
+        return sharding.replicate(xt)
+
+    def last_hits(params, key, given, xt):
+        return sharding.replicate(first_hitting.finish(key, move_fn(params), graph, noise, given, xt))
+
     def draw_positions(params, key, given, x, start, stop):
         def draw_fn(key, inputs, masks, sigma, is_next, jump_fn):
             features = networks.apply(network, params, inputs, sigma)
@@ -299,6 +316,8 @@ def make_sampling_fns(
         next_tokens = lambda params, key, given, x, start, stop, _: draw_positions(params, key, given, x, start, stop)
         last_token = lambda params, key, given, x: draw_positions(params, key, given, x, x.shape[1] - 1, x.shape[1])
         return jax.jit(next_tokens), jax.jit(last_token)
+    if sampler == first_hitting.NAME:
+        return jax.jit(hits), jax.jit(last_hits)
     return jax.jit(reverse_steps), jax.jit(denoise)
 
 

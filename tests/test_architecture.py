@@ -34,6 +34,7 @@ FLOORS = (
         "corpora",
         "detokenizers",
         "encoders",
+        "first_hitting",
         "hub_corpora",
         "losses",
         "metric_writers",

@@ -1,0 +1,122 @@
+"""The first-hitting sampler (Zheng et al. 2024, arXiv 2409.02908): absorbing diffusion without steps in time.
+
+Of n masks the next is left at a time whose law is known, at a position that is any of them alike. So one evaluation
+of the network for each token draws from the reverse process itself, whatever the schedule. Here one evaluation may also
+fill several masks, which is as fast as the other samplers and, like them, no longer exact.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sedd_jax import graphs, noise_schedules, samplers
+
+NAME = "first_hitting"
+
+
+def reverse_steps(
+    key: Key[Array, ""],
+    move_fn: samplers.MoveFn,
+    graph: graphs.Absorbing,
+    noise: noise_schedules.NoiseSchedule,
+    given: samplers.Given,
+    xt: Int[Array, "B L"],
+    start: Int[Array, ""] | int,
+    stop: Int[Array, ""] | int,
+    num_steps: Int[Array, ""] | int,
+) -> Int[Array, "B L"]:
+    """Takes the evaluations `start` to `stop` of `num_steps`, after which one is left for `finish`.
+
+    Each fills the same share of a sequence's masks: one, so that the draw is exact, where num_steps + 1 is at least
+    their number. Every sequence has a clock of its own. Arguments are those of `samplers.reverse_steps`; evaluations
+    that find no mask in the batch are left out.
+    """
+    course = _draw_course(key, graph, noise, given)
+    per_step = -(-course.num_gaps // (jnp.asarray(num_steps) + 1))
+
+    def is_left(carry: tuple[Int[Array, ""], Int[Array, "B L"]]) -> Array:
+        i, xt = carry
+        return (i < stop) & _is_mask(graph, given, xt).any()
+
+    def step(carry: tuple[Int[Array, ""], Int[Array, "B L"]]) -> tuple[Int[Array, ""], Int[Array, "B L"]]:
+        i, xt = carry
+        return i + 1, _fill(course, i, move_fn, graph, given, xt, per_step)
+
+    return jax.lax.while_loop(is_left, step, (jnp.asarray(start), given.clamp(xt)))[1]
+
+
+def finish(
+    key: Key[Array, ""],
+    move_fn: samplers.MoveFn,
+    graph: graphs.Absorbing,
+    noise: noise_schedules.NoiseSchedule,
+    given: samplers.Given,
+    xt: Int[Array, "B L"],
+) -> Int[Array, "B L"]:
+    """Fills all masks that are left in one evaluation; the key is that of `reverse_steps`."""
+    course = _draw_course(key, graph, noise, given)
+    # Steps end before they are as many as tokens, so this number is free.
+    return _fill(course, xt.shape[1], move_fn, graph, given, given.clamp(xt), course.num_gaps)
+
+
+class _Course(NamedTuple):
+    """What is drawn beforehand for whole sequences: every evaluation finds its part by the number of masks left.
+
+    Attributes:
+        key: of the tokens.
+        num_gaps: masks at the start.
+        rank: of each position; masks are left from the highest down.
+        sigma: total noise at which the next mask is left, by how many there are, from 1.
+    """
+
+    key: Key[Array, ""]
+    num_gaps: Int[Array, "B"]
+    rank: Int[Array, "B L"]
+    sigma: Float[Array, "B L"]
+
+
+def _draw_course(
+    key: Key[Array, ""], graph: graphs.Absorbing, noise: noise_schedules.NoiseSchedule, given: samplers.Given
+) -> _Course:
+    """Draws order and clock of each sequence.
+
+    Where n masks are left at a time when a token is masked with probability m, the next goes at m u^(1/n), u uniform.
+    """
+    # Folded, not split: every call of a trajectory has the same key.
+    key_clock, key_rank, key_tokens = (jax.random.fold_in(key, part) for part in range(3))
+    shape = given.tokens.shape
+    num_gaps = (~given.is_given).sum(1)
+    # Ranks, since two uniform numbers of so many are often the same.
+    rank = jnp.argsort(jnp.argsort(jax.random.uniform(key_rank, shape), axis=1), axis=1)
+    count = jnp.arange(1, shape[1] + 1)[None]
+    log_decay = jnp.where(count <= num_gaps[:, None], -jax.random.exponential(key_clock, shape) / count, 0.0)
+    start = jnp.log(-jnp.expm1(-noise.sigma(jnp.float32(1.0))))
+    log_mask_prob = start + jnp.cumsum(log_decay[:, ::-1], axis=1)[:, ::-1]
+    sigma = jnp.maximum(-jnp.log1p(-jnp.exp(log_mask_prob)), noise.sigma(jnp.float32(samplers.T_END)))
+    return _Course(key_tokens, num_gaps, rank, sigma)
+
+
+def _fill(
+    course: _Course,
+    number: Int[Array, ""] | int,
+    move_fn: samplers.MoveFn,
+    graph: graphs.Absorbing,
+    given: samplers.Given,
+    xt: Int[Array, "B L"],
+    count: Int[Array, "B"],
+) -> Int[Array, "B L"]:
+    """Fills the next `count` masks of each sequence, from the score at the time when the first of them is left."""
+    is_mask = _is_mask(graph, given, xt)
+    num_masks = is_mask.sum(1)
+    sigma = jnp.take_along_axis(course.sigma, jnp.maximum(num_masks - 1, 0)[:, None], axis=1)[:, 0]
+    order = jnp.where(is_mask, course.rank, -1)
+    lowest = jnp.take_along_axis(jnp.sort(order, descending=True), jnp.maximum(count - 1, 0)[:, None], axis=1)
+    is_next = is_mask & (order >= lowest)
+    law = lambda total: graph.denoise_jump(total, xt, sigma)
+    return move_fn(jax.random.fold_in(course.key, number), xt, sigma, is_next, law)
+
+
+def _is_mask(graph: graphs.Absorbing, given: samplers.Given, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+    return graph.is_noise(xt) & ~given.is_given
