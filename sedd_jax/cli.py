@@ -151,7 +151,10 @@ def sample(argv: list[str]) -> None:
     flags.DEFINE_integer("num_steps", None, "reverse steps; the run's config if not given", flag_values=values)
     flags.DEFINE_integer("num_samples", None, "texts; the run's config if not given", flag_values=values)
     flags.DEFINE_string(
-        "sampler", None, "tweedie, euler, tau_leaping, first_hitting; the run's if not given", flag_values=values
+        "sampler",
+        None,
+        "tweedie, euler, tau_leaping, theta_trapezoidal or first_hitting; the run's if not given",
+        flag_values=values,
     )
     flags.DEFINE_string("draw", None, "precise, or published (float32 noise that anneals)", flag_values=values)
     flags.DEFINE_integer("seed", 0, "the same seed draws the same text", flag_values=values)

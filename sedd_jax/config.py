@@ -18,6 +18,7 @@ from sedd_jax import (
     optimizers,
     samplers,
     score_draws,
+    second_order,
     sharding,
 )
 
@@ -99,7 +100,8 @@ class SamplingConfig:
     """Samples drawn while training, and what `sedd sample` does unless told.
 
     Attributes:
-        sampler: euler, tau_leaping, tweedie, or first_hitting (absorbing: exact from num_steps + 1 = length on).
+        sampler: euler, tau_leaping, tweedie, theta_trapezoidal (two evaluations a step), or first_hitting (absorbing:
+            exact from num_steps + 1 = length on).
         num_steps: reverse steps; one more evaluation denoises.
         num_samples: sequences drawn at once.
         draw: precise, or published (truncated float32 noise, which anneals; for comparison).
@@ -235,7 +237,8 @@ def validate(config: Config) -> None:
     """Raises ValueError where values are impossible on their own or together."""
     _validate_choice("graph.name", config.graph.name, (*graphs.GRAPHS, AUTOREGRESSIVE))
     _validate_choice("noise.name", config.noise.name, noise_schedules.SCHEDULES)
-    _validate_choice("sampling.sampler", config.sampling.sampler, (*samplers.SAMPLERS, first_hitting.NAME))
+    known = (*samplers.SAMPLERS, second_order.NAME, first_hitting.NAME)
+    _validate_choice("sampling.sampler", config.sampling.sampler, known)
     _validate_choice("sampling.draw", config.sampling.draw, score_draws.DRAWS)
     _validate_choice("network.remat", config.network.remat, ("none", *networks.REMAT_POLICIES))
     _validate_choice("network.dropout_generator", config.network.dropout_generator, ("threefry", "rbg"))

@@ -13,7 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from sedd_jax import autoregression, first_hitting, networks, runs, samplers, score_draws, sharding, storage, terminals
+from sedd_jax import (
+    autoregression,
+    first_hitting,
+    networks,
+    runs,
+    samplers,
+    score_draws,
+    second_order,
+    sharding,
+    storage,
+    terminals,
+)
 from sedd_jax import config as configs
 
 _GAP = re.compile(r"\{\{|\}\}|\{(\d+)\}|\{[^{}]*\}?|\}")
@@ -127,7 +138,7 @@ def draw_samples(
         run: the run.
         params: parameters, usually the moving average.
         template: what is known.
-        settings: how many, and how; nfe is one more than its num_steps.
+        settings: how many, and how.
         seed: of everything random; the same seed draws the same texts.
         step: checkpoint step, only recorded.
         watch: called some 64 times, with the steps taken, all steps, and a function that makes the texts so far, masks
@@ -143,7 +154,7 @@ def draw_samples(
             watch(taken, total, functools.partial(_texts, run, tokens, template.length))
 
     tokens = draw_tokens(run, params, given, settings, seed=seed, watch=None if watch is None else show)
-    rows, nfe = tokens[:, : template.length], num_evaluations(run, settings, int((~template.is_given).sum()))
+    rows, num_gaps = tokens[:, : template.length], int((~template.is_given).sum())
     return [
         Sample(
             text=run.tokenizer.decode(row),
@@ -152,8 +163,8 @@ def draw_samples(
             index=index,
             step=step,
             sampler="autoregressive" if run.is_autoregressive else settings.sampler,
-            num_steps=nfe - 1,
-            nfe=nfe,
+            num_steps=_num_steps(run, settings, num_gaps),
+            nfe=num_evaluations(run, settings, num_gaps),
             draw=settings.draw,
         )
         for index, row in enumerate(rows)
@@ -172,15 +183,18 @@ def sampling_of(run: runs.Run, **changed: Any) -> configs.SamplingConfig:
 
 
 def num_evaluations(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int | None = None) -> int:
-    """nfe of a sequence: one more than the reverse steps, or one for each token of the autoregressive baseline.
+    """nfe of a sequence with so many tokens to fill, or all: one for each step, or two, and one after the last."""
+    per_step = 2 if settings.sampler == second_order.NAME and not run.is_autoregressive else 1
+    return per_step * _num_steps(run, settings, num_gaps) + 1
 
-    first_hitting takes no more than there are tokens to fill: `num_gaps`, or the model's length.
-    """
+
+def _num_steps(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int | None) -> int:
+    """Steps before the last: one less than tokens for the autoregressive baseline, no more for first_hitting."""
     if run.is_autoregressive:
-        return run.config.data.length
+        return run.config.data.length - 1
     if settings.sampler == first_hitting.NAME:
-        return min(settings.num_steps + 1, max(1, run.config.data.length if num_gaps is None else num_gaps))
-    return settings.num_steps + 1
+        return min(settings.num_steps, max(0, (run.config.data.length if num_gaps is None else num_gaps) - 1))
+    return settings.num_steps
 
 
 def draw_tokens(
@@ -198,7 +212,7 @@ def draw_tokens(
         run: the run.
         params: parameters, usually the moving average.
         given: known tokens of each sequence.
-        settings: how; nfe is one more than its num_steps.
+        settings: how, see `num_evaluations`.
         seed: of everything random; the same seed draws the same tokens.
         watch: called some 64 times, with the steps taken, all steps, and the tokens so far.
     """
@@ -207,7 +221,7 @@ def draw_tokens(
             "an autoregressive run sees no text after a gap: give text at the start only, as --prefix does"
         )
     num_gaps = int((~np.asarray(given.is_given)).sum(1).max())
-    num_steps = num_evaluations(run, settings, num_gaps) - 1
+    num_steps = _num_steps(run, settings, num_gaps)
     key_limit, key_steps, key_denoise = jax.random.split(jax.random.key(seed), 3)
     xt = given.clamp(run.graph.sample_limit(key_limit, given.tokens.shape))
     reverse_steps, denoise = make_sampling_fns(
@@ -298,6 +312,14 @@ def make_sampling_fns(
     def denoise(params, key, given, xt):
         return sharding.replicate(samplers.denoise(key, move_fn(params), graph, noise, given, xt))
 
+    def trapezoids(params, key, given, xt, start, stop, num_steps):
+        evaluate = functools.partial(networks.apply, network, params)
+        leap = lambda key, rates, xt, is_movable: score_draws.leap(
+            key, network, params, rates, xt, is_movable, draw=draw
+        )
+        xt = second_order.reverse_steps(key, evaluate, leap, graph, noise, given, xt, start, stop, num_steps)
+        return sharding.replicate(xt)
+
     def hits(params, key, given, xt, start, stop, num_steps):
         xt = first_hitting.reverse_steps(key, move_fn(params), graph, noise, given, xt, start, stop, num_steps)
         return sharding.replicate(xt)
@@ -318,6 +340,8 @@ def make_sampling_fns(
         return jax.jit(next_tokens), jax.jit(last_token)
     if sampler == first_hitting.NAME:
         return jax.jit(hits), jax.jit(last_hits)
+    if sampler == second_order.NAME:
+        return jax.jit(trapezoids), jax.jit(denoise)
     return jax.jit(reverse_steps), jax.jit(denoise)
 
 

@@ -112,6 +112,18 @@ class Absorbing:
         """Q(xt, y) for any y != xt: times score_y, the rate of the reverse process from xt to y (definition 3.5)."""
         return jnp.where(self.is_noise(xt), 1.0, 0.0)
 
+    def leap_time(self, sigma: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """The time in which the reverse process leaves each mask at rate 1: log of the probability of a mask."""
+        return jnp.log(-jnp.expm1(-sigma))
+
+    def sigma_at(self, leap_time: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """The noise at a `leap_time`."""
+        return -jnp.log1p(-jnp.exp(leap_time))
+
+    def leap_rate(self, xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L"]:
+        """Times score_y, the rate from xt to y != xt in `leap_time`: e^sigma - 1 from the mask."""
+        return jnp.where(self.is_noise(xt), jnp.expm1(sigma)[:, None], 0.0)
+
     def tweedie_jump(self, total: Float[Array, "B L"], xt: Int[Array, "B L"], delta_sigma: Float[Array, "B"]) -> Jump:
         """The Tweedie step, weights [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19).
 
@@ -230,6 +242,19 @@ class Uniform:
     def reverse_rate(self, xt: Int[Array, "B L"]) -> Float[Array, "B L"]:
         """Q(xt, y) for any y != xt: times score_y, the rate of the reverse process from xt to y (definition 3.5)."""
         return jnp.full(xt.shape, 1 / self.num_states)
+
+    def leap_time(self, sigma: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """The time in which every token turns into every other at rate 1/N: sigma itself."""
+        return sigma
+
+    def sigma_at(self, leap_time: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """The noise at a `leap_time`."""
+        return leap_time
+
+    def leap_rate(self, xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L"]:
+        """Times score_y, the rate from xt to y != xt in `leap_time`."""
+        del sigma
+        return self.reverse_rate(xt)
 
     def tweedie_jump(self, total: Float[Array, "B L"], xt: Int[Array, "B L"], delta_sigma: Float[Array, "B"]) -> Jump:
         """The Tweedie step, weights [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19).

@@ -5,7 +5,7 @@ one, over the states of that block alone, decides the token. Both are `categoric
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,17 +45,54 @@ def draw(
         jump_fn: from the sum of the score over all y != xt to the law of the step.
     """
     log_scale = score_heads.scale_needed(config, params, features, xt, sigma, is_movable)
-    blocks = functools.partial(_over_head, config, params, features, xt, log_scale, is_movable)
-    key_block, key_state = jax.random.split(key)
-    plain = graphs.Jump(stay=jnp.zeros(xt.shape), slope=jnp.ones(xt.shape))
-    sums = blocks(_block_sums, plain)
+    blocks = functools.partial(_over_head, config, params, features[:, :, None], xt, log_scale[..., None], is_movable)
+    sums = blocks(_block_sums, jnp.ones((*xt.shape, 1)), None)
     jump = jump_fn(sums.sum(-1))
+    slope = jump.slope[..., None]
     # With an offset, weights clipped at 0 are no multiple of the score: another pass sums them.
-    sums = jump.slope[..., None] * sums if jump.offset is None else blocks(_block_sums, jump)
-    options = jnp.concatenate([sums, jump.stay[..., None]], axis=-1)
-    stays = sums.shape[-1]
-    block = jnp.where(is_movable, categoricals.draw(key_block, options), stays)
-    return blocks(_draw_states, jump, jax.random.key_data(_position_keys(key_state, xt)), block)
+    sums = slope * sums if jump.offset is None else blocks(_block_sums, slope, jump.offset)
+    return _draw_from_sums(key, blocks, sums, jump.stay, slope, jump.offset, xt, is_movable)
+
+
+def leap(
+    key: Key[Array, ""],
+    config: networks.NetworkConfig,
+    params: networks.Params,
+    evaluations: Sequence[tuple[Float[Array, "B L D"], Float[Array, "B"], Float[Array, "B L"]]],
+    xt: Int[Array, "B L"],
+    is_movable: Bool[Array, "B L"],
+    *,
+    draw: str,
+) -> Int[Array, "B L"]:
+    """Draws the state of every movable position after a leap whose rates are a sum over evaluations of the network.
+
+    A position stays with probability exp(-total rate), else jumps in proportion to the rates; those below 0 count as 0.
+
+    Args:
+        key: of this leap.
+        config: sizes of the network.
+        params: its parameters.
+        evaluations: features, total noise, and what the score is multiplied by, of each.
+        xt: current states; the score of any other state is that of going there.
+        is_movable: where the state may change.
+        draw: a name in `DRAWS`.
+    """
+    features, sigmas, slopes = zip(*evaluations, strict=True)
+    scales = [
+        score_heads.scale_needed(config, params, f, xt, sigma, is_movable)
+        for f, sigma in zip(features, sigmas, strict=True)
+    ]
+    slope = jnp.stack(slopes, axis=-1)
+    blocks = functools.partial(
+        _over_head, config, params, jnp.stack(features, axis=2), xt, jnp.stack(scales, axis=-1), is_movable
+    )
+    sums = blocks(_block_sums, slope, None)
+    total = sums.sum(-1)
+    share = jnp.where(total > 0, -jnp.expm1(-total) / jnp.where(total > 0, total, 1.0), 0.0)
+    if draw == "published":
+        keys = jax.random.key_data(_position_keys(key, xt))
+        return blocks(_race, share[..., None] * slope, None, jnp.exp(-total), keys)
+    return _draw_from_sums(key, blocks, share[..., None] * sums, jnp.exp(-total), slope, None, xt, is_movable)
 
 
 def draw_published(
@@ -73,13 +110,30 @@ def draw_published(
     Every state runs a race of its own (`categoricals.race_published`), so this needs noise for all of them.
     """
     log_scale = score_heads.scale_needed(config, params, features, xt, sigma, is_movable)
-    blocks = functools.partial(_over_head, config, params, features, xt, log_scale, is_movable)
-    plain = graphs.Jump(stay=jnp.zeros(xt.shape), slope=jnp.ones(xt.shape))
-    jump = jump_fn(blocks(_block_sums, plain).sum(-1))
-    return blocks(_race, jump, jax.random.key_data(_position_keys(key, xt)))
+    blocks = functools.partial(_over_head, config, params, features[:, :, None], xt, log_scale[..., None], is_movable)
+    jump = jump_fn(blocks(_block_sums, jnp.ones((*xt.shape, 1)), None).sum(-1))
+    keys = jax.random.key_data(_position_keys(key, xt))
+    return blocks(_race, jump.slope[..., None], jump.offset, jump.stay, keys)
 
 
 DRAWS = {"precise": draw, "published": draw_published}
+
+
+def _draw_from_sums(
+    key: Key[Array, ""],
+    blocks: Callable[..., Any],
+    sums: Float[Array, "B L k"],
+    stay: Float[Array, "B L"],
+    slope: Float[Array, "B L E"],
+    offset: Float[Array, "B L"] | None,
+    xt: Int[Array, "B L"],
+    is_movable: Bool[Array, "B L"],
+) -> Int[Array, "B L"]:
+    """Draws between staying and the blocks of states, whose weights are summed, then a state of the block."""
+    key_block, key_state = jax.random.split(key)
+    options = jnp.concatenate([sums, stay[..., None]], axis=-1)
+    block = jnp.where(is_movable, categoricals.draw(key_block, options), sums.shape[-1])
+    return blocks(_draw_states, slope, offset, jax.random.key_data(_position_keys(key_state, xt)), block)
 
 
 def _position_keys(key: Key[Array, ""], xt: Int[Array, "B L"]) -> Key[Array, "B L"]:
@@ -91,9 +145,9 @@ def _position_keys(key: Key[Array, ""], xt: Int[Array, "B L"]) -> Key[Array, "B 
 def _over_head(
     config: networks.NetworkConfig,
     params: networks.Params,
-    features: Float[Array, "B L D"],
+    features: Float[Array, "B L E D"],
     xt: Int[Array, "B L"],
-    log_scale: Float[Array, "B L"],
+    log_scale: Float[Array, "B L E"],
     is_movable: Bool[Array, "B L"],
     fn: Callable[..., Any],
     *arrays: Any,
@@ -114,25 +168,25 @@ def _over_head(
 
 def _weights(
     states: tiles.States,
-    features: Float[Array, "r D"],
+    features: Float[Array, "r E D"],
     xt: Int[Array, " r"],
-    log_scale: Float[Array, " r"],
-    slope: Float[Array, " r"],
+    log_scale: Float[Array, "r E"],
+    slope: Float[Array, "r E"],
     offset: Float[Array, " r"] | None,
 ) -> Float[Array, "r v"]:
-    """Weights of the states y != xt of a block, by `graphs.Jump`, and 0 for xt."""
-    weights = slope[:, None] * jnp.exp(states.logits(features) + log_scale[:, None])
+    """Weights of the states y != xt of a block, a sum over E evaluations and the offset, at least 0; and 0 for xt."""
+    weights = (slope[..., None] * jnp.exp(states.logits(features) + log_scale[..., None])).sum(1)
     if offset is not None:
-        weights = jnp.maximum(weights + offset[:, None], 0.0)
-    return jnp.where(states.other_than(xt), weights, 0.0)
+        weights = weights + offset[:, None]
+    return jnp.where(states.other_than(xt), jnp.maximum(weights, 0.0), 0.0)
 
 
 def _block_sums(
-    vocabulary: tiles.Vocabulary, features: Any, xt: Any, log_scale: Any, is_movable: Any, jump: graphs.Jump
+    vocabulary: tiles.Vocabulary, features: Any, xt: Any, log_scale: Any, is_movable: Any, slope: Any, offset: Any
 ) -> Float[Array, "B L k"]:
     """The sum of the weights over every block, 0 where nothing moves."""
     rows = tiles.choose(is_movable, _chunk_size(is_movable))
-    inputs = _gather(rows, (features, xt, log_scale, jump.slope, jump.offset))
+    inputs = _gather(rows, (features, xt, log_scale, slope, offset))
 
     def visit_block(k: Int[Array, ""], sums: Float[Array, "n k"]) -> Float[Array, "n k"]:
         states = vocabulary.block(k)
@@ -153,13 +207,14 @@ def _draw_states(
     xt: Any,
     log_scale: Any,
     is_movable: Any,
-    jump: graphs.Jump,
+    slope: Any,
+    offset: Any,
     keys: Any,
     block: Int[Array, "B L"],
 ) -> Int[Array, "B L"]:
     """Draws a state of the chosen block for every position that chose one."""
     del is_movable  # Positions that stay have chosen no block.
-    inputs = (features, xt, log_scale, jump.slope, jump.offset)
+    inputs = (features, xt, log_scale, slope, offset)
 
     def visit_block(k: Int[Array, ""], xt: Int[Array, "B L"]) -> Int[Array, "B L"]:
         rows = tiles.choose(block == k, min(xt.size, DRAWN_ROWS))
@@ -178,12 +233,20 @@ def _draw_states(
 
 
 def _race(
-    vocabulary: tiles.Vocabulary, features: Any, xt: Any, log_scale: Any, is_movable: Any, jump: graphs.Jump, keys: Any
+    vocabulary: tiles.Vocabulary,
+    features: Any,
+    xt: Any,
+    log_scale: Any,
+    is_movable: Any,
+    slope: Any,
+    offset: Any,
+    stay: Any,
+    keys: Any,
 ) -> Int[Array, "B L"]:
     """The winner of the published race over all states."""
     rows = tiles.choose(is_movable, _chunk_size(is_movable))
-    inputs = _gather(rows, (features, xt, log_scale, jump.slope, jump.offset))
-    stay, row_keys = rows.gather(jump.stay), rows.gather(keys)
+    inputs = _gather(rows, (features, xt, log_scale, slope, offset))
+    stay, row_keys = rows.gather(stay), rows.gather(keys)
 
     def visit_block(k: Int[Array, ""], best: Any) -> Any:
         states = vocabulary.block(k)

@@ -27,8 +27,9 @@ class States(NamedTuple):
     kernel: Float[Array, "D v"]
     bias: Float[Array, " v"]
 
-    def logits(self, features: Float[Array, "r D"]) -> Float[Array, "r v"]:
-        return jnp.dot(features, self.kernel, preferred_element_type=jnp.float32) + self.bias[None]
+    def logits(self, features: Float[Array, "*r D"]) -> Float[Array, "*r v"]:
+        z = jnp.dot(features, self.kernel, preferred_element_type=jnp.float32)
+        return z + self.bias.reshape((1,) * (z.ndim - 1) + (-1,))
 
     def other_than(self, x: Int[Array, " r"]) -> Bool[Array, "r v"]:
         return (self.ids >= 0)[None] & (self.ids[None] != x[:, None])

@@ -42,6 +42,7 @@ FLOORS = (
         "published_corpora",
         "python_corpora",
         "samplers",
+        "second_order",
         "subwords",
         "text_files",
         "tfds_text_files",
