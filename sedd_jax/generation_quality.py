@@ -99,11 +99,11 @@ def annealing(samples: dict[str, Any], real: dict[str, Any]) -> list[str]:
     ]
 
 
-def described(run: runs.Run, sampling: configs.SamplingConfig) -> dict[str, Any]:
-    """How samples are drawn, for a result."""
+def described(run: runs.Run, sampling: configs.SamplingConfig, num_gaps: int | None = None) -> dict[str, Any]:
+    """How samples with so many tokens to fill (the whole length if None) are drawn, for a result."""
     return {
         "sampler": "autoregressive" if run.is_autoregressive else sampling.sampler,
-        "nfe": generate.num_evaluations(run, sampling),
+        "nfe": generate.num_evaluations(run, sampling, num_gaps),
         "draw": sampling.draw,
     }
 

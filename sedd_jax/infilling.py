@@ -58,6 +58,8 @@ def measure(
     sampling = generate.sampling_of(run, num_samples=batch_size, **settings)
     step, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()), step)
     real, sha256 = generation_quality.held_out(run, num_samples, seed)
+    # The model knows only its full length, so what follows the window is a gap, too, and cut.
+    known = np.pad(is_given, (0, length - len(is_given)))
     result = {
         **results.circumstances(run, step),
         "judge": None if reader is None else reader.name,
@@ -65,13 +67,12 @@ def measure(
         "data_sha256": sha256,
         "num_samples": len(real),
         "num_draws": num_draws,
-        **generation_quality.described(run, sampling),
+        **generation_quality.described(run, sampling, int((~known).sum())),
         "batch_size": batch_size,
         "seed": seed,
     }
     name = results.name("infilling", result)
-    # The model knows only its full length, so what follows the window is a gap, too, and cut.
-    known = np.broadcast_to(np.pad(is_given, (0, length - len(is_given))), real.shape)
+    known = np.broadcast_to(known, real.shape)
     draws = [
         generation_quality.fill(run, params, sampling, real, known, seed=seed * num_draws + draw)[:, : len(is_given)]
         for draw in range(num_draws)
