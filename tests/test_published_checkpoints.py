@@ -277,7 +277,7 @@ def hub(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub")}
+    place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "*"}
 
     def convert(name):
         command = [sys.executable, "-m", "sedd_jax", "convert", f"--from={name}", f"--to={tmp_path / 'run'}"]
