@@ -460,15 +460,23 @@ def test_help_lists_every_field_with_its_default():
 def test_convert_carries_a_run_to_pytorch_and_back(trained, tmp_path):
     published, back = tmp_path / "published", tmp_path / "back"
     assert call("convert", f"--from={trained[0]}", f"--to={published}")[0] == 0
-    assert sorted(path.name for path in published.iterdir()) == ["config.json", "model.safetensors"]
+    assert {path.name for path in published.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "sedd_tokenizer.json",
+        "torch_model.py",
+    }
     status, out, err = call("convert", f"--from={published}", f"--to={back}", "--json")
     assert status == 0, err
     assert json.loads(out.splitlines()[-1])["to"] == str(back)
-    (_, params), (_, other) = runs.load(trained[0]).ema_params(), runs.load(back).ema_params()
-    jax.tree.map(np.testing.assert_array_equal, params, other)
-    status, out, _ = call("sample", f"--workdir={back}", "--num_steps=2", "--num_samples=1", "--template=0 1 2{3}")
+    run, other = runs.load(trained[0]), runs.load(back)
+    jax.tree.map(np.testing.assert_array_equal, run.ema_params()[1], other.ema_params()[1])
+    assert other.tokenizer == run.tokenizer
+    known = run.tokenizer.decode(np.array([0, 1, 2]))
+    status, out, _ = call("sample", f"--workdir={back}", "--num_steps=2", "--num_samples=1", f"--template={known}{{3}}")
     assert status == 0
-    assert out.splitlines()[1].startswith("0 1 2 ")
+    assert out.splitlines()[1].startswith(known)
     status, _, err = call("convert", f"--from={published}", f"--to={back}")
     assert status == 1
-    assert "is not empty" in err
+    assert "exists: use another --to" in err
