@@ -9,52 +9,43 @@ from sedd_jax import config as configs
 from sedd_jax import runs
 
 # Our name -> theirs; what a config may lack stands apart.
-_SEDD = {
+_NETWORK = {
     "data.length": "model.length",
     "network.hidden_size": "model.hidden_size",
     "network.num_layers": "model.n_blocks",
     "network.num_heads": "model.n_heads",
     "network.cond_dim": "model.cond_dim",
     "network.dropout": "model.dropout",
-    "network.scale_by_sigma": "model.scale_by_sigma",
-    "graph.name": "graph.type",
     "noise.name": "noise.type",
-    "noise.sigma_min": "noise.sigma_min",
-    "noise.sigma_max": "noise.sigma_max",
+}
+_NOISE = {"noise.sigma_min": "noise.sigma_min", "noise.sigma_max": "noise.sigma_max"}
+_OPTIMIZER = {
     "optimizer.learning_rate": "optim.lr",
-    "optimizer.warmup_steps": "optim.warmup",
     "optimizer.beta1": "optim.beta1",
     "optimizer.beta2": "optim.beta2",
     "optimizer.eps": "optim.eps",
     "optimizer.weight_decay": "optim.weight_decay",
-    "optimizer.clip_norm": "optim.grad_clip",
     "optimizer.ema_decay": "training.ema",
+}
+_SEDD = {
+    **_NETWORK,
+    **_NOISE,
+    **_OPTIMIZER,
+    "network.scale_by_sigma": "model.scale_by_sigma",
+    "graph.name": "graph.type",
+    "optimizer.warmup_steps": "optim.warmup",
+    "optimizer.clip_norm": "optim.grad_clip",
     "training.batch_size": "training.batch_size",
     "training.num_micro_batches": "training.accum",
     "training.num_steps": "training.n_iters",
 }
 _SEDD_OPTIONAL = {"noise.eps": "noise.eps"}
-# Without scale_by_sigma: MDLM's program scales by the parameterisation, whatever that field says.
-_MDLM = {
-    "data.length": "model.length",
-    "network.hidden_size": "model.hidden_size",
-    "network.num_layers": "model.n_blocks",
-    "network.num_heads": "model.n_heads",
-    "network.cond_dim": "model.cond_dim",
-    "network.dropout": "model.dropout",
-    "noise.name": "noise.type",
-}
+# MDLM's program scales by the parameterisation, whatever its scale_by_sigma says.
 _MDLM_OPTIONAL = {
-    "noise.sigma_min": "noise.sigma_min",
-    "noise.sigma_max": "noise.sigma_max",
-    "optimizer.learning_rate": "optim.lr",
+    **_NOISE,
+    **_OPTIMIZER,
     "optimizer.warmup_steps": "lr_scheduler.num_warmup_steps",
-    "optimizer.beta1": "optim.beta1",
-    "optimizer.beta2": "optim.beta2",
-    "optimizer.eps": "optim.eps",
-    "optimizer.weight_decay": "optim.weight_decay",
     "optimizer.clip_norm": "trainer.gradient_clip_val",
-    "optimizer.ema_decay": "training.ema",
     "training.batch_size": "loader.global_batch_size",
     "training.num_steps": "trainer.max_steps",
 }
@@ -116,7 +107,7 @@ def from_mdlm(published: Any, path: pathlib.Path) -> configs.Config:
     fields.choice("backbone", "dit")
     fields.choice("diffusion", "absorbing_state")
     is_mean = fields.choice("parameterization", "sedd", "subs") == "subs"
-    return _translate(published, path, _MDLM, _MDLM_OPTIONAL, {"network.normalize": is_mean})
+    return _translate(published, path, _NETWORK, _MDLM_OPTIONAL, {"network.normalize": is_mean})
 
 
 def from_mdlm_transformers(published: Mapping[str, Any], path: pathlib.Path) -> configs.Config:
