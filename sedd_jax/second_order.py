@@ -78,7 +78,7 @@ def reverse_steps(
 
         xt = given.clamp(xt)
         first = rates(xt, sigma)
-        between = given.clamp(leap_fn(key_first, [first], xt, graph.is_noise(xt) & ~given.is_given))
+        between = leap_fn(key_first, [first], xt, graph.is_noise(xt) & ~given.is_given)
         second = rates(between, middle)
         # A position that has jumped has nothing to extrapolate from.
         back = first._replace(slope=jnp.where(between == xt, -first.slope, 0.0))
