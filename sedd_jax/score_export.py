@@ -1,6 +1,7 @@
 """The score function as StableHLO, for programs without this package: any batch, one length, on CPU, CUDA and TPU."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,12 @@ def export(tensors: Mapping[str, np.ndarray], network: networks.NetworkConfig, l
         tensors: the network's in the published names, as they will be given to it.
         network: sizes.
         length: of the sequences.
+
+    Raises:
+        ImportError: where flatbuffers, which `jax.export` writes with, is not installed.
     """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ImportError("--to_format=stablehlo takes a package that is not installed: pip install flatbuffers")
     network = dataclasses.replace(network, attention="plain")
 
     def log_score(tensors: Any, tokens: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:

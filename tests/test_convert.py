@@ -257,6 +257,14 @@ def test_without_torch_nothing_is_verified(published, tmp_path, monkeypatch):
     assert "not verified: install torch" in convert.describe(result)
 
 
+def test_without_flatbuffers_the_score_function_is_refused(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "flatbuffers" else find_spec(name))
+    with pytest.raises(ImportError, match="pip install flatbuffers"):
+        convert.convert(GOLDEN / "model_absorb_a", tmp_path / "out", to_format="stablehlo")
+    assert not list(tmp_path.iterdir())
+
+
 WITHOUT = "import sys; sys.modules |= dict.fromkeys({names!r}.split()); "
 
 
