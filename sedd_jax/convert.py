@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import pathlib
 import shutil
 from typing import Any
@@ -49,6 +48,10 @@ class Model:
     tensors: dict[str, np.ndarray]
     origin: dict[str, Any]
     is_conditioned: bool = True
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.size for name, tensor in self.tensors.items() if name != torch_weights.ROTARY)
 
 
 def convert(
@@ -115,9 +118,9 @@ def convert(
             compared = _write_run(partial, model, compares)
         else:
             compared = _write_torch(partial, model, dtype, compares, with_stablehlo=to_format == "stablehlo")
-    size = sum(tensor.size for name, tensor in model.tensors.items() if name != torch_weights.ROTARY)
+    facts = {"to": str(target), "to_format": to_format, "dtype": dtype, "num_parameters": model.num_parameters}
     found = compared._asdict() if compared else dict.fromkeys(verification.Comparison._fields)
-    return {**model.origin, "to": str(target), "to_format": to_format, "dtype": dtype, "num_parameters": size, **found}
+    return model.origin | facts | found
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -200,7 +203,7 @@ def _write_run(directory: pathlib.Path, model: Model, compares: bool) -> verific
         opt_state=optimizers.make_optimizer(run.config.optimizer).init(params),
     )
     written = runs.fill(directory, run.config, run.tokenizer, state)
-    _write_json(directory / "origin.json", model.origin)
+    runs.write_json(directory / "origin.json", model.origin)
     if not compares:
         return None
     theirs = verification.load(published_configs.to_sedd(run), model.tensors)
@@ -214,7 +217,7 @@ def _write_torch(
     published_configs.check_publishable(run)
     tensors = _rounded(_told_noise(model), dtype)
     origin = {**model.origin, "dtype": dtype, "config": configs.to_dict(run.config)}
-    _write_json(directory / "config.json", published_configs.to_sedd(run) | {"sedd_jax": origin})
+    runs.write_json(directory / "config.json", published_configs.to_sedd(run) | {"sedd_jax": origin})
     safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     # safetensors writes for the owner alone.
     (directory / "model.safetensors").chmod((directory / "config.json").stat().st_mode)
@@ -226,7 +229,7 @@ def _write_torch(
         exported = score_export.export(tensors, run.network, run.config.data.length)
         (directory / "score.stablehlo").write_bytes(exported)
         (directory / "example.py").write_text(model_cards.STABLEHLO_EXAMPLE, encoding="utf-8")
-    card = model_cards.card(run, model.origin, dtype, with_stablehlo=with_stablehlo)
+    card = model_cards.card(run, model.origin, model.num_parameters, dtype, with_stablehlo=with_stablehlo)
     (directory / "README.md").write_text(card, encoding="utf-8")
     if not compares:
         return None
@@ -263,7 +266,3 @@ def _rounded(tensors: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray
         if not np.isfinite(x.astype(np.float32)).all():
             raise ValueError(f"--dtype={dtype} cannot hold the values of {name}: use bfloat16 or float32")
     return narrow
-
-
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

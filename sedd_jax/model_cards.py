@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sedd_jax import alphabets, runs, subwords, torch_weights
+from sedd_jax import alphabets, runs, subwords
 
 STABLEHLO_EXAMPLE = """\
 # pip install jax flatbuffers safetensors
@@ -41,10 +41,9 @@ _DECODE = {
 }
 
 
-def card(run: runs.Run, origin: dict[str, Any], dtype: str, *, with_stablehlo: bool) -> str:
+def card(run: runs.Run, origin: dict[str, Any], num_parameters: int, dtype: str, *, with_stablehlo: bool) -> str:
     """Markdown with the front matter that the Hub reads."""
     config, network = run.config, run.network
-    count = sum(_size(shape) for name, shape in torch_weights.shapes(network).items() if name != torch_weights.ROTARY)
     noise = config.noise
     schedule = (
         f"eps {noise.eps:g}" if noise.name == "loglinear" else f"sigma {noise.sigma_min:g} to {noise.sigma_max:g}"
@@ -55,7 +54,7 @@ def card(run: runs.Run, origin: dict[str, Any], dtype: str, *, with_stablehlo: b
         ],
         "noise": f"{noise.name}, {schedule}",
         "network": f"{network.num_layers} layers, {network.hidden_size} wide, {network.num_heads} heads, "
-        f"{count:,} parameters in {dtype}",
+        f"{num_parameters:,} parameters in {dtype}",
         "length": f"{config.data.length} tokens",
         "tokenizer": f"{run.tokenizer.to_json()['kind']}, {run.graph.vocab_size} tokens",
         "trained on": config.data.source or "not known",
@@ -119,10 +118,3 @@ _STABLEHLO = f"""
 ```python
 {STABLEHLO_EXAMPLE}```
 """
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

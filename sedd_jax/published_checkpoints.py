@@ -89,8 +89,6 @@ def read_training(source: pathlib.Path, weights: str) -> Checkpoint:
 
 def read_lightning(source: pathlib.Path, weights: str) -> Checkpoint:
     """A checkpoint of MDLM's program."""
-    if not source.exists():
-        raise ValueError(f"--from={source} does not exist: correct the path")
     saved = published_configs.Fields(torch_files.read_pickle(source), source)
     hyper_parameters = published_configs.Fields(saved["hyper_parameters"], source)
     published = torch_files.plain(hyper_parameters["config"])

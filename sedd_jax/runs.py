@@ -112,7 +112,7 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
         storage.download(workdir, "data", "metrics.jsonl", "samples", "tensorboard")
         if (local / "data").exists():
             shards.verify(local / "data")
-        _write_json(local / "config.json", configs.to_dict(config))
+        write_json(local / "config.json", configs.to_dict(config))
         storage.upload(workdir)
         return
     # A start that was killed may have left these in a bucket, where nothing can appear whole.
@@ -186,11 +186,12 @@ def load(workdir: storage.Directory) -> Run:
 
 
 def _describe(directory: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer) -> None:
-    _write_json(directory / "config.json", configs.to_dict(config))
+    write_json(directory / "config.json", configs.to_dict(config))
     tokenizers.write(tokenizer, directory / "tokenizer.json")
 
 
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Writes a file that is there whole or not at all."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -23,9 +23,7 @@ _NEVER = -1e30  # A logit that no state has; finite, so that differences of it a
 
 def logits(params: networks.Params, features: Float[Array, "*B D"]) -> Float[Array, "*B P"]:
     """The head's raw output z over the padded vocabulary, accumulated in float32."""
-    kernel = params["head_kernel"].astype(features.dtype)
-    z = jnp.dot(features, kernel, preferred_element_type=jnp.float32)
-    return z + params["head_bias"].reshape((1,) * (z.ndim - 1) + (-1,))
+    return tiles.head_product(features, params["head_kernel"].astype(features.dtype), params["head_bias"])
 
 
 def log_score(

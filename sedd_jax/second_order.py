@@ -50,19 +50,13 @@ def reverse_steps(
     stop: Int[Array, ""] | int,
     num_steps: Int[Array, ""] | int,
 ) -> Int[Array, "B L"]:
-    """Takes the reverse steps `start` to `stop` of `num_steps`, two evaluations each, as `samplers.reverse_steps`.
+    """Takes the reverse steps `start` to `stop` of `num_steps`, two evaluations each.
+
+    All arguments but these are those of `samplers.reverse_steps`.
 
     Args:
-        key: base key of the whole trajectory.
         evaluate_fn: the network.
         leap_fn: draws from its scores.
-        graph: the forward process.
-        noise: the schedule.
-        given: known tokens, clamped before every evaluation.
-        xt: state before step `start`.
-        start: first step to take.
-        stop: step to stop before.
-        num_steps: steps of the whole trajectory, evenly spaced in t.
     """
     dt = (1 - samplers.T_END) / jnp.asarray(num_steps, jnp.float32)
 

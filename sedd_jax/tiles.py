@@ -28,8 +28,7 @@ class States(NamedTuple):
     bias: Float[Array, " v"]
 
     def logits(self, features: Float[Array, "*r D"]) -> Float[Array, "*r v"]:
-        z = jnp.dot(features, self.kernel, preferred_element_type=jnp.float32)
-        return z + self.bias.reshape((1,) * (z.ndim - 1) + (-1,))
+        return head_product(features, self.kernel, self.bias)
 
     def other_than(self, x: Int[Array, " r"]) -> Bool[Array, "r v"]:
         return (self.ids >= 0)[None] & (self.ids[None] != x[:, None])
@@ -109,3 +108,9 @@ def chunk_size(num_positions: int, most: int) -> int:
 def put(x: Array, new: Array, i: Int[Array, ""]) -> Array:
     """x with `new` written over its rows from i on."""
     return jax.lax.dynamic_update_slice_in_dim(x, new, i, axis=0)
+
+
+def head_product(features: Float[Array, "*r D"], kernel: Float[Array, "D v"], bias: Float[Array, " v"]) -> Array:
+    """features @ kernel + bias, [*r, v], accumulated in float32."""
+    z = jnp.dot(features, kernel, preferred_element_type=jnp.float32)
+    return z + bias.reshape((1,) * (z.ndim - 1) + (-1,))
