@@ -87,9 +87,7 @@ def sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callab
     tokens = np.random.default_rng(0).integers(run.tokenizer.vocab_size, size=shape, dtype=np.int32)
     limit = run.graph.sample_limit(jax.random.key(0), shape)
     xt = jnp.where(jnp.arange(shape[1])[None] % 2 == 0, limit, tokens)
-    reverse_steps, _ = generate.make_sampling_fns(
-        run.network, run.graph, run.noise, sampler=settings.sampler, draw=settings.draw
-    )
+    reverse_steps, _ = generate.make_sampling_fns(run.network, run.graph, run.noise, settings)
     half = settings.num_steps // 2
     inputs = (params, jax.random.key(0), samplers.nothing_given(shape), xt, half, half + 1, settings.num_steps)
     compile_seconds, compiled = _compile(lambda: reverse_steps.lower(*inputs))

@@ -20,6 +20,7 @@ from sedd_jax import (
     score_draws,
     second_order,
     sharding,
+    time_grids,
 )
 
 
@@ -105,12 +106,17 @@ class SamplingConfig:
         num_steps: reverse steps; one more evaluation denoises.
         num_samples: sequences drawn at once.
         draw: precise, or published (truncated float32 noise, which anneals; for comparison).
+        grid: where steps lie in time: uniform, sigma (as much noise each), cosine (short ones first), or times such as
+            1,0.8,0.3,0.
+        corrector_steps: how often each step is taken back, by the forward process, and again.
     """
 
     sampler: str = "tweedie"
     num_steps: int = 128
     num_samples: int = 4
     draw: str = "precise"
+    grid: str = "uniform"
+    corrector_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +152,7 @@ MAY_CHANGE = (
     r"network\.(remat|attention)",
 )
 _DERIVED = {"network.num_states": 0, "network.causal": False}  # Known from the tokenizer and the graph only.
+_MAY_BE_ZERO = r"eval_every|sample_every|seed|warmup|keep_checkpoints_every|corrector_steps"
 AUTOREGRESSIVE = "autoregressive"
 
 
@@ -245,7 +252,7 @@ def validate(config: Config) -> None:
     _validate_choice("network.attention", config.network.attention, ("auto", *attentions.ATTENTIONS))
     _validate_choice("network.dtype", config.network.dtype, ("float32", "bfloat16"))
     for name, value in flatten(to_dict(config)).items():
-        at_least = 0 if re.search(r"eval_every|sample_every|seed|warmup|keep_checkpoints_every", name) else 1
+        at_least = 0 if re.search(_MAY_BE_ZERO, name) else 1
         if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("mesh.") and value < at_least:
             raise ValueError(f"config.{name}={value} must be at least {at_least}")
         if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
@@ -272,6 +279,12 @@ def validate(config: Config) -> None:
         raise ValueError(
             "config.sampling.sampler=first_hitting follows masks, of which config.graph.name=uniform has none: set "
             "config.sampling.sampler=tweedie"
+        )
+    time_grids.find(config.sampling.grid)
+    if config.sampling.sampler == first_hitting.NAME and config.sampling.grid != "uniform":
+        raise ValueError(
+            f"config.sampling.grid={config.sampling.grid} has no meaning for first_hitting, which has a clock of its "
+            "own: leave it at uniform"
         )
     if training.batch_size % training.num_micro_batches:
         raise ValueError(

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax import graphs, noise_schedules, samplers
+from sedd_jax import graphs, noise_schedules, samplers, time_grids
 
 NAME = "first_hitting"
+_LAST = 2**31 - 1  # Number of the last evaluation, which no other has.
 
 
 def reverse_steps(
@@ -26,25 +27,32 @@ def reverse_steps(
     start: Int[Array, ""] | int,
     stop: Int[Array, ""] | int,
     num_steps: Int[Array, ""] | int,
+    *,
+    corrector_steps: int = 0,
 ) -> Int[Array, "B L"]:
     """Takes the evaluations `start` to `stop` of `num_steps`, after which one is left for `finish`.
 
     Each fills the same share of a sequence's masks: one, so that the draw is exact, where num_steps + 1 is at least
     their number. Every sequence has a clock of its own. Arguments are those of `samplers.reverse_steps`; evaluations
-    that find no mask in the batch are left out.
+    that find no mask in the batch are left out. A corrector step takes as many tokens back, whichever, and fills their
+    places again: of one token a Gibbs step, which keeps the law whatever was filled before.
     """
     course = _draw_course(key, graph, noise, given)
     per_step = -(-course.num_gaps // (jnp.asarray(num_steps) + 1))
+    turns = 1 + corrector_steps
 
     def is_left(carry: tuple[Int[Array, ""], Int[Array, "B L"]]) -> Array:
-        i, xt = carry
-        return (i < stop) & _is_mask(graph, given, xt).any()
+        number, xt = carry
+        return (number < stop * turns) & (_is_mask(graph, given, xt).any() | (number % turns > 0))
 
     def step(carry: tuple[Int[Array, ""], Int[Array, "B L"]]) -> tuple[Int[Array, ""], Int[Array, "B L"]]:
-        i, xt = carry
-        return i + 1, _fill(course, i, move_fn, graph, given, xt, per_step)
+        number, xt = carry
+        if corrector_steps:
+            taken_back = _take_back(course, number, graph, given, xt, per_step)
+            xt = jnp.where(number % turns > 0, taken_back, xt)
+        return number + 1, _fill(course, number, move_fn, graph, given, xt, per_step)
 
-    return jax.lax.while_loop(is_left, step, (jnp.asarray(start), given.clamp(xt)))[1]
+    return jax.lax.while_loop(is_left, step, (jnp.asarray(start * turns), given.clamp(xt)))[1]
 
 
 def finish(
@@ -57,8 +65,7 @@ def finish(
 ) -> Int[Array, "B L"]:
     """Fills all masks that are left in one evaluation; the key is that of `reverse_steps`."""
     course = _draw_course(key, graph, noise, given)
-    # Steps end before they are as many as tokens, so this number is free.
-    return _fill(course, xt.shape[1], move_fn, graph, given, given.clamp(xt), course.num_gaps)
+    return _fill(course, _LAST, move_fn, graph, given, given.clamp(xt), course.num_gaps)
 
 
 class _Course(NamedTuple):
@@ -66,12 +73,14 @@ class _Course(NamedTuple):
 
     Attributes:
         key: of the tokens.
+        key_back: of what corrector steps take back.
         num_gaps: masks at the start.
         rank: of each position; masks are left from the highest down.
         sigma: total noise at which the next mask is left, by how many there are, from 1.
     """
 
     key: Key[Array, ""]
+    key_back: Key[Array, ""]
     num_gaps: Int[Array, "B"]
     rank: Int[Array, "B L"]
     sigma: Float[Array, "B L"]
@@ -85,7 +94,7 @@ def _draw_course(
     Where n masks are left at a time when a token is masked with probability m, the next goes at m u^(1/n), u uniform.
     """
     # Folded, not split: every call of a trajectory has the same key.
-    key_clock, key_rank, key_tokens = (jax.random.fold_in(key, part) for part in range(3))
+    key_clock, key_rank, key_tokens, key_back = (jax.random.fold_in(key, part) for part in range(4))
     shape = given.tokens.shape
     num_gaps = (~given.is_given).sum(1)
     # Ranks, since two uniform numbers of so many are often the same.
@@ -94,8 +103,8 @@ def _draw_course(
     log_decay = jnp.where(count <= num_gaps[:, None], -jax.random.exponential(key_clock, shape) / count, 0.0)
     start = jnp.log(-jnp.expm1(-noise.sigma(jnp.float32(1.0))))
     log_mask_prob = start + jnp.cumsum(log_decay[:, ::-1], axis=1)[:, ::-1]
-    sigma = jnp.maximum(-jnp.log1p(-jnp.exp(log_mask_prob)), noise.sigma(jnp.float32(samplers.T_END)))
-    return _Course(key_tokens, num_gaps, rank, sigma)
+    sigma = jnp.maximum(-jnp.log1p(-jnp.exp(log_mask_prob)), noise.sigma(jnp.float32(time_grids.T_END)))
+    return _Course(key_tokens, key_back, num_gaps, rank, sigma)
 
 
 def _fill(
@@ -116,6 +125,21 @@ def _fill(
     is_next = is_mask & (order >= lowest)
     law = lambda total: graph.denoise_jump(total, xt, sigma)
     return move_fn(jax.random.fold_in(course.key, number), xt, sigma, is_next, law)
+
+
+def _take_back(
+    course: _Course,
+    number: Int[Array, ""],
+    graph: graphs.Absorbing,
+    given: samplers.Given,
+    xt: Int[Array, "B L"],
+    count: Int[Array, "B"],
+) -> Int[Array, "B L"]:
+    """Masks `count` of the tokens that have been filled, any of them alike."""
+    chance = jax.random.uniform(jax.random.fold_in(course.key_back, number), xt.shape)
+    place = jnp.argsort(jnp.argsort(jnp.where(given.is_given | graph.is_noise(xt), 2.0, chance), axis=1), axis=1)
+    is_filled = ~given.is_given & ~graph.is_noise(xt)
+    return jnp.where(is_filled & (place < count[:, None]), graph.mask_id, xt)
 
 
 def _is_mask(graph: graphs.Absorbing, given: samplers.Given, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:

@@ -59,6 +59,8 @@ class Sample:
     num_steps: int
     nfe: int
     draw: str
+    grid: str
+    corrector_steps: int
 
 
 def parse_template(run: runs.Run, template: str) -> Template:
@@ -166,6 +168,8 @@ def draw_samples(
             num_steps=_num_steps(run, settings, num_gaps),
             nfe=num_evaluations(run, settings, num_gaps),
             draw=settings.draw,
+            grid=settings.grid,
+            corrector_steps=settings.corrector_steps,
         )
         for index, row in enumerate(rows)
     ]
@@ -183,9 +187,11 @@ def sampling_of(run: runs.Run, **changed: Any) -> configs.SamplingConfig:
 
 
 def num_evaluations(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int | None = None) -> int:
-    """nfe of a sequence with so many tokens to fill, or all: one for each step, or two, and one after the last."""
-    per_step = 2 if settings.sampler == second_order.NAME and not run.is_autoregressive else 1
-    return per_step * _num_steps(run, settings, num_gaps) + 1
+    """nfe of a sequence with so many tokens to fill, or all: one for each turn, or two, and one after the last."""
+    if run.is_autoregressive:
+        return run.config.data.length
+    per_turn = 2 if settings.sampler == second_order.NAME else 1
+    return per_turn * (1 + settings.corrector_steps) * _num_steps(run, settings, num_gaps) + 1
 
 
 def _num_steps(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int | None) -> int:
@@ -224,9 +230,7 @@ def draw_tokens(
     num_steps = _num_steps(run, settings, num_gaps)
     key_limit, key_steps, key_denoise = jax.random.split(jax.random.key(seed), 3)
     xt = given.clamp(run.graph.sample_limit(key_limit, given.tokens.shape))
-    reverse_steps, denoise = make_sampling_fns(
-        run.network, run.graph, run.noise, sampler=settings.sampler, draw=settings.draw
-    )
+    reverse_steps, denoise = make_sampling_fns(run.network, run.graph, run.noise, settings)
     # A trajectory that is watched is taken in parts; keys depend on the step alone, so the text is the same.
     stride = max(1, num_steps // 64) if watch else num_steps
     for start in range(0, num_steps, stride):
@@ -287,15 +291,24 @@ def write_jsonl(samples: list[Sample], path: pathlib.Path) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-@functools.cache
 def make_sampling_fns(
-    network: networks.NetworkConfig, graph: Any, noise: Any, *, sampler: str, draw: str
+    network: networks.NetworkConfig, graph: Any, noise: Any, settings: configs.SamplingConfig
 ) -> tuple[Any, Any]:
     """`reverse_steps(params, key, given, xt, start, stop, num_steps)` and `denoise(params, key, given, xt)`, jitted.
 
     Step numbers and keys are traced and do not recompile. Every process holds all tokens that they return. Those of a
     causal network draw a token a step, from the first to the last but one, and the last.
     """
+    # Programs do not depend on these two.
+    return _make_sampling_fns(network, graph, noise, dataclasses.replace(settings, num_steps=1, num_samples=1))
+
+
+@functools.cache
+def _make_sampling_fns(
+    network: networks.NetworkConfig, graph: Any, noise: Any, settings: configs.SamplingConfig
+) -> tuple[Any, Any]:
+    sampler, draw = settings.sampler, settings.draw
+    course = {"grid": settings.grid, "corrector_steps": settings.corrector_steps}
 
     def move_fn(params: networks.Params) -> samplers.MoveFn:
         def move(key, xt, sigma, is_movable, jump_fn):
@@ -305,8 +318,8 @@ def make_sampling_fns(
         return move
 
     def reverse_steps(params, key, given, xt, start, stop, num_steps):
-        fn = move_fn(params)
-        xt = samplers.reverse_steps(key, fn, graph, noise, given, xt, start, stop, num_steps, sampler=sampler)
+        predict = samplers.predictor(move_fn(params), graph, noise, given, sampler=sampler)
+        xt = samplers.reverse_steps(key, predict, graph, noise, given, xt, start, stop, num_steps, **course)
         return sharding.replicate(xt)
 
     def denoise(params, key, given, xt):
@@ -317,11 +330,15 @@ def make_sampling_fns(
         leap = lambda key, rates, xt, is_movable: score_draws.leap(
             key, network, params, rates, xt, is_movable, draw=draw
         )
-        xt = second_order.reverse_steps(key, evaluate, leap, graph, noise, given, xt, start, stop, num_steps)
+        predict = second_order.predictor(evaluate, leap, graph, noise, given)
+        xt = samplers.reverse_steps(key, predict, graph, noise, given, xt, start, stop, num_steps, **course)
         return sharding.replicate(xt)
 
     def hits(params, key, given, xt, start, stop, num_steps):
-        xt = first_hitting.reverse_steps(key, move_fn(params), graph, noise, given, xt, start, stop, num_steps)
+        fn, again = move_fn(params), settings.corrector_steps
+        xt = first_hitting.reverse_steps(
+            key, fn, graph, noise, given, xt, start, stop, num_steps, corrector_steps=again
+        )
         return sharding.replicate(xt)
 
     def last_hits(params, key, given, xt):

@@ -105,6 +105,8 @@ def described(run: runs.Run, sampling: configs.SamplingConfig, num_gaps: int | N
         "sampler": "autoregressive" if run.is_autoregressive else sampling.sampler,
         "nfe": generate.num_evaluations(run, sampling, num_gaps),
         "draw": sampling.draw,
+        "grid": sampling.grid,
+        "corrector_steps": sampling.corrector_steps,
     }
 
 

@@ -24,6 +24,10 @@ class LogLinear:
         """Rate of noise at t."""
         return (1 - self.eps) / (1 - (1 - self.eps) * t)
 
+    def time(self, sigma: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """The time at which the total noise is sigma."""
+        return -jnp.expm1(-sigma) / (1 - self.eps)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometric:
@@ -44,6 +48,10 @@ class Geometric:
     def dsigma_dt(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
         """Rate of noise at t: sigma(t) log(sigma_max / sigma_min)."""
         return self.sigma(t) * jnp.log(jnp.float32(self.sigma_max) / jnp.float32(self.sigma_min))
+
+    def time(self, sigma: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """The time at which the total noise is sigma."""
+        return jnp.log(sigma / self.sigma_min) / jnp.log(jnp.float32(self.sigma_max) / jnp.float32(self.sigma_min))
 
 
 NoiseSchedule = LogLinear | Geometric

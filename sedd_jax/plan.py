@@ -223,7 +223,7 @@ def _compile(
 def _lower_sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[networks.Params, jax.stages.Lowered]:
     settings = run.config.sampling
     shape = (settings.num_samples, run.config.data.length)
-    fns = generate.make_sampling_fns(run.network, run.graph, run.noise, sampler=settings.sampler, draw=settings.draw)
+    fns = generate.make_sampling_fns(run.network, run.graph, run.noise, settings)
     params = jax.eval_shape(lambda: networks.init(jax.random.key(0), run.network))
     given = jax.eval_shape(lambda: samplers.nothing_given(shape))
     xt, key = given.tokens, jax.eval_shape(lambda: jax.random.key(0))

@@ -38,31 +38,27 @@ EvaluateFn = Callable[[Int[Array, "B L"], Float[Array, "B"]], Any]
 LeapFn = Callable[[Key[Array, ""], list[Evaluation], Int[Array, "B L"], Bool[Array, "B L"]], Int[Array, "B L"]]
 
 
-def reverse_steps(
-    key: Key[Array, ""],
+def predictor(
     evaluate_fn: EvaluateFn,
     leap_fn: LeapFn,
     graph: graphs.Graph,
     noise: noise_schedules.NoiseSchedule,
     given: samplers.Given,
-    xt: Int[Array, "B L"],
-    start: Int[Array, ""] | int,
-    stop: Int[Array, ""] | int,
-    num_steps: Int[Array, ""] | int,
-) -> Int[Array, "B L"]:
-    """Takes the reverse steps `start` to `stop` of `num_steps`, two evaluations each.
-
-    All arguments but these are those of `samplers.reverse_steps`.
+) -> samplers.PredictFn:
+    """A step of two evaluations.
 
     Args:
         evaluate_fn: the network.
         leap_fn: draws from its scores.
+        graph: the forward process.
+        noise: the schedule.
+        given: known tokens, which do not move.
     """
-    dt = (1 - samplers.T_END) / jnp.asarray(num_steps, jnp.float32)
 
-    def step(i: Int[Array, ""], xt: Int[Array, "B L"]) -> Int[Array, "B L"]:
-        key_first, key_second = jax.random.split(jax.random.fold_in(key, i))
-        t = jnp.full(xt.shape[0], 1 - i * dt)
+    def predict(
+        key: Key[Array, ""], xt: Int[Array, "B L"], t: Float[Array, "B"], dt: Float[Array, "B"]
+    ) -> Int[Array, "B L"]:
+        key_first, key_second = jax.random.split(key)
         sigma = noise.sigma(t)
         half = (graph.leap_time(sigma) - graph.leap_time(noise.sigma(t - dt))) / 2
         middle = graph.sigma_at(graph.leap_time(sigma) - half)
@@ -70,7 +66,6 @@ def reverse_steps(
         def rates(xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Evaluation:
             return Evaluation(evaluate_fn(xt, sigma), sigma, half[:, None] * graph.leap_rate(xt, sigma))
 
-        xt = given.clamp(xt)
         first = rates(xt, sigma)
         between = leap_fn(key_first, [first], xt, graph.is_noise(xt) & ~given.is_given)
         second = rates(between, middle)
@@ -79,4 +74,4 @@ def reverse_steps(
         terms = [second._replace(slope=2 * second.slope), back]
         return leap_fn(key_second, terms, between, graph.is_noise(between) & ~given.is_given)
 
-    return jax.lax.fori_loop(start, stop, step, xt)
+    return predict

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.linalg
 import scipy.stats
 
-from sedd_jax import categoricals, graphs, samplers
+from sedd_jax import categoricals, graphs, samplers, time_grids
 
 
 def rate_matrix(graph: graphs.Graph) -> np.ndarray:
@@ -109,12 +109,12 @@ def sampler_law(graph: graphs.Graph, noise, p0: np.ndarray, sampler: str, num_st
         p = (xs == graph.mask_id).all(-1).astype(float)
     else:
         p = np.full(len(xs), 1 / len(xs))
-    dt = (1 - samplers.T_END) / num_steps
+    dt = (1 - time_grids.T_END) / num_steps
     for t in 1 - dt * np.arange(num_steps):
         score = exact_scores(graph, p0, sigma(t))
         noise_rate = dt * float(noise.dsigma_dt(jnp.float32(t)))
         p = step(step_weights(graph, sampler, score, xs, sigma(t) - sigma(t - dt), noise_rate), p)
-    end = sigma(samplers.T_END)
+    end = sigma(time_grids.T_END)
     weights = step_weights(graph, "tweedie", exact_scores(graph, p0, end), xs, end, 0.0)
     if isinstance(graph, graphs.Absorbing):
         weights[..., graph.mask_id] = 0

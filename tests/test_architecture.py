@@ -25,6 +25,7 @@ FLOORS = (
         "storage",
         "tables",
         "tiles",
+        "time_grids",
         "torch_model",
     ),
     ("networks", "score_draws", "score_heads"),

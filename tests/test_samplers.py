@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
-from sedd_jax import graphs, noise_schedules, samplers
+from sedd_jax import graphs, noise_schedules, samplers, time_grids
 
 PUBLISHED = {"euler": "euler", "analytic": "tweedie"}
 P0 = {
@@ -38,6 +38,7 @@ def dense_weights(sampler, graph, noise, score, xt, t, dt):
     """Weights of one step over all states, [B, L, V]."""
     if sampler == "denoise":
         return oracles.jump_weights(lambda total: graph.denoise_jump(total, xt, noise.sigma(t)), score, xt)
+    dt = jnp.broadcast_to(dt, t.shape)
     return oracles.jump_weights(lambda total: samplers.SAMPLERS[sampler](graph, noise, total, xt, t, dt), score, xt)
 
 
@@ -106,9 +107,8 @@ def recorded_run(case: str) -> dict[str, np.ndarray]:
 
     @jax.jit
     def step(xt, i, uniforms):
-        return samplers.reverse_steps(
-            jax.random.key(0), move_from(uniforms), graph, noise, given, xt, i, i + 1, num_steps, sampler=sampler
-        )
+        predict = samplers.predictor(move_from(uniforms), graph, noise, given, sampler=sampler)
+        return samplers.reverse_steps(jax.random.key(0), predict, graph, noise, given, xt, i, i + 1, num_steps)
 
     states = [xt]
     for i, uniforms in enumerate(arrays["uniforms"]):
@@ -118,7 +118,7 @@ def recorded_run(case: str) -> dict[str, np.ndarray]:
     last = jnp.pad(jnp.asarray(arrays["uniforms_denoise"]), [(0, 0), (0, 0), (0, missing)], constant_values=0.5)
     out = samplers.denoise(jax.random.key(1), move_from(last), graph, noise, given, states[-1])
     first, start = given.clamp(xt), jnp.ones(len(xt))
-    dt = jnp.float32((1 - samplers.T_END) / num_steps)
+    dt = jnp.float32((1 - time_grids.T_END) / num_steps)
     weights = dense_weights(sampler, graph, noise, score_fn(first, noise.sigma(start)), first, start, dt)
     return {"x": np.stack(states), "out": np.asarray(out), "probs_first": np.asarray(weights)}
 
@@ -148,14 +148,14 @@ def propagate(graph, noise, p0, sampler):
 
     @jax.jit
     def laws(num_steps):
-        dt = (1 - samplers.T_END) / num_steps
+        dt = (1 - time_grids.T_END) / num_steps
 
         def step(i, p):
             t = jnp.full(len(xs), 1 - i * dt)
             return move(dense_weights(sampler, graph, noise, score_fn(xs, noise.sigma(t)), xs, t, dt), p)
 
         before = jax.lax.fori_loop(0, num_steps, step, start)
-        end = jnp.full(len(xs), samplers.T_END)
+        end = jnp.full(len(xs), time_grids.T_END)
         return before, move(
             dense_weights("denoise", graph, noise, score_fn(xs, noise.sigma(end)), xs, end, 0.0), before
         )
@@ -186,7 +186,7 @@ def test_recorded_laws(entry):
 
 def one_step_law(p0: np.ndarray) -> np.ndarray:
     """Law after one Tweedie step from all masks over the whole of `geo`: every position moves on its own."""
-    sigma_end = 1e-4 ** (1 - samplers.T_END) * 20.0**samplers.T_END
+    sigma_end = 1e-4 ** (1 - time_grids.T_END) * 20.0**time_grids.T_END
     mask = (np.expm1(-sigma_end)) / np.expm1(-20.0)
     return np.outer(*(np.append(p0.sum(axis) * (1 - mask), mask) for axis in (1, 0)))
 
@@ -254,7 +254,15 @@ def generator():
     )
     steps = jax.jit(
         lambda key, given, xt, start, stop: samplers.reverse_steps(
-            key, move_fn, graph, noise, given, xt, start, stop, 16, sampler="euler"
+            key,
+            samplers.predictor(move_fn, graph, noise, given, sampler="euler"),
+            graph,
+            noise,
+            given,
+            xt,
+            start,
+            stop,
+            16,
         )
     )
     return graph, sample, steps, traces
@@ -322,7 +330,7 @@ def test_infilling_with_the_exact_score_follows_the_conditional_law():
 def test_weights_are_finite_and_drawable_at_full_vocabulary(kind, noise, sampler):
     n = 50257
     graph = graphs.Absorbing(vocab_size=n, mask_id=n) if kind == "absorb" else graphs.Uniform(vocab_size=n)
-    t = jnp.array([samplers.T_END, 1e-3, 0.1, 0.5, 0.999, 1.0])
+    t = jnp.array([time_grids.T_END, 1e-3, 0.1, 0.5, 0.999, 1.0])
     xt = jnp.tile(jnp.array([[n - 1 if kind == "uniform" else n, 3]]), (len(t), 1))
 
     @jax.jit

@@ -22,6 +22,7 @@ from sedd_jax import (
     second_order,
     sharding,
     tiles,
+    time_grids,
 )
 
 N = 3
@@ -65,7 +66,7 @@ def law_after(kind, strength, sampler, num_steps):
     """The law after steps even in t, from the exact law at t = 1, and its distance to the exact law at the end."""
     graph, p0 = GRAPHS[kind], {"strong": STRONG, "weak": WEAK}[strength]
     xs = oracles.states(graph, p0.ndim)
-    t = np.linspace(1, samplers.T_END, num_steps + 1)
+    t = np.linspace(1, time_grids.T_END, num_steps + 1)
     sigmas = (NOISE.sigma_min ** (1 - t) * NOISE.sigma_max**t).tolist()
     p = oracles.marginal(graph, p0, sigmas[0]).ravel()
     for sigma, after in itertools.pairwise(sigmas):
@@ -130,7 +131,8 @@ def test_steps_follow_the_definition(kind, strength):
     xt = jnp.asarray(xs[np.random.default_rng(1).choice(len(xs), size=draws, p=start / start.sum())])
     evaluate, leap = dense_fns(graph, p0)
     given = samplers.nothing_given(xt.shape)
-    after = jax.jit(lambda key, xt: second_order.reverse_steps(key, evaluate, leap, graph, NOISE, given, xt, 0, 3, 3))(
+    predict = second_order.predictor(evaluate, leap, graph, NOISE, given)
+    after = jax.jit(lambda key, xt: samplers.reverse_steps(key, predict, graph, NOISE, given, xt, 0, 3, 3))(
         jax.random.key(0), xt
     )
     counts = np.bincount(np.asarray(after) @ [graph.num_states, 1], minlength=len(xs))
@@ -148,7 +150,8 @@ def test_given_tokens_never_change_and_are_always_seen():
 
     _, leap = dense_fns(graph, STRONG)
     xt = jnp.zeros((6, 4), jnp.int32)
-    out = second_order.reverse_steps(jax.random.key(0), evaluate, leap, graph, NOISE, given, xt, 0, 5, 5)
+    predict = second_order.predictor(evaluate, leap, graph, NOISE, given)
+    out = samplers.reverse_steps(jax.random.key(0), predict, graph, NOISE, given, xt, 0, 5, 5)
     jax.effects_barrier()
     assert len(seen) == 10
     for state in (*seen, np.asarray(out)):
