@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import flags
 
+GRID = "times of steps: uniform, sigma, cosine, tuned (by `sedd tune-grid`), or such as 1,0.8,0.3,0"
 Command = Callable[[list[str]], int | None]  # From arguments to an exit status, None for success.
 
 

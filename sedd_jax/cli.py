@@ -157,6 +157,8 @@ def sample(argv: list[str]) -> None:
         flag_values=values,
     )
     flags.DEFINE_string("draw", None, "precise, or published (float32 noise that anneals)", flag_values=values)
+    flags.DEFINE_string("grid", None, arguments.GRID, flag_values=values)
+    flags.DEFINE_integer("corrector_steps", None, "how often each step is taken back and again", flag_values=values)
     flags.DEFINE_integer("seed", 0, "the same seed draws the same text", flag_values=values)
     flags.DEFINE_string("prefix", "", "text the samples start with", flag_values=values)
     flags.DEFINE_string("suffix", "", "text the samples end with", flag_values=values)
@@ -185,6 +187,34 @@ def sample(argv: list[str]) -> None:
         program.write_jsonl(samples, pathlib.Path(out))
     if as_json:
         print(json.dumps([program.as_dict(drawn) for drawn in samples], ensure_ascii=False))
+
+
+def tune_grid(argv: list[str]) -> None:
+    """Find the times at which a run's steps lose least likelihood, for --grid=tuned.
+
+    sedd tune-grid --workdir=RUN --num_steps=16
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
+    flags.DEFINE_integer("num_steps", 16, "reverse steps that it is for", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint; the newest if not given", flag_values=values)
+    flags.DEFINE_integer("num_sequences", 128, "held-out sequences, half to tune, half to judge", flag_values=values)
+    flags.DEFINE_integer("batch_size", 32, "sequences at once", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of sequences and noise", flag_values=values)
+    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    arguments.define_processes(values)
+    if arguments.asks_for_help(argv):
+        arguments.print_help(tune_grid, values)
+        return
+    given = arguments.parse(values, argv, "workdir")
+    arguments.join_processes(given)
+    as_json, workdir = given.pop("json"), given.pop("workdir")
+    from sedd_jax import tune_grid as program
+
+    result = program.tune(workdir, **given)
+    print(program.table(result))
+    if as_json:
+        print(json.dumps(result))
 
 
 def convert(argv: list[str]) -> None:
@@ -285,6 +315,7 @@ COMMANDS: dict[str, arguments.Command] = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
+    "tune-grid": tune_grid,
     "convert": convert,
     "bench": bench,
     "plan": plan,

@@ -158,7 +158,7 @@ def table(result: dict[str, Any]) -> tables.Table:
     return tables.Table(
         head=[
             f"{result['workdir']}  step {result['step']}  {result['num_problems']} problems of {result['problems']}, "
-            f"{result['num_samples']} attempts each, {result['sampler']}, nfe {result['nfe']}, {result['draw']} draws"
+            f"{result['num_samples']} attempts each, {generation_quality.how(result)}"
         ],
         columns=("", "share of problems"),
         rows=rows,

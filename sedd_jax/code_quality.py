@@ -120,8 +120,8 @@ def table(result: dict[str, Any]) -> tables.Table:
     }
     return tables.Table(
         head=[
-            f"{result['workdir']}  step {result['step']}  windows of {result['length']} tokens, {result['sampler']}, "
-            f"nfe {result['nfe']}"
+            f"{result['workdir']}  step {result['step']}  windows of {result['length']} tokens, "
+            f"{generation_quality.how(result)}"
         ],
         columns=("windows whose whole statements parse", "share", "windows"),
         rows=[

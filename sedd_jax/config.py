@@ -144,6 +144,8 @@ class Config:
 # A ConfigDict is no Mapping.
 Nested = Mapping[str, Any] | ml_collections.ConfigDict
 
+# Fields of `SamplingConfig` that refine any sampler, with what leaves it as it is.
+REFINEMENTS = {field.name: field.default for field in dataclasses.fields(SamplingConfig)[4:]}
 # What a run may change when it resumes; all else decides what its parameters are.
 MAY_CHANGE = (
     r"training\.(num_steps|log_every|eval_\w+|sample_every|\w*checkpoint\w*)",

@@ -6,14 +6,14 @@ from absl import flags
 
 from sedd_jax import arguments
 
-_SAMPLING = ("num_steps", "draw", "seed", "batch_size", "num_samples")
+_SAMPLING = ("num_steps", "draw", "grid", "corrector_steps", "seed", "batch_size", "num_samples")
 # What is asked for -> the flags it takes beside --workdir, --step, --json and those of processes.
 _MODES = {
     "likelihood": ("data", "split", "protocol", "num_times", "target_stderr", "batch_size", "seed"),
     "zero_shot": ("suite_data", "protocol", "num_times", "target_stderr", "batch_size", "seed"),
     "humaneval": ("problems", "timeout_s", "sampler", *_SAMPLING),
     "generate": ("judge", "sampler", *_SAMPLING),
-    "curve": ("judge", "samplers", "batch_size", "num_samples", "seed"),
+    "curve": ("judge", "samplers", "grid", "corrector_steps", "batch_size", "num_samples", "seed"),
     "infill": ("judge", "num_draws", "sampler", *_SAMPLING),
     "code": ("num_samples", "num_steps", "seed"),
     "report": (),
@@ -50,6 +50,8 @@ def define(values: flags.FlagValues) -> None:
     text("judge", None, "an autoregressive run, or GPT-2 in a directory for transformers", flag_values=values)
     text("sampler", None, "of what is drawn: the run's if not given", flag_values=values)
     text("samplers", "tweedie,tau_leaping", "with --curve: which", flag_values=values)
+    text("grid", None, arguments.GRID, flag_values=values)
+    number("corrector_steps", None, "how often each step is taken back and again", flag_values=values)
     text("draw", None, "precise, or published (float32 noise that anneals)", flag_values=values)
     number("num_samples", None, "sequences, windows, or attempts at a problem: 64, or 10", flag_values=values)
     number("num_draws", 1, "with --infill: how often a window is refilled", flag_values=values)

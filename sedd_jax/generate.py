@@ -24,6 +24,7 @@ from sedd_jax import (
     sharding,
     storage,
     terminals,
+    tune_grid,
 )
 from sedd_jax import config as configs
 
@@ -176,11 +177,13 @@ def draw_samples(
 
 
 def sampling_of(run: runs.Run, **changed: Any) -> configs.SamplingConfig:
-    """The run's settings with some fields changed.
+    """The run's settings with some fields changed; the grid "tuned" becomes the times that `tune_grid` found.
 
     Raises:
         ValueError: names the field that cannot be.
     """
+    if changed.get("grid") == "tuned":
+        changed["grid"] = tune_grid.read(run)
     sampling = dataclasses.replace(run.config.sampling, **changed)
     configs.validate(dataclasses.replace(run.config, sampling=sampling))
     return sampling

@@ -75,7 +75,7 @@ def table(result: dict[str, Any]) -> tables.Table:
     return tables.Table(
         head=[
             f"{result['workdir']}  step {result['step']}  {result['num_samples']} samples of {result['length']} "
-            f"tokens, {result['sampler']}, nfe {result['nfe']}, {result['draw']} draws, {result['dtype']}",
+            f"tokens, {how(result)}, {result['dtype']}",
             f"read by {result['judge']}, {('every token', 'every token but the first')[result['judge_first']]}",
         ],
         columns=("", "samples", "held-out text"),
@@ -105,9 +105,23 @@ def described(run: runs.Run, sampling: configs.SamplingConfig, num_gaps: int | N
         "sampler": "autoregressive" if run.is_autoregressive else sampling.sampler,
         "nfe": generate.num_evaluations(run, sampling, num_gaps),
         "draw": sampling.draw,
-        "grid": sampling.grid,
-        "corrector_steps": sampling.corrector_steps,
+        **refinements(sampling),
     }
+
+
+def refinements(sampling: configs.SamplingConfig) -> dict[str, Any]:
+    """What may change about any sampler, for a result."""
+    return {name: getattr(sampling, name) for name in configs.REFINEMENTS}
+
+
+def how(result: dict[str, Any]) -> str:
+    """What `described` says, in words."""
+    return ", ".join([result["sampler"], f"nfe {result['nfe']}", f"{result['draw']} draws", *changed(result)])
+
+
+def changed(result: dict[str, Any]) -> list[str]:
+    """Those of `refinements` that change something."""
+    return [f"{name}={result[name]}" for name, default in configs.REFINEMENTS.items() if result[name] != default]
 
 
 def held_out(run: runs.Run, num_samples: int, seed: int) -> tuple[Int[np.ndarray, "S L"], str]:

@@ -112,7 +112,7 @@ def table(result: dict[str, Any]) -> tables.Table:
     times = f", {result['num_draws']} times each" if result["num_draws"] > 1 else ""
     head = [
         f"{result['workdir']}  step {result['step']}  {result['num_samples']} windows {result['pattern']}{times}, "
-        f"{result['sampler']}, nfe {result['nfe']}, {result['draw']} draws, {result['dtype']}"
+        f"{generation_quality.how(result)}, {result['dtype']}"
     ]
     rows = [
         ("missing tokens that come back", generation_quality.cell(result, "tokens_matched"), ""),

@@ -35,6 +35,7 @@ def measure(
     num_samples: int = 64,
     batch_size: int = 32,
     seed: int = 0,
+    **settings: Any,
 ) -> dict[str, Any]:
     """`generation_quality.read` of samples for every number of steps, sampler and draw; the points done are kept.
 
@@ -47,6 +48,7 @@ def measure(
         num_samples: sequences for each point.
         batch_size: sequences drawn at once.
         seed: of the samples of every point.
+        **settings: fields of `config.SamplingConfig` that differ from the run's at every point: grid, corrector_steps.
 
     Returns:
         `points`, and the same figures of held-out text and, where the judge is a run with the same tokens and length,
@@ -65,6 +67,7 @@ def measure(
         "num_samples": num_samples,
         "batch_size": batch_size,
         "seed": seed,
+        **generation_quality.refinements(generate.sampling_of(run, **settings)),
     }
     wanted = [
         {"sampler": name, "draw": draw, "num_steps": steps}
@@ -72,12 +75,12 @@ def measure(
         for draw in score_draws.DRAWS
         for steps in num_steps
     ]
-    settings = [generate.sampling_of(run, num_samples=batch_size, **point) for point in wanted]
+    samplings = [generate.sampling_of(run, num_samples=batch_size, **settings, **point) for point in wanted]
     parts = results.name("curve_points", result)
     name = results.name("curve", {**result, "points": wanted})
     done = results.read_parts(run, parts)
     is_of = lambda part, point: all(part[key] == value for key, value in point.items())
-    for point, sampling in zip(wanted, settings, strict=True):
+    for point, sampling in zip(wanted, samplings, strict=True):
         if not any(is_of(part, point) for part in done):
             samples = generation_quality.draw(run, params, sampling, num_samples, seed)
             done.append(
@@ -129,7 +132,7 @@ def table(result: dict[str, Any]) -> tables.Table:
     return tables.Table(
         head=[
             f"{result['workdir']}  step {result['step']}  {result['num_samples']} samples of {result['length']} tokens "
-            f"a point, {result['dtype']}",
+            f"a point, {', '.join([result['dtype'], *generation_quality.changed(result)])}",
             f"read by {result['judge']}",
         ],
         columns=("", "nfe", "perplexity of sequences", "pooled", "unigram entropy", "distinct pairs"),

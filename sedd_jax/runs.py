@@ -180,7 +180,7 @@ def load(workdir: storage.Directory) -> Run:
         )
     storage.download(workdir, "config.json", "tokenizer.json", *tokenizers.FILES.values())
     local = storage.local_copy(workdir)
-    config = configs.parse(_read_json(local / "config.json"))
+    config = configs.parse(read_json(local / "config.json"))
     tokenizer = tokenizers.read(local / "tokenizer.json")
     return Run(workdir=workdir, config=config, tokenizer=tokenizer)
 
@@ -197,7 +197,12 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        ValueError: where the file is damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
