@@ -6,7 +6,7 @@ one, over the states of that block alone, decides the token. Both are `categoric
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,18 @@ BLOCK_STATES = 2048
 DRAWN_ROWS = 16
 
 
+class Choice(NamedTuple):
+    """Which tokens the positions that move get, where that is not the law of the step; see `controls`.
+
+    Attributes:
+        fn: (vocabulary, features, xt, log scale, is_movable, slope, offset, keys, moves, *arrays) -> xt after it.
+        arrays: [B, L, ...] each.
+    """
+
+    fn: Callable[..., Int[Array, "B L"]]
+    arrays: tuple[Any, ...]
+
+
 def draw(
     key: Key[Array, ""],
     config: networks.NetworkConfig,
@@ -29,6 +41,7 @@ def draw(
     sigma: Float[Array, "B"],
     is_movable: Bool[Array, "B L"],
     jump_fn: Callable[[Float[Array, "B L"]], graphs.Jump],
+    choice: Choice | None = None,
 ) -> Int[Array, "B L"]:
     """Draws the next state of every position where `is_movable`; the others keep theirs.
 
@@ -43,15 +56,16 @@ def draw(
         sigma: total noise of each sequence.
         is_movable: where the state may change.
         jump_fn: from the sum of the score over all y != xt to the law of the step.
+        choice: which token a position gets that moves; None for the law of the step.
     """
     log_scale = score_heads.scale_needed(config, params, features, xt, sigma, is_movable)
-    blocks = functools.partial(_over_head, config, params, features[:, :, None], xt, log_scale[..., None], is_movable)
+    blocks = functools.partial(over_head, config, params, features[:, :, None], xt, log_scale[..., None], is_movable)
     sums = blocks(_block_sums, jnp.ones((*xt.shape, 1)), None)
     jump = jump_fn(sums.sum(-1))
     slope = jump.slope[..., None]
     # With an offset, weights clipped at 0 are no multiple of the score: another pass sums them.
     sums = slope * sums if jump.offset is None else blocks(_block_sums, slope, jump.offset)
-    return _draw_from_sums(key, blocks, sums, jump.stay, slope, jump.offset, xt, is_movable)
+    return _draw_from_sums(key, blocks, sums, jump.stay, slope, jump.offset, xt, is_movable, choice)
 
 
 def leap(
@@ -63,6 +77,7 @@ def leap(
     is_movable: Bool[Array, "B L"],
     *,
     draw: str,
+    choice: Choice | None = None,
 ) -> Int[Array, "B L"]:
     """Draws the state of every movable position after a leap whose rates are a sum over evaluations of the network.
 
@@ -76,6 +91,7 @@ def leap(
         xt: current states; the score of any other state is that of going there.
         is_movable: where the state may change.
         draw: a name in `DRAWS`.
+        choice: which token a position gets that moves; None for the law of the rates.
     """
     features, sigmas, slopes = zip(*evaluations, strict=True)
     scales = [
@@ -84,7 +100,7 @@ def leap(
     ]
     slope = jnp.stack(slopes, axis=-1)
     blocks = functools.partial(
-        _over_head, config, params, jnp.stack(features, axis=2), xt, jnp.stack(scales, axis=-1), is_movable
+        over_head, config, params, jnp.stack(features, axis=2), xt, jnp.stack(scales, axis=-1), is_movable
     )
     sums = blocks(_block_sums, slope, None)
     total = sums.sum(-1)
@@ -92,7 +108,7 @@ def leap(
     if draw == "published":
         keys = jax.random.key_data(_position_keys(key, xt))
         return blocks(_race, share[..., None] * slope, None, jnp.exp(-total), keys)
-    return _draw_from_sums(key, blocks, share[..., None] * sums, jnp.exp(-total), slope, None, xt, is_movable)
+    return _draw_from_sums(key, blocks, share[..., None] * sums, jnp.exp(-total), slope, None, xt, is_movable, choice)
 
 
 def draw_published(
@@ -110,7 +126,7 @@ def draw_published(
     Every state runs a race of its own (`categoricals.race_published`), so this needs noise for all of them.
     """
     log_scale = score_heads.scale_needed(config, params, features, xt, sigma, is_movable)
-    blocks = functools.partial(_over_head, config, params, features[:, :, None], xt, log_scale[..., None], is_movable)
+    blocks = functools.partial(over_head, config, params, features[:, :, None], xt, log_scale[..., None], is_movable)
     jump = jump_fn(blocks(_block_sums, jnp.ones((*xt.shape, 1)), None).sum(-1))
     keys = jax.random.key_data(_position_keys(key, xt))
     return blocks(_race, jump.slope[..., None], jump.offset, jump.stay, keys)
@@ -128,12 +144,16 @@ def _draw_from_sums(
     offset: Float[Array, "B L"] | None,
     xt: Int[Array, "B L"],
     is_movable: Bool[Array, "B L"],
+    choice: Choice | None,
 ) -> Int[Array, "B L"]:
     """Draws between staying and the blocks of states, whose weights are summed, then a state of the block."""
     key_block, key_state = jax.random.split(key)
     options = jnp.concatenate([sums, stay[..., None]], axis=-1)
     block = jnp.where(is_movable, categoricals.draw(key_block, options), sums.shape[-1])
-    return blocks(_draw_states, slope, offset, jax.random.key_data(_position_keys(key_state, xt)), block)
+    keys = jax.random.key_data(_position_keys(key_state, xt))
+    if choice is None:
+        return blocks(_draw_states, slope, offset, keys, block)
+    return blocks(choice.fn, slope, offset, keys, block < sums.shape[-1], *choice.arrays)
 
 
 def _position_keys(key: Key[Array, ""], xt: Int[Array, "B L"]) -> Key[Array, "B L"]:
@@ -142,7 +162,7 @@ def _position_keys(key: Key[Array, ""], xt: Int[Array, "B L"]) -> Key[Array, "B 
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, places)
 
 
-def _over_head(
+def over_head(
     config: networks.NetworkConfig,
     params: networks.Params,
     features: Float[Array, "B L E D"],
@@ -166,7 +186,7 @@ def _over_head(
     )
 
 
-def _weights(
+def weights(
     states: tiles.States,
     features: Float[Array, "r E D"],
     xt: Int[Array, " r"],
@@ -175,10 +195,10 @@ def _weights(
     offset: Float[Array, " r"] | None,
 ) -> Float[Array, "r v"]:
     """Weights of the states y != xt of a block, a sum over E evaluations and the offset, at least 0; and 0 for xt."""
-    weights = (slope[..., None] * jnp.exp(states.logits(features) + log_scale[..., None])).sum(1)
+    found = (slope[..., None] * jnp.exp(states.logits(features) + log_scale[..., None])).sum(1)
     if offset is not None:
-        weights = weights + offset[:, None]
-    return jnp.where(states.other_than(xt), jnp.maximum(weights, 0.0), 0.0)
+        found = found + offset[:, None]
+    return jnp.where(states.other_than(xt), jnp.maximum(found, 0.0), 0.0)
 
 
 def _block_sums(
@@ -186,14 +206,14 @@ def _block_sums(
 ) -> Float[Array, "B L k"]:
     """The sum of the weights over every block, 0 where nothing moves."""
     rows = tiles.choose(is_movable, _chunk_size(is_movable))
-    inputs = _gather(rows, (features, xt, log_scale, slope, offset))
+    inputs = gather(rows, (features, xt, log_scale, slope, offset))
 
     def visit_block(k: Int[Array, ""], sums: Float[Array, "n k"]) -> Float[Array, "n k"]:
         states = vocabulary.block(k)
 
         def visit(i: Int[Array, ""], sums: Float[Array, "n k"]) -> Float[Array, "n k"]:
-            weights = _weights(states, *_chunk(rows, inputs, i))
-            return jax.lax.dynamic_update_slice(sums, weights.sum(-1, keepdims=True), (i, k))
+            of_chunk = weights(states, *_chunk(rows, inputs, i))
+            return jax.lax.dynamic_update_slice(sums, of_chunk.sum(-1, keepdims=True), (i, k))
 
         return rows.visit(visit, sums)
 
@@ -222,9 +242,9 @@ def _draw_states(
         def visit(i: Int[Array, ""], flat: Int[Array, " n"]) -> Int[Array, " n"]:
             chunk = tiles.Rows(rows.chunk(rows.order, i), rows.count, rows.size)
             states = vocabulary.block(k)
-            weights = _weights(states, *_gather(chunk, inputs))
+            of_chunk = weights(states, *gather(chunk, inputs))
             row_keys = jax.random.wrap_key_data(chunk.gather(keys))
-            tokens = states.ids[jax.vmap(categoricals.draw)(row_keys, weights)]
+            tokens = states.ids[jax.vmap(categoricals.draw)(row_keys, of_chunk)]
             return flat.at[chunk.order].set(tokens.astype(flat.dtype), mode="drop")
 
         return rows.visit(visit, xt.reshape(-1)).reshape(xt.shape)
@@ -245,7 +265,7 @@ def _race(
 ) -> Int[Array, "B L"]:
     """The winner of the published race over all states."""
     rows = tiles.choose(is_movable, _chunk_size(is_movable))
-    inputs = _gather(rows, (features, xt, log_scale, slope, offset))
+    inputs = gather(rows, (features, xt, log_scale, slope, offset))
     stay, row_keys = rows.gather(stay), rows.gather(keys)
 
     def visit_block(k: Int[Array, ""], best: Any) -> Any:
@@ -254,10 +274,10 @@ def _race(
         def visit(i: Int[Array, ""], best: Any) -> Any:
             value, token = (rows.chunk(x, i) for x in best)
             chunk = _chunk(rows, inputs, i)
-            weights = jnp.where(states.equal_to(chunk[1]), rows.chunk(stay, i)[:, None], _weights(states, *chunk))
+            of_chunk = jnp.where(states.equal_to(chunk[1]), rows.chunk(stay, i)[:, None], weights(states, *chunk))
             block_keys = jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(rows.chunk(row_keys, i)), k)
             race = jnp.where(
-                states.ids[None] >= 0, jax.vmap(categoricals.race_published)(block_keys, weights), -jnp.inf
+                states.ids[None] >= 0, jax.vmap(categoricals.race_published)(block_keys, of_chunk), -jnp.inf
             )
             winner = race.argmax(-1)
             new = jnp.take_along_axis(race, winner[:, None], axis=-1)[:, 0]
@@ -275,7 +295,8 @@ def _chunk_size(is_movable: Bool[Array, "B L"]) -> int:
     return tiles.chunk_size(is_movable.size, score_heads.TILE_ROWS[sharding.platform()])
 
 
-def _gather(rows: tiles.Rows, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+def gather(rows: tiles.Rows, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The chosen rows of arrays [B, L, ...]; None stays None."""
     return jax.tree.map(rows.gather, arrays)
 
 

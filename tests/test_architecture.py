@@ -28,7 +28,7 @@ FLOORS = (
         "time_grids",
         "torch_model",
     ),
-    ("networks", "score_draws", "score_heads"),
+    ("controls", "networks", "score_draws", "score_heads"),
     (
         "alphabets",
         "autoregression",

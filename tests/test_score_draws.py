@@ -59,7 +59,7 @@ def test_draws_follow_the_weights_of_the_whole_array(name, sampler, draw):
     def jump_fn(sigma, xt, t, total):
         if sampler == "denoise":
             return graph.denoise_jump(total, xt, sigma)
-        return samplers.SAMPLERS[sampler](graph, NOISE, total, xt, t, jnp.float32(0.2))
+        return samplers.SAMPLERS[sampler](graph, NOISE, total, xt, t, jnp.full_like(t, 0.2))
 
     @jax.jit
     def drawn(key):
@@ -106,7 +106,7 @@ def test_draws_are_the_same_on_every_mesh(shape, batch):
 
     @jax.jit
     def drawn(params, features, xt):
-        law = lambda total: samplers.tweedie(graph, NOISE, total, xt, t, jnp.float32(0.2))
+        law = lambda total: samplers.tweedie(graph, NOISE, total, xt, t, jnp.full_like(t, 0.2))
         return score_draws.draw(
             jax.random.key(4), config, params, features, xt, NOISE.sigma(t), graph.is_noise(xt), law
         )
@@ -127,7 +127,7 @@ def test_no_array_over_the_vocabulary():
         kernel, bias, features = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
         def step(kernel, bias, features, xt, t):
-            law = lambda total: samplers.tweedie(graph, NOISE, total, xt, t, jnp.float32(0.2))
+            law = lambda total: samplers.tweedie(graph, NOISE, total, xt, t, jnp.full_like(t, 0.2))
             params = {"head_kernel": kernel, "head_bias": bias}
             key, sigma = jax.random.key(0), NOISE.sigma(t)
             return score_draws.draw(key, config, params, features, xt, sigma, graph.is_noise(xt), law)
