@@ -21,6 +21,7 @@ class Characters:
     mask_id: ClassVar[None] = None
     eos_id: ClassVar[None] = None
     unk_id: ClassVar[None] = None
+    special_ids: ClassVar[frozenset[int]] = frozenset()
 
     def __post_init__(self):
         if not self.alphabet or len(set(self.alphabet)) < len(self.alphabet):
@@ -75,6 +76,7 @@ class Bytes:
     mask_id: ClassVar[None] = None
     eos_id: ClassVar[None] = None
     unk_id: ClassVar[None] = None
+    special_ids: ClassVar[frozenset[int]] = frozenset()
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
         """Ids (int32) of the bytes of a text."""
@@ -102,6 +104,7 @@ class Ids:
     mask_id: ClassVar[None] = None
     eos_id: ClassVar[None] = None
     unk_id: ClassVar[None] = None
+    special_ids: ClassVar[frozenset[int]] = frozenset()
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
         """Ids (int32) that a text spells out."""

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from sedd_jax import alphabets
 _GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _END_OF_TEXT = "<|endoftext|>"
 _BLOCK = "\u2581"
+_SPECIAL_PIECE = re.compile(r"\[\w+\]")  # [SEP], [unused7], but not the pieces [ and ]
 _LINE = 4096  # characters
 _NUM_LINES = 1_000_000
 
@@ -60,6 +62,10 @@ class GPT2:
     @property
     def eos_id(self) -> int:
         return len(self._ranks)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset({self.eos_id})
 
     @property
     def vocab_size(self) -> int:
@@ -135,6 +141,10 @@ class WordPiece:
         return self._pieces["[SEP]"]
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(id_ for piece, id_ in self._pieces.items() if _SPECIAL_PIECE.fullmatch(piece))
+
+    @property
     def vocab_size(self) -> int:
         return len(self._pieces) - 1
 
@@ -197,6 +207,12 @@ class SentencePiece:
     @property
     def unk_id(self) -> int:
         return self._processor.unk_id()
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        is_special = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)
+        ids = range(self._processor.get_piece_size())
+        return frozenset(id_ for id_ in ids if id_ == self.mask_id or any(test(id_) for test in is_special))
 
     @property
     def vocab_size(self) -> int:

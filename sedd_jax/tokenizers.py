@@ -2,6 +2,7 @@
 
 `vocab_size` is N, the number of real tokens. `mask_id` is None where the diffusion appends its mask as id N, `eos_id`
 where nothing ends a document, `unk_id` where nothing stands for text that has no token: such text is an error then.
+`special_ids` are those that stand for no text: these three, and what else a vocabulary holds for its own use.
 """
 
 import difflib
