@@ -20,6 +20,7 @@ FLOORS = (
         "hosts",
         "noise_schedules",
         "processes",
+        "regexes",
         "sandbox",
         "sharding",
         "storage",
