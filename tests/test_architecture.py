@@ -33,6 +33,7 @@ FLOORS = (
     (
         "alphabets",
         "autoregression",
+        "constraints",
         "corpora",
         "detokenizers",
         "encoders",
