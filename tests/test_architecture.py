@@ -64,6 +64,7 @@ FLOORS = (
         "judges",
         "likelihoods",
         "model_cards",
+        "patterns",
         "published_checkpoints",
         "published_configs",
         "results",

@@ -1,0 +1,169 @@
+"""What may fill a gap, as a regular expression: from the characters of the pattern to the tokens of a tokenizer.
+
+A gap of n tokens matches when their texts in a row do, each text being what its token writes in the middle of a text:
+` cat`, not `cat`, for a token that decoding parts from the one before by a space.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from sedd_jax import alphabets, constraints, graphs, regexes, tokenizers
+
+_MAX_TABLE = 2**22  # states by classes, of which a sampler holds a float for each sequence of a batch
+_NO_TEXT = "\ufffd"  # what decoding writes for bytes that are no UTF-8
+
+
+class Gap(NamedTuple):
+    """Tokens [start, start + length) of a sequence, whose text is to match a pattern."""
+
+    start: int
+    length: int
+    pattern: str
+
+
+@functools.cache
+def token_texts(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """What each id writes in the middle of a text; "" for those that are no text by themselves.
+
+    These are ends of text, masks and what else is special, and parts of characters.
+
+    Raises:
+        ValueError: where ids stand for no text at all.
+    """
+    if isinstance(tokenizer, alphabets.Ids):
+        raise ValueError("a pattern is about text, and this run has ids only: give it its tokenizer, or leave it out")
+    decode = lambda *ids: tokenizer.decode(np.array(ids, np.int32))
+    texts = [""] * tokenizers.num_ids(tokenizer)
+    ids = sorted(set(range(len(texts))) - tokenizer.special_ids)
+    # Decoding may drop a space at the start of a text, so that each is decoded after a token that is seen.
+    before = next((id_ for id_ in ids if decode(id_).strip() and _NO_TEXT not in decode(id_)), None)
+    if before is not None:
+        start = len(decode(before))
+        for id_ in ids:
+            text = decode(before, id_)[start:]
+            texts[id_] = "" if _NO_TEXT in text else text
+    return tuple(texts)
+
+
+def compile(
+    patterns: Sequence[str], tokenizer: tokenizers.Tokenizer, graph: graphs.Graph
+) -> tuple[constraints.Automaton, dict[str, int]]:
+    """One automaton over tokens for all patterns, and the state in which each of them starts.
+
+    Raises:
+        ValueError: names the pattern that is none, or needs too much.
+    """
+    patterns = list(dict.fromkeys(patterns))
+    texts = token_texts(tokenizer)
+    alphabet = "".join(sorted(set().union(*texts)))
+    characters = [regexes.compile(pattern, alphabet) for pattern in patterns]
+    classes = np.zeros((len(patterns), graph.num_states), np.int32)
+    tables = []
+    for row, automaton in zip(classes, characters, strict=True):
+        row[: len(texts)], table = _tokens(automaton, texts)
+        tables.append(table)
+    distinct, class_of = np.unique(classes, axis=1, return_inverse=True)
+    num_states = 1 + sum(len(table) - 1 for table in tables)
+    if num_states * distinct.shape[1] > _MAX_TABLE:
+        raise ValueError(
+            f"the patterns {', '.join(map(repr, patterns))} need {num_states} states by {distinct.shape[1]} kinds of "
+            f"tokens, more than {_MAX_TABLE}: write fewer alternatives, or give fewer patterns at once"
+        )
+    blocks, accepting, initial = [np.zeros((1, distinct.shape[1]), np.int32)], [np.zeros(1, bool)], {}
+    offset = 0
+    for pattern, automaton, table, kinds in zip(patterns, characters, tables, distinct, strict=True):
+        # All share the dead state.
+        shift = lambda states, offset=offset: np.where(states == regexes.DEAD, states, states + offset)
+        blocks.append(shift(table[1:, kinds]))
+        accepting.append(automaton.is_accepting[1:])
+        initial[pattern] = int(shift(automaton.initial))
+        offset += len(table) - 1
+    automaton = constraints.Automaton(
+        class_of=class_of.reshape(-1).astype(np.int32),
+        next_state=np.concatenate(blocks).astype(np.int32),
+        is_accepting=np.concatenate(accepting),
+    )
+    return automaton, initial
+
+
+def place(
+    gaps: Sequence[Gap], length: int, automaton: constraints.Automaton, initial: dict[str, int]
+) -> constraints.Places:
+    """The gaps of one sequence of a length, as arrays [L].
+
+    Raises:
+        ValueError: where no text of as many tokens as a gap has matches its pattern.
+    """
+    start = np.full(length, -1, np.int32)
+    is_last, is_constrained = np.zeros(length, bool), np.zeros(length, bool)
+    for gap in gaps:
+        check(gap, automaton, initial[gap.pattern])
+        start[gap.start] = initial[gap.pattern]
+        is_last[gap.start + gap.length - 1] = True
+        is_constrained[gap.start : gap.start + gap.length] = True
+    return constraints.Places(start=start, is_last=is_last, is_constrained=is_constrained)
+
+
+def check(gap: Gap, automaton: constraints.Automaton, initial: int) -> None:
+    """Raises ValueError, with the nearest lengths that do, where no text of as many tokens as a gap has matches."""
+    lengths = _lengths(automaton, initial, gap.length)
+    if gap.length in lengths:
+        return
+    nearest = [
+        max((n for n in lengths if n < gap.length), default=None),
+        min((n for n in lengths if n > gap.length), default=None),
+    ]
+    known = " or ".join(str(n) for n in nearest if n is not None)
+    raise ValueError(
+        f"the gap {{{gap.length}:{gap.pattern}}} cannot be filled: no text of {gap.length} tokens matches, "
+        + (f"texts of {known} do" if known else "and none of any other number")
+    )
+
+
+def _lengths(automaton: constraints.Automaton, initial: int, num_tokens: int) -> list[int]:
+    """Numbers of tokens, from 1, that match: all up to `num_tokens`, and up to the next that does, if there is one."""
+    num_states = len(automaton.next_state)
+    leads_to = np.zeros((num_states, num_states), bool)
+    leads_to[np.arange(num_states)[:, None], automaton.next_state] = True
+    reached = np.arange(num_states) == initial
+    found = []
+    # A text that is longer and goes on to match can do so without passing a state twice.
+    for n in range(1, num_tokens + num_states + 1):
+        reached = leads_to[reached].any(0)
+        if reached[automaton.is_accepting].any():
+            found.append(n)
+            if n > num_tokens:
+                break
+    return found
+
+
+def _tokens(
+    automaton: regexes.CharacterAutomaton, texts: tuple[str, ...]
+) -> tuple[Int[np.ndarray, " V"], Int[np.ndarray, "S C"]]:
+    """The class of every token, and the state after each class from every state; class 0 is what is never allowed."""
+    states = np.arange(len(automaton.next_state), dtype=np.int32)
+    dead = np.full_like(states, regexes.DEAD)
+    columns, numbers = [dead], {dead.tobytes(): 0}
+    after, found = {"": states}, {"": 0}
+    # Written as classes, few texts are different.
+    as_classes = str.maketrans({char: chr(k) for char, k in automaton.class_of.items()})
+    classes = np.zeros(len(texts), np.int32)
+    for id_, text in enumerate(texts):
+        kind = text.translate(as_classes)
+        if kind not in found:
+            column = dead
+            for end in range(1, len(kind) + 1):
+                if kind[:end] not in after:
+                    after[kind[:end]] = automaton.next_state[after[kind[: end - 1]], ord(kind[end - 1])]
+                column = after[kind[:end]]
+                if not column.any():
+                    break
+            found[kind] = numbers.setdefault(column.tobytes(), len(columns))
+            if found[kind] == len(columns):
+                columns.append(column)
+        classes[id_] = found[kind]
+    return classes, np.stack(columns, axis=1)
