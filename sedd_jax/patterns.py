@@ -113,11 +113,8 @@ def check(gap: Gap, automaton: constraints.Automaton, initial: int) -> None:
     lengths = _lengths(automaton, initial, gap.length)
     if gap.length in lengths:
         return
-    nearest = [
-        max((n for n in lengths if n < gap.length), default=None),
-        min((n for n in lengths if n > gap.length), default=None),
-    ]
-    known = " or ".join(str(n) for n in nearest if n is not None)
+    nearest = lengths[-2:] if lengths and lengths[-1] > gap.length else lengths[-1:]
+    known = " or ".join(map(str, nearest))
     raise ValueError(
         f"the gap {{{gap.length}:{gap.pattern}}} cannot be filled: no text of {gap.length} tokens matches, "
         + (f"texts of {known} do" if known else "and none of any other number")

@@ -24,8 +24,15 @@ def _bytes(tmp_path):
 
 
 def _byte_pairs(tmp_path):
-    """All single bytes, and pairs among which some are no UTF-8."""
-    tokens = [bytes([byte]) for byte in range(256)] + [b"ab", b"abb", b" a", "é".encode(), b"a\xc3", b"\xa9b"]
+    """All single bytes, the first of them no text, and pairs among which some are no UTF-8."""
+    tokens = [bytes([(0xC3 + rank) % 256]) for rank in range(256)] + [
+        b"ab",
+        b"abb",
+        b" a",
+        "é".encode(),
+        b"a\xc3",
+        b"\xa9b",
+    ]
     path = tmp_path / "small.tiktoken"
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
     return subwords.gpt2(str(path))
