@@ -159,10 +159,18 @@ def sample(argv: list[str]) -> None:
     flags.DEFINE_string("draw", None, "precise, or published (float32 noise that anneals)", flag_values=values)
     flags.DEFINE_string("grid", None, arguments.GRID, flag_values=values)
     flags.DEFINE_integer("corrector_steps", None, "how often each step is taken back and again", flag_values=values)
+    flags.DEFINE_float("temperature", None, "of each token's law; below 1 is annealing", flag_values=values)
+    flags.DEFINE_float("top_p", None, "share of the likeliest tokens kept; below 1 is annealing", flag_values=values)
+    flags.DEFINE_float("guidance", None, "above 1 follows the given text more closely", flag_values=values)
     flags.DEFINE_integer("seed", 0, "the same seed draws the same text", flag_values=values)
     flags.DEFINE_string("prefix", "", "text the samples start with", flag_values=values)
     flags.DEFINE_string("suffix", "", "text the samples end with", flag_values=values)
-    flags.DEFINE_string("template", "", "text with gaps: {n} is n tokens to fill, {{ a brace", flag_values=values)
+    flags.DEFINE_string(
+        "template",
+        "",
+        "text with gaps: {n} is n tokens to fill, {n:REGEX} with text that matches, {{ a brace",
+        flag_values=values,
+    )
     flags.DEFINE_bool("watch", False, "show the text as it is denoised", flag_values=values)
     flags.DEFINE_string("out", "", "also write text, tokens, seed, nfe and sampler to this .jsonl", flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
@@ -182,7 +190,8 @@ def sample(argv: list[str]) -> None:
     with terminals.watcher(shows_text=wants_watch) as watch:
         samples = program.generate(**given, watch=watch)
     for drawn in samples:
-        print(f"--- sample {drawn.index + 1} of {len(samples)}\n{drawn.text}")
+        annealed = program.annealing(drawn)
+        print(f"--- sample {drawn.index + 1} of {len(samples)}{annealed and f', annealed: {annealed}'}\n{drawn.text}")
     if out and is_first:
         program.write_jsonl(samples, pathlib.Path(out))
     if as_json:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from sedd_jax import generate, generation_quality, results, runs, sandbox, sharding, storage, tables
+from sedd_jax import generate, generation_quality, results, runs, sandbox, sharding, storage, tables, templates
 
 _KS = (1, 10, 100)
 # Where a function that follows a prompt is over.
@@ -110,13 +110,13 @@ def measure(
         "seed": seed,
     }
     name = results.name("problems", result)
-    templates, left_out = {}, {}
+    asked, left_out = {}, {}
     for problem in found:
         try:
-            templates[problem] = _template(run, problem)
+            asked[problem] = _template(run, problem)
         except ValueError as error:
             left_out[problem.task_id] = str(error)
-    attempts = _attempt(run, params, sampling, templates, num_samples, seed)
+    attempts = _attempt(run, params, sampling, asked, num_samples, seed)
     outcomes = _run_all([assemble(problem, code) for problem, code in attempts], timeout_s)
     passed = collections.Counter(
         problem for (problem, _), outcome in zip(attempts, outcomes, strict=True) if outcome == sandbox.Outcome.PASSED
@@ -166,7 +166,7 @@ def table(result: dict[str, Any]) -> tables.Table:
     )
 
 
-def _template(run: runs.Run, problem: Problem) -> generate.Template:
+def _template(run: runs.Run, problem: Problem) -> templates.Template:
     """What is known of a program.
 
     Raises:
@@ -174,28 +174,24 @@ def _template(run: runs.Run, problem: Problem) -> generate.Template:
     """
     prompt = run.tokenizer.encode(problem.prompt)
     if problem.suffix is None:
-        return generate.assemble(run, [prompt, max(1, run.config.data.length - len(prompt))])
+        return templates.assemble(run, [prompt, (max(1, run.config.data.length - len(prompt)), None)])
     gap = len(run.tokenizer.encode(problem.canonical_solution))
-    return generate.assemble(run, [prompt, gap, run.tokenizer.encode(problem.suffix)])
+    return templates.assemble(run, [prompt, (gap, None), run.tokenizer.encode(problem.suffix)])
 
 
 def _attempt(
-    run: runs.Run, params: Any, sampling: Any, templates: dict[Problem, generate.Template], num_samples: int, seed: int
+    run: runs.Run, params: Any, sampling: Any, asked: dict[Problem, templates.Template], num_samples: int, seed: int
 ) -> list[tuple[Problem, str]]:
     """Every problem's attempts, one after another."""
-    if not templates:
+    if not asked:
         return []
-    rows = lambda field: np.repeat(
-        np.stack([getattr(template, field) for template in templates.values()]), num_samples, 0
-    )
+    rows = lambda field: np.repeat(np.stack([getattr(template, field) for template in asked.values()]), num_samples, 0)
     drawn = generation_quality.fill(run, params, sampling, rows("tokens"), rows("is_given"), seed)
-    problems = [problem for problem in templates for _ in range(num_samples)]
-    return [
-        (problem, _code(run, problem, row, templates[problem])) for problem, row in zip(problems, drawn, strict=True)
-    ]
+    problems = [problem for problem in asked for _ in range(num_samples)]
+    return [(problem, _code(run, problem, row, asked[problem])) for problem, row in zip(problems, drawn, strict=True)]
 
 
-def _code(run: runs.Run, problem: Problem, row: Int[np.ndarray, "L"], template: generate.Template) -> str:
+def _code(run: runs.Run, problem: Problem, row: Int[np.ndarray, "L"], template: templates.Template) -> str:
     """What was written into the gap."""
     start, end = np.flatnonzero(~template.is_given[: template.length])[[0, -1]] + (0, 1)
     written = row[start:end]

@@ -11,6 +11,7 @@ import ml_collections
 
 from sedd_jax import (
     attentions,
+    controls,
     first_hitting,
     graphs,
     networks,
@@ -109,6 +110,9 @@ class SamplingConfig:
         grid: where steps lie in time: uniform, sigma (as much noise each), cosine (short ones first), or times such as
             1,0.8,0.3,0.
         corrector_steps: how often each step is taken back, by the forward process, and again.
+        temperature: of the law of each token; below 1 is annealing: less entropy, flattered perplexity.
+        top_p: share of the likeliest tokens that are drawn at all; below 1 is annealing.
+        guidance: how often a token's law counts against that without what is given; 1 is the model's own (absorbing).
     """
 
     sampler: str = "tweedie"
@@ -117,6 +121,9 @@ class SamplingConfig:
     draw: str = "precise"
     grid: str = "uniform"
     corrector_steps: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    guidance: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +153,7 @@ Nested = Mapping[str, Any] | ml_collections.ConfigDict
 
 # Fields of `SamplingConfig` that refine any sampler, with what leaves it as it is.
 REFINEMENTS = {field.name: field.default for field in dataclasses.fields(SamplingConfig)[4:]}
+CONTROLS = ("temperature", "top_p", "guidance")
 # What a run may change when it resumes; all else decides what its parameters are.
 MAY_CHANGE = (
     r"training\.(num_steps|log_every|eval_\w+|sample_every|\w*checkpoint\w*)",
@@ -288,6 +296,7 @@ def validate(config: Config) -> None:
             f"config.sampling.grid={config.sampling.grid} has no meaning for first_hitting, which has a clock of its "
             "own: leave it at uniform"
         )
+    _validate_control(config)
     if training.batch_size % training.num_micro_batches:
         raise ValueError(
             f"config.training.batch_size={training.batch_size} must be divisible by config.training.num_micro_batches="
@@ -298,6 +307,31 @@ def validate(config: Config) -> None:
             f"config.noise needs 0 < eps < 1 and 0 < sigma_min < sigma_max, not eps={noise.eps}, "
             f"sigma_min={noise.sigma_min}, sigma_max={noise.sigma_max}"
         )
+
+
+def _validate_control(config: Config) -> None:
+    sampling = config.sampling
+    if sampling.temperature <= 0 or not 0 < sampling.top_p <= 1 or sampling.guidance <= 0:
+        raise ValueError(
+            "config.sampling needs temperature > 0, 0 < top_p <= 1 and guidance > 0, not "
+            f"temperature={sampling.temperature}, top_p={sampling.top_p}, guidance={sampling.guidance}"
+        )
+    changed = [name for name in CONTROLS if getattr(sampling, name) != 1]
+    if changed and sampling.draw != "precise":
+        raise ValueError(
+            f"config.sampling.{changed[0]} is a control of precise draws: set config.sampling.draw=precise"
+        )
+    if sampling.guidance != 1 and (config.graph.name != "absorb" or sampling.sampler == second_order.NAME):
+        raise ValueError(
+            f"config.sampling.guidance={sampling.guidance} takes an absorbing run, where what is given can be masked, "
+            f"and a sampler of one evaluation a step, not graph.name={config.graph.name} with "
+            f"sampler={sampling.sampler}: leave it at 1"
+        )
+
+
+def make_control(sampling: SamplingConfig) -> controls.Control:
+    """How the law of tokens is changed."""
+    return controls.Control(**{name: getattr(sampling, name) for name in CONTROLS})
 
 
 def make_noise(config: NoiseConfig) -> noise_schedules.NoiseSchedule:

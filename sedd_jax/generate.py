@@ -4,47 +4,29 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from sedd_jax import (
     autoregression,
     first_hitting,
+    moves,
     networks,
     runs,
     samplers,
-    score_draws,
     second_order,
     sharding,
     storage,
+    templates,
     terminals,
     tune_grid,
 )
 from sedd_jax import config as configs
-
-_GAP = re.compile(r"\{\{|\}\}|\{(\d+)\}|\{[^{}]*\}?|\}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Template:
-    """Known tokens and gaps, padded with one last gap to the length the model was trained on.
-
-    Attributes:
-        tokens: known tokens, 0 in gaps.
-        is_given: where they are known.
-        length: tokens that are shown; what follows is generated too, since the model knows only its full length, and
-            cut.
-    """
-
-    tokens: Int[np.ndarray, "L"]
-    is_given: Bool[np.ndarray, "L"]
-    length: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,73 +44,15 @@ class Sample:
     draw: str
     grid: str
     corrector_steps: int
-
-
-def parse_template(run: runs.Run, template: str) -> Template:
-    """Reads "Hi, my name is {32} and": {n} is a gap of n tokens, {{ and }} are braces; "" is one gap of full length.
-
-    Raises:
-        ValueError: where a brace is neither, the template is longer than the model, or text is outside its vocabulary.
-    """
-    parts: list[Int[np.ndarray, "..."] | int] = []
-    text, position = "", 0
-    for match in _GAP.finditer(template):
-        text += template[position : match.start()]
-        position = match.end()
-        if match.group() in ("{{", "}}"):
-            text += match.group()[0]
-        elif match.group(1) is None:
-            raise ValueError(
-                f"--template has {match.group()!r} at position {match.start()}: a gap is {{n}} with n tokens to "
-                "fill, a brace itself is {{ or }}"
-            )
-        else:
-            parts += [run.tokenizer.encode(text), int(match.group(1))]
-            text = ""
-    parts.append(run.tokenizer.encode(text + template[position:]))
-    return assemble(run, parts, None if template else run.config.data.length)
-
-
-def around(run: runs.Run, prefix: str, suffix: str) -> Template:
-    """Text at the start and at the end of the model's full length, one gap between.
-
-    Raises:
-        ValueError: where both together leave no gap, or are outside the vocabulary.
-    """
-    start, end = run.tokenizer.encode(prefix), run.tokenizer.encode(suffix)
-    gap = run.config.data.length - len(start) - len(end)
-    if gap <= 0:
-        raise ValueError(
-            f"--prefix and --suffix take {len(start)} + {len(end)} tokens of the model's {run.config.data.length} and "
-            "leave no gap: shorten them"
-        )
-    return assemble(run, [start, gap, end])
-
-
-def assemble(run: runs.Run, parts: list[Int[np.ndarray, "..."] | int], shown: int | None = None) -> Template:
-    """Known tokens and gaps, given by their lengths, one after another; `shown` tokens of them, or all.
-
-    Raises:
-        ValueError: where they are longer than the model.
-    """
-    length = run.config.data.length
-    total = sum(part if isinstance(part, int) else len(part) for part in parts)
-    if total > length:
-        raise ValueError(f"the template is {total} tokens long, the model's length is {length}: shorten it or its gaps")
-    tokens, is_given = np.zeros(length, np.int32), np.zeros(length, bool)
-    position = 0
-    for part in parts:
-        if not isinstance(part, int):
-            tokens[position : position + len(part)] = part
-            is_given[position : position + len(part)] = True
-        position += part if isinstance(part, int) else len(part)
-    return Template(tokens=tokens, is_given=is_given, length=total if shown is None else shown)
+    temperature: float
+    top_p: float
+    guidance: float
 
 
 def draw_samples(
     run: runs.Run,
     params: networks.Params,
-    template: Template,
+    template: templates.Template,
     settings: configs.SamplingConfig,
     *,
     seed: int,
@@ -156,7 +80,9 @@ def draw_samples(
         if watch is not None:
             watch(taken, total, functools.partial(_texts, run, tokens, template.length))
 
-    tokens = draw_tokens(run, params, given, settings, seed=seed, watch=None if watch is None else show)
+    matched = templates.compile_patterns(run, [template] * settings.num_samples)
+    show = None if watch is None else show
+    tokens = draw_tokens(run, params, given, settings, seed=seed, matched=matched, watch=show)
     rows, num_gaps = tokens[:, : template.length], int((~template.is_given).sum())
     return [
         Sample(
@@ -171,6 +97,9 @@ def draw_samples(
             draw=settings.draw,
             grid=settings.grid,
             corrector_steps=settings.corrector_steps,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            guidance=settings.guidance,
         )
         for index, row in enumerate(rows)
     ]
@@ -190,11 +119,15 @@ def sampling_of(run: runs.Run, **changed: Any) -> configs.SamplingConfig:
 
 
 def num_evaluations(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int | None = None) -> int:
-    """nfe of a sequence with so many tokens to fill, or all: one for each turn, or two, and one after the last."""
+    """nfe of a sequence with so many tokens to fill, or all: one for each turn, or two, and one after the last.
+
+    With guidance each counts twice.
+    """
     if run.is_autoregressive:
         return run.config.data.length
     per_turn = 2 if settings.sampler == second_order.NAME else 1
-    return per_turn * (1 + settings.corrector_steps) * _num_steps(run, settings, num_gaps) + 1
+    total = per_turn * (1 + settings.corrector_steps) * _num_steps(run, settings, num_gaps) + 1
+    return total if settings.guidance == 1 else 2 * total
 
 
 def _num_steps(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int | None) -> int:
@@ -213,6 +146,7 @@ def draw_tokens(
     settings: configs.SamplingConfig,
     *,
     seed: int,
+    matched: moves.Patterns | None = None,
     watch: Callable[[int, int, Int[Array, "B L"]], None] | None = None,
 ) -> Int[np.ndarray, "B L"]:
     """Draws sequences that agree with what is known of each, as one batch.
@@ -223,12 +157,15 @@ def draw_tokens(
         given: known tokens of each sequence.
         settings: how, see `num_evaluations`.
         seed: of everything random; the same seed draws the same tokens.
+        matched: what the text of gaps is to match.
         watch: called some 64 times, with the steps taken, all steps, and the tokens so far.
     """
     if run.is_autoregressive and (np.diff(np.asarray(given.is_given, np.int8), axis=1) > 0).any():
         raise ValueError(
             "an autoregressive run sees no text after a gap: give text at the start only, as --prefix does"
         )
+    if matched is not None and settings.draw != "precise":
+        raise ValueError(f"draw={settings.draw} takes no patterns: set draw=precise")
     num_gaps = int((~np.asarray(given.is_given)).sum(1).max())
     num_steps = _num_steps(run, settings, num_gaps)
     key_limit, key_steps, key_denoise = jax.random.split(jax.random.key(seed), 3)
@@ -238,12 +175,12 @@ def draw_tokens(
     stride = max(1, num_steps // 64) if watch else num_steps
     for start in range(0, num_steps, stride):
         stop = min(start + stride, num_steps)
-        xt = reverse_steps(params, key_steps, given, xt, start, stop, num_steps)
+        xt = reverse_steps(params, key_steps, given, xt, start, stop, num_steps, matched)
         if watch:
             watch(stop, num_steps + 1, given.clamp(jax.block_until_ready(xt)))
     # The clocks of first_hitting go on from the steps before.
     key_last = key_steps if settings.sampler == first_hitting.NAME else key_denoise
-    tokens = denoise(params, key_last, given, xt)
+    tokens = denoise(params, key_last, given, xt, matched)
     if watch:
         watch(num_steps + 1, num_steps + 1, tokens)
     return np.asarray(tokens)
@@ -265,9 +202,9 @@ def generate(
     Args:
         workdir: the run directory.
         step: the checkpoint; the newest if None.
-        prefix: see `around`.
-        suffix: see `around`.
-        template: see `parse_template`.
+        prefix: see `templates.around`.
+        suffix: see `templates.around`.
+        template: see `templates.parse`.
         seed: see `draw_samples`.
         watch: see `draw_samples`.
         **settings: fields of `config.SamplingConfig` that differ from the run's.
@@ -276,11 +213,17 @@ def generate(
     changed = sampling_of(run, **settings)
     if template and (prefix or suffix):
         raise ValueError("--template cannot be combined with --prefix or --suffix: write them into the template")
-    parsed = around(run, prefix, suffix) if prefix or suffix else parse_template(run, template)
+    parsed = templates.around(run, prefix, suffix) if prefix or suffix else templates.parse(run, template)
     mesh = sharding.make_mesh(sharding.MeshConfig())
     step, params = run.ema_params(mesh, step)
     with jax.set_mesh(mesh):
         return draw_samples(run, params, parsed, changed, seed=seed, step=step, watch=watch)
+
+
+def annealing(sample: Sample) -> str:
+    """What lowers the entropy of a sample on purpose, in words."""
+    names = ("temperature", "top_p")
+    return ", ".join(f"{name}={getattr(sample, name)}" for name in names if getattr(sample, name) < 1)
 
 
 def as_dict(sample: Sample) -> dict[str, Any]:
@@ -310,58 +253,47 @@ def make_sampling_fns(
 def _make_sampling_fns(
     network: networks.NetworkConfig, graph: Any, noise: Any, settings: configs.SamplingConfig
 ) -> tuple[Any, Any]:
-    sampler, draw = settings.sampler, settings.draw
+    control = configs.make_control(settings)
     course = {"grid": settings.grid, "corrector_steps": settings.corrector_steps}
+    mover = lambda params, given, patterns: moves.Mover(network, params, graph, given, patterns, control, settings.draw)
 
-    def move_fn(params: networks.Params) -> samplers.MoveFn:
-        def move(key, xt, sigma, is_movable, jump_fn):
-            features = networks.apply(network, params, xt, sigma)
-            return score_draws.DRAWS[draw](key, network, params, features, xt, sigma, is_movable, jump_fn)
-
-        return move
-
-    def reverse_steps(params, key, given, xt, start, stop, num_steps):
-        predict = samplers.predictor(move_fn(params), graph, noise, given, sampler=sampler)
+    def reverse_steps(params, key, given, xt, start, stop, num_steps, patterns=None):
+        own = mover(params, given, patterns)
+        if settings.sampler == second_order.NAME:
+            predict = second_order.predictor(own.evaluate, own.leap, graph, noise, given)
+        else:
+            predict = samplers.predictor(own.move, graph, noise, given, sampler=settings.sampler)
         xt = samplers.reverse_steps(key, predict, graph, noise, given, xt, start, stop, num_steps, **course)
         return sharding.replicate(xt)
 
-    def denoise(params, key, given, xt):
-        return sharding.replicate(samplers.denoise(key, move_fn(params), graph, noise, given, xt))
+    def denoise(params, key, given, xt, patterns=None):
+        return sharding.replicate(samplers.denoise(key, mover(params, given, patterns).move, graph, noise, given, xt))
 
-    def trapezoids(params, key, given, xt, start, stop, num_steps):
-        evaluate = functools.partial(networks.apply, network, params)
-        leap = lambda key, rates, xt, is_movable: score_draws.leap(
-            key, network, params, rates, xt, is_movable, draw=draw
+    def hits(params, key, given, xt, start, stop, num_steps, patterns=None):
+        move, again = mover(params, given, patterns).move, settings.corrector_steps
+        return sharding.replicate(
+            first_hitting.reverse_steps(
+                key, move, graph, noise, given, xt, start, stop, num_steps, corrector_steps=again
+            )
         )
-        predict = second_order.predictor(evaluate, leap, graph, noise, given)
-        xt = samplers.reverse_steps(key, predict, graph, noise, given, xt, start, stop, num_steps, **course)
-        return sharding.replicate(xt)
 
-    def hits(params, key, given, xt, start, stop, num_steps):
-        fn, again = move_fn(params), settings.corrector_steps
-        xt = first_hitting.reverse_steps(
-            key, fn, graph, noise, given, xt, start, stop, num_steps, corrector_steps=again
+    def last_hits(params, key, given, xt, patterns=None):
+        return sharding.replicate(
+            first_hitting.finish(key, mover(params, given, patterns).move, graph, noise, given, xt)
         )
-        return sharding.replicate(xt)
-
-    def last_hits(params, key, given, xt):
-        return sharding.replicate(first_hitting.finish(key, move_fn(params), graph, noise, given, xt))
 
     def draw_positions(params, key, given, x, start, stop):
         def draw_fn(key, inputs, masks, sigma, is_next, jump_fn):
-            features = networks.apply(network, params, inputs, sigma)
-            return score_draws.DRAWS[draw](key, network, params, features, masks, sigma, is_next, jump_fn)
+            return mover(params, given, None).move(key, inputs, sigma, is_next, jump_fn, at=masks)
 
         return sharding.replicate(autoregression.draw(key, draw_fn, graph, given, x, start, stop))
 
     if network.causal:
-        next_tokens = lambda params, key, given, x, start, stop, _: draw_positions(params, key, given, x, start, stop)
-        last_token = lambda params, key, given, x: draw_positions(params, key, given, x, x.shape[1] - 1, x.shape[1])
+        next_tokens = lambda params, key, given, x, start, stop, *_: draw_positions(params, key, given, x, start, stop)
+        last_token = lambda params, key, given, x, *_: draw_positions(params, key, given, x, x.shape[1] - 1, x.shape[1])
         return jax.jit(next_tokens), jax.jit(last_token)
-    if sampler == first_hitting.NAME:
+    if settings.sampler == first_hitting.NAME:
         return jax.jit(hits), jax.jit(last_hits)
-    if sampler == second_order.NAME:
-        return jax.jit(trapezoids), jax.jit(denoise)
     return jax.jit(reverse_steps), jax.jit(denoise)
 
 

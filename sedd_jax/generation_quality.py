@@ -121,7 +121,10 @@ def how(result: dict[str, Any]) -> str:
 
 def changed(result: dict[str, Any]) -> list[str]:
     """Those of `refinements` that change something."""
-    return [f"{name}={result[name]}" for name, default in configs.REFINEMENTS.items() if result[name] != default]
+    kind = lambda name: "annealed, " if name in ("temperature", "top_p") and result[name] < 1 else ""
+    return [
+        f"{kind(name)}{name}={result[name]}" for name, default in configs.REFINEMENTS.items() if result[name] != default
+    ]
 
 
 def held_out(run: runs.Run, num_samples: int, seed: int) -> tuple[Int[np.ndarray, "S L"], str]:

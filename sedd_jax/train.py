@@ -28,6 +28,7 @@ from sedd_jax import (
     runs,
     sharding,
     storage,
+    templates,
     train_state,
 )
 from sedd_jax import config as configs
@@ -300,7 +301,7 @@ def _reference_entropies(run: runs.Run) -> dict[str, float]:
 
 
 def _write_samples(run: runs.Run, params: Any, step: int) -> str:
-    whole = generate.parse_template(run, "")
+    whole = templates.parse(run, "")
     samples = generate.draw_samples(run, params, whole, run.config.sampling, seed=step, step=step)
     text = "\n".join(f"--- sample {sample.index + 1} at step {step}\n{sample.text}" for sample in samples)
     if not processes.is_first():

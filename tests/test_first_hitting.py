@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from sedd_jax import config as configs
-from sedd_jax import first_hitting, generate, graphs, noise_schedules, runs, samplers, sharding
+from sedd_jax import first_hitting, generate, graphs, noise_schedules, runs, samplers, sharding, templates
 
 N = 3
 GRAPH = graphs.Absorbing(vocab_size=N, mask_id=N)
@@ -138,7 +138,7 @@ def test_a_run_is_sampled_with_as_many_evaluations_as_gaps(settings):
     mesh = sharding.make_mesh(sharding.MeshConfig())
     _, params = run.ema_params(mesh)
     for text, nfe in (("a = {5}\n", 32 - 5), ("", 32)):
-        template = generate.parse_template(run, text)
+        template = templates.parse(run, text)
         with jax.set_mesh(mesh):
             drawn = generate.draw_samples(run, params, template, sampling, seed=0, step=0)
         assert {sample.nfe for sample in drawn} == {nfe}
@@ -156,7 +156,7 @@ def test_watching_changes_nothing(settings):
     mesh = sharding.make_mesh(sharding.MeshConfig())
     _, params = run.ema_params(mesh)
     shown = []
-    template = generate.parse_template(run, "")
+    template = templates.parse(run, "")
     with jax.set_mesh(mesh):
         alone = generate.draw_samples(run, params, template, sampling, seed=0, step=0)
         watched = generate.draw_samples(

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from sedd_jax import checkpoints, cli, evaluate, generate, networks, processes, runs, terminals, train
+from sedd_jax import checkpoints, cli, evaluate, generate, networks, processes, runs, templates, terminals, train
 from sedd_jax import config as configs
 
 ALPHABET = "abcdefgh"
@@ -153,7 +153,7 @@ def test_samples_follow_the_chain(trained):
     samples = generate.draw_samples(
         run,
         params,
-        generate.parse_template(run, ""),
+        templates.parse(run, ""),
         configs.SamplingConfig(num_steps=32, num_samples=128),
         seed=1,
         step=STEPS,
@@ -334,8 +334,8 @@ def test_long_sampling_reports_its_progress(trained, monkeypatch):
 def test_braces_are_written_twice(trained):
     run = runs.load(trained[0])
     with pytest.raises(ValueError, match=r"'{' \(U\+007B\)"):
-        generate.parse_template(run, "a{{b")
-    template = generate.parse_template(run, "ab{3}c{0}d")
+        templates.parse(run, "a{{b")
+    template = templates.parse(run, "ab{3}c{0}d")
     assert template.is_given.tolist()[:7] == [True, True, False, False, False, True, True]
     assert template.length == 7
 

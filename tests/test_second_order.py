@@ -21,6 +21,7 @@ from sedd_jax import (
     score_heads,
     second_order,
     sharding,
+    templates,
     tiles,
     time_grids,
 )
@@ -215,7 +216,7 @@ def test_a_run_is_sampled_in_two_evaluations_a_step(code_run):
     _, params = run.ema_params(mesh)
     sampling = generate.sampling_of(run, sampler=second_order.NAME, num_steps=3, num_samples=8)
     with jax.set_mesh(mesh):
-        drawn = generate.draw_samples(run, params, generate.parse_template(run, "a = {9}"), sampling, seed=0, step=0)
+        drawn = generate.draw_samples(run, params, templates.parse(run, "a = {9}"), sampling, seed=0, step=0)
     assert {(one.nfe, one.num_steps, one.sampler) for one in drawn} == {(7, 3, second_order.NAME)}
     for one in drawn:
         assert run.graph.mask_id not in one.tokens
