@@ -210,9 +210,8 @@ class SentencePiece:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        is_special = (self._processor.is_control, self._processor.is_unknown, self._processor.is_unused)
         ids = range(self._processor.get_piece_size())
-        return frozenset(id_ for id_ in ids if id_ == self.mask_id or any(test(id_) for test in is_special))
+        return frozenset(id_ for id_ in ids if id_ in (self.mask_id, self.unk_id) or self._processor.is_control(id_))
 
     @property
     def vocab_size(self) -> int:

@@ -55,8 +55,8 @@ def _pieces(tmp_path):
         vocab_size=280,
         hard_vocab_limit=False,
         byte_fallback=True,
-        control_symbols=["[MASK]", "<pad>"],
-        user_defined_symbols=["<b>"],
+        control_symbols=["<pad>"],
+        user_defined_symbols=["<b>", "[MASK]"],
         minloglevel=2,
     )
     return subwords.SentencePiece(model=base64.b64encode(model.getvalue()).decode())
