@@ -27,6 +27,8 @@ from sedd_jax import (
 )
 from sedd_jax import config as configs
 
+# (steps taken, all of them, the tokens so far)
+WatchTokens = Callable[[int, int, Int[Array, "B L"]], None]
 _GAP = re.compile(r"\{\{|\}\}|\{(\d+)\}|\{[^{}]*\}?|\}")
 
 
@@ -122,6 +124,14 @@ def assemble(run: runs.Run, parts: list[Int[np.ndarray, "..."] | int], shown: in
     return Template(tokens=tokens, is_given=is_given, length=total if shown is None else shown)
 
 
+def check_order(run: runs.Run, is_given: Bool[np.ndarray, "*B L"]) -> None:
+    """Raises ValueError where a token is given after a gap and the run predicts each token from those before."""
+    if run.is_autoregressive and (np.diff(is_given.astype(np.int8), axis=-1) > 0).any():
+        raise ValueError(
+            "an autoregressive run sees no text after a gap: give text at the start only, as --prefix does"
+        )
+
+
 def draw_samples(
     run: runs.Run,
     params: networks.Params,
@@ -131,6 +141,7 @@ def draw_samples(
     seed: int,
     step: int,
     watch: terminals.Watch | None = None,
+    watch_tokens: WatchTokens | None = None,
 ) -> list[Sample]:
     """Draws texts that agree with the template, as one batch.
 
@@ -143,6 +154,7 @@ def draw_samples(
         step: checkpoint step, only recorded.
         watch: called some 64 times, with the steps taken, all steps, and a function that makes the texts so far, masks
             shown as `░`.
+        watch_tokens: called in place of `watch`, with the tokens so far.
     """
     shape = (settings.num_samples, len(template.tokens))
     given = samplers.Given(
@@ -153,7 +165,8 @@ def draw_samples(
         if watch is not None:
             watch(taken, total, functools.partial(_texts, run, tokens, template.length))
 
-    tokens = draw_tokens(run, params, given, settings, seed=seed, watch=None if watch is None else show)
+    watch_tokens = watch_tokens or (None if watch is None else show)
+    tokens = draw_tokens(run, params, given, settings, seed=seed, watch=watch_tokens)
     rows, num_gaps = tokens[:, : template.length], int((~template.is_given).sum())
     return [
         Sample(
@@ -204,7 +217,7 @@ def draw_tokens(
     settings: configs.SamplingConfig,
     *,
     seed: int,
-    watch: Callable[[int, int, Int[Array, "B L"]], None] | None = None,
+    watch: WatchTokens | None = None,
 ) -> Int[np.ndarray, "B L"]:
     """Draws sequences that agree with what is known of each, as one batch.
 
@@ -216,10 +229,7 @@ def draw_tokens(
         seed: of everything random; the same seed draws the same tokens.
         watch: called some 64 times, with the steps taken, all steps, and the tokens so far.
     """
-    if run.is_autoregressive and (np.diff(np.asarray(given.is_given, np.int8), axis=1) > 0).any():
-        raise ValueError(
-            "an autoregressive run sees no text after a gap: give text at the start only, as --prefix does"
-        )
+    check_order(run, np.asarray(given.is_given))
     num_gaps = int((~np.asarray(given.is_given)).sum(1).max())
     num_steps = _num_steps(run, settings, num_gaps)
     key_limit, key_steps, key_denoise = jax.random.split(jax.random.key(seed), 3)

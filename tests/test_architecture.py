@@ -83,6 +83,9 @@ FLOORS = (
         "prepare",
         "quality_curves",
         "report",
+        "serve",
+        "serve_queue",
+        "serve_requests",
         "train",
         "zero_shot",
     ),
@@ -100,6 +103,8 @@ ROOMS = {
     "torch": {"benchmark_published", "judges", "torch_files", "torch_model", "verification"},
     "transformers": {"judges"},
     "mauve": {"infilling"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
 }
 FORBIDDEN = ("tensorflow", "clu")
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
