@@ -49,8 +49,8 @@ class Setting:
     name: str
     label: str
     choices: tuple[Any, ...] = ()
-    least: float = 0
-    most: float = 0
+    least: int | float = 0
+    most: int | float = 0
     is_shared: bool = False
 
 
