@@ -121,8 +121,11 @@ def settings_of(run: runs.Run) -> list[Setting]:
 
 def defaults(run: runs.Run) -> configs.SamplingConfig:
     """The run's settings within what a request may ask, and one sample."""
-    own = run.config.sampling
-    return dataclasses.replace(own, num_samples=1, num_steps=min(own.num_steps, 4096))
+    own, numbers = run.config.sampling, [setting for setting in SETTINGS if not setting.choices]
+    within: dict[str, Any] = {
+        setting.name: min(max(getattr(own, setting.name), setting.least), setting.most) for setting in numbers
+    }
+    return dataclasses.replace(own, **within, num_samples=1)
 
 
 def describe(opened: Opened) -> dict[str, Any]:
