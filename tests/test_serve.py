@@ -153,6 +153,8 @@ def test_a_trajectory_ends_in_what_the_command_draws(server, capsys, sampler, nu
     names = [name for name, _ in events]
     steps = [content for name, content in events if name == "step"]
     assert names == ["queued", "started", *["step"] * len(steps), "done"]
+    # The default was compiled before the server answered.
+    assert events[1][1] == {"is_first": sampler != "tweedie"}
     assert [step["taken"] for step in steps] == list(range(len(steps)))
     given = "".join(part for part in TEMPLATE if part not in "{36}")
     for step in steps:
@@ -339,7 +341,7 @@ def test_nothing_of_a_request_stays(opened):
 
 def _places():
     gc.collect()
-    return sum(isinstance(thing, serve_queue.Place) for thing in gc.get_objects())
+    return sum(type(thing) is serve_queue.Place for thing in gc.get_objects())
 
 
 def test_what_goes_wrong_is_told_and_the_next_is_served(opened, monkeypatch, capsys):
