@@ -1,19 +1,16 @@
 """What the page of `sedd serve` may ask of a run, and what it gets: a trajectory, and the command that repeats it."""
 
 import dataclasses
-import itertools
 import math
 import pathlib
 import re
 import shlex
 import time
 import urllib.parse
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
 
 from sedd_jax import config as configs
 from sedd_jax import (
@@ -24,6 +21,7 @@ from sedd_jax import (
     samplers,
     score_draws,
     second_order,
+    serve_pieces,
     serve_queue,
     sharding,
     storage,
@@ -31,8 +29,6 @@ from sedd_jax import (
 
 MAX_QUERY = 2**16  # bytes of a URL's query
 MAX_SEED = 2**31 - 1
-_GIVEN, _MASK, _NEW, _FILLED = range(4)
-_KINDS = ("given", "mask", "new", "filled")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,14 +205,14 @@ def draw(opened: Opened, request: Request, emit: serve_queue.Emit) -> None:
     if (mask_id := getattr(run.graph, "mask_id", None)) is not None:
         start = np.where(is_given, parsed.tokens[: parsed.length], mask_id)
         before = np.broadcast_to(start, (request.settings.num_samples, parsed.length))
-        samples = [pieces(run, row, is_given, row) for row in before]
+        samples = [serve_pieces.pieces(run, row, is_given, row) for row in before]
         emit("step", {"taken": 0, "total": None, "samples": samples})
 
     def watch(taken: int, total: int, tokens: Any) -> None:
         nonlocal before
         rows = np.asarray(tokens)[:, : parsed.length]
         last = rows if before is None else before
-        samples = [pieces(run, row, is_given, old) for row, old in zip(rows, last, strict=True)]
+        samples = [serve_pieces.pieces(run, row, is_given, old) for row, old in zip(rows, last, strict=True)]
         before = rows
         emit("step", {"taken": taken, "total": total, "samples": samples})
 
@@ -235,51 +231,6 @@ def draw(opened: Opened, request: Request, emit: serve_queue.Emit) -> None:
     texts = [sample.text for sample in drawn]
     seconds = time.monotonic() - begun
     emit("done", {"texts": texts, **facts, "seconds": seconds, "command": command(opened, request)})
-
-
-def pieces(
-    run: runs.Run, row: Int[np.ndarray, "L"], is_given: Bool[np.ndarray, "L"], before: Int[np.ndarray, "L"]
-) -> list[tuple[str, str]]:
-    """A row as stretches of one kind and their text: given, mask (`░` for each), new since `before`, or filled.
-
-    Where no token is masked the texts together are what the tokenizer makes of the whole row.
-    """
-    masked = row == getattr(run.graph, "mask_id", -1)
-    kinds = np.select([is_given, masked, row != before], [_GIVEN, _MASK, _NEW], _FILLED)
-    found = []
-    for start, stop in _stretches(kinds == _MASK):
-        if kinds[start] == _MASK:
-            found.append((_MASK, "░" * (stop - start)))
-            continue
-        inner = [(start + first, start + last) for first, last in _stretches(kinds[start:stop])]
-        found += zip((int(kinds[first]) for first, _ in inner), _texts(run, row, inner), strict=True)
-    return [(_KINDS[kind], text) for kind, text in found if text]
-
-
-def _texts(run: runs.Run, row: Int[np.ndarray, "L"], stretches: list[tuple[int, int]]) -> list[str]:
-    """Texts of adjoining stretches, which together are the text of all of their tokens.
-
-    A character may be made of tokens of two stretches, or a space depend on the token after it. It is the later's then.
-    """
-    start, stop = stretches[0][0], stretches[-1][1]
-    whole = run.tokenizer.decode(row[start:stop])
-    texts = [run.tokenizer.decode(row[first:last]) for first, last in stretches]
-    if "".join(texts) == whole:
-        return texts
-    ends = [_num_common(whole, run.tokenizer.decode(row[start:last])) for _, last in stretches[:-1]]
-    ends = [0, *np.maximum.accumulate(ends).tolist(), len(whole)]
-    return [whole[first:last] for first, last in itertools.pairwise(ends)]
-
-
-def _num_common(one: str, other: str) -> int:
-    """Characters that two texts begin with alike."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _stretches(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Start and end of each stretch of equal values."""
-    borders = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-    return ((start, stop) for start, stop in itertools.pairwise(borders) if stop > start)
 
 
 def _takes(run: runs.Run, setting: Setting, value: Any) -> bool:

@@ -84,6 +84,7 @@ FLOORS = (
         "quality_curves",
         "report",
         "serve",
+        "serve_pieces",
         "serve_queue",
         "serve_requests",
         "train",

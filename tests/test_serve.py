@@ -28,7 +28,7 @@ import small_runs
 from jax.experimental.compilation_cache import compilation_cache
 
 import sedd_jax
-from sedd_jax import alphabets, cli, generate, networks, serve_queue, serve_requests
+from sedd_jax import alphabets, cli, generate, networks, serve_pieces, serve_queue, serve_requests
 from sedd_jax import config as configs
 
 pytest.importorskip("starlette", reason="the page needs sedd_jax[serve]")
@@ -234,11 +234,11 @@ def test_pieces_are_the_text_wherever_characters_are_cut(opened, tokenizer):
     generator = np.random.default_rng(0)
     for _ in range(200):
         is_given, is_new = generator.random((2, len(row))) < generator.random((2, 1))
-        pieces = serve_requests.pieces(run, row, is_given, np.where(is_new, run.graph.mask_id, row))
+        pieces = serve_pieces.pieces(run, row, is_given, np.where(is_new, run.graph.mask_id, row))
         assert "".join(text for _, text in pieces) == tokenizer.decode(row)
     masked = np.where(np.arange(len(row)) < 3, run.graph.mask_id, row)
     none = np.zeros(len(row), bool)
-    assert serve_requests.pieces(run, masked, none, masked) == [("mask", "░░░"), ("filled", tokenizer.decode(row[3:]))]
+    assert serve_pieces.pieces(run, masked, none, masked) == [("mask", "░░░"), ("filled", tokenizer.decode(row[3:]))]
 
 
 # Many at once
