@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sedd_jax import graphs, networks, samplers, score_heads
@@ -72,6 +73,14 @@ def draw(
         return jnp.where(is_next, draw_fn(key_position, inputs, masks, sigma, is_next, law), x)
 
     return jax.lax.fori_loop(start, stop, step, given.clamp(x))
+
+
+def refuse_text_after_gaps(is_given: Bool[np.ndarray, "*B L"]) -> None:
+    """Raises ValueError where text is given that the baseline does not see when it fills a gap before."""
+    if (np.diff(is_given.astype(np.int8), axis=-1) > 0).any():
+        raise ValueError(
+            "an autoregressive run sees no text after a gap: give text at the start only, as --prefix does"
+        )
 
 
 def _inputs(x: Int[Array, "B L"], graph: graphs.Absorbing) -> tuple[Int[Array, "B L"], Float[Array, "B"]]:

@@ -226,6 +226,30 @@ def tune_grid(argv: list[str]) -> None:
         print(json.dumps(result))
 
 
+def serve(argv: list[str]) -> int:
+    """Open a local page to play with a run: text with gaps, samplers side by side, step by step.
+
+    sedd serve --workdir=RUN [--step=N] [--host=127.0.0.1] [--port=8000] [--open]
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint; the newest if not given", flag_values=values)
+    flags.DEFINE_string("host", "127.0.0.1", "where to listen; 0.0.0.0 lets other machines in", flag_values=values)
+    flags.DEFINE_integer("port", 8000, "the port, 0 for any that is free", flag_values=values)
+    flags.DEFINE_bool("open", False, "open the page in the browser", flag_values=values)
+    if arguments.asks_for_help(argv):
+        arguments.print_help(serve, values)
+        return 0
+    given = arguments.parse(values, argv, "workdir")
+    from sedd_jax import serve as program
+
+    try:
+        program.serve(given["workdir"], step=given["step"], host=given["host"], port=given["port"], opens=given["open"])
+    except KeyboardInterrupt:
+        return _fail("sedd serve", "stopped", 130)
+    return 0
+
+
 def convert(argv: list[str]) -> None:
     """Carry a checkpoint between run directories, PyTorch's layouts, the Hub and StableHLO.
 
@@ -325,6 +349,7 @@ COMMANDS: dict[str, arguments.Command] = {
     "eval": evaluate,
     "sample": sample,
     "tune-grid": tune_grid,
+    "serve": serve,
     "convert": convert,
     "bench": bench,
     "plan": plan,

@@ -28,6 +28,9 @@ from sedd_jax import (
 )
 from sedd_jax import config as configs
 
+# (steps taken, all of them, the tokens so far)
+WatchTokens = Callable[[int, int, Int[Array, "B L"]], None]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -58,6 +61,7 @@ def draw_samples(
     seed: int,
     step: int,
     watch: terminals.Watch | None = None,
+    watch_tokens: WatchTokens | None = None,
 ) -> list[Sample]:
     """Draws texts that agree with the template, as one batch.
 
@@ -70,6 +74,7 @@ def draw_samples(
         step: checkpoint step, only recorded.
         watch: called some 64 times, with the steps taken, all steps, and a function that makes the texts so far, masks
             shown as `░`.
+        watch_tokens: called in place of `watch`, with the tokens so far.
     """
     shape = (settings.num_samples, len(template.tokens))
     given = samplers.Given(
@@ -81,8 +86,8 @@ def draw_samples(
             watch(taken, total, functools.partial(_texts, run, tokens, template.length))
 
     matched = templates.compile_patterns(run, [template] * settings.num_samples)
-    show = None if watch is None else show
-    tokens = draw_tokens(run, params, given, settings, seed=seed, matched=matched, watch=show)
+    watch_tokens = watch_tokens or (None if watch is None else show)
+    tokens = draw_tokens(run, params, given, settings, seed=seed, matched=matched, watch=watch_tokens)
     rows, num_gaps = tokens[:, : template.length], int((~template.is_given).sum())
     return [
         Sample(
@@ -147,7 +152,7 @@ def draw_tokens(
     *,
     seed: int,
     matched: moves.Patterns | None = None,
-    watch: Callable[[int, int, Int[Array, "B L"]], None] | None = None,
+    watch: WatchTokens | None = None,
 ) -> Int[np.ndarray, "B L"]:
     """Draws sequences that agree with what is known of each, as one batch.
 
@@ -160,10 +165,8 @@ def draw_tokens(
         matched: what the text of gaps is to match.
         watch: called some 64 times, with the steps taken, all steps, and the tokens so far.
     """
-    if run.is_autoregressive and (np.diff(np.asarray(given.is_given, np.int8), axis=1) > 0).any():
-        raise ValueError(
-            "an autoregressive run sees no text after a gap: give text at the start only, as --prefix does"
-        )
+    if run.is_autoregressive:
+        autoregression.refuse_text_after_gaps(np.asarray(given.is_given))
     if matched is not None and settings.draw != "precise":
         raise ValueError(f"draw={settings.draw} takes no patterns: set draw=precise")
     num_gaps = int((~np.asarray(given.is_given)).sum(1).max())
@@ -249,7 +252,7 @@ def make_sampling_fns(
     return _make_sampling_fns(network, graph, noise, dataclasses.replace(settings, num_steps=1, num_samples=1))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)
 def _make_sampling_fns(
     network: networks.NetworkConfig, graph: Any, noise: Any, settings: configs.SamplingConfig
 ) -> tuple[Any, Any]:

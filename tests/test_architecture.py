@@ -90,6 +90,10 @@ FLOORS = (
         "prepare",
         "quality_curves",
         "report",
+        "serve",
+        "serve_pieces",
+        "serve_queue",
+        "serve_requests",
         "train",
         "tune_grid",
         "zero_shot",
@@ -108,6 +112,8 @@ ROOMS = {
     "torch": {"benchmark_published", "judges", "torch_files", "torch_model", "verification"},
     "transformers": {"judges"},
     "mauve": {"infilling"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
 }
 FORBIDDEN = ("tensorflow", "clu")
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
