@@ -44,7 +44,7 @@ def define(values: flags.FlagValues) -> None:
     text("problems", None, "with --suite=humaneval: JSON lines in HumanEval's format", flag_values=values)
     flags.DEFINE_float("timeout_s", 3.0, "with --suite=humaneval: seconds of an attempt", flag_values=values)
     choice("generate", False, "perplexity of samples under --judge, and their entropy", flag_values=values)
-    text("curve", None, "steps:16,32,...: the same against steps, for --samplers", flag_values=values)
+    text("curve", None, "steps:16,32,... or nfe:17,33,...: the same for --samplers", flag_values=values)
     text("infill", None, "paper, prompt or a pattern such as 25{50}25: refill held-out text", flag_values=values)
     choice("code", False, "share of samples and infills that Python parses", flag_values=values)
     choice("report", False, "write RUN/report.html from all that was measured", flag_values=values)
@@ -117,7 +117,7 @@ def measure(values: flags.FlagValues, given: dict[str, Any]) -> tuple[dict[str, 
         from sedd_jax import quality_curves as program
 
         samplers = chosen.pop("samplers").split(",")
-        result = program.measure(workdir, **chosen, num_steps=_steps(given["curve"]), samplers=samplers)
+        result = program.measure(workdir, **chosen, **_points(given["curve"]), samplers=samplers)
     return result, program.table(result)
 
 
@@ -145,12 +145,15 @@ def _mode(values: flags.FlagValues, given: dict[str, Any]) -> str:
     return mode
 
 
-def _steps(curve: str) -> list[int]:
+def _points(curve: str) -> dict[str, Any]:
+    """The points of a curve, as what `quality_curves.measure` takes."""
     kind, _, numbers = curve.partition(":")
     try:
-        steps = [int(number) for number in numbers.split(",")]
+        points = [int(number) for number in numbers.split(",")]
     except ValueError:
-        steps = []
-    if kind != "steps" or not steps:
-        raise flags.IllegalFlagValueError(f"--curve={curve} is no list of steps: give one such as steps:16,32,64")
-    return steps
+        points = []
+    if kind not in ("steps", "nfe") or not points:
+        raise flags.IllegalFlagValueError(
+            f"--curve={curve} is no list of steps: give one such as steps:16,32,64, or nfe:17,33,65"
+        )
+    return {"num_steps" if kind == "steps" else "num_evaluations": points}

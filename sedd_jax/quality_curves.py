@@ -6,6 +6,7 @@ is drawn both ways and comes with its entropy.
 
 import csv
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from sedd_jax import (
@@ -29,8 +30,9 @@ def measure(
     workdir: storage.Directory,
     judge: str,
     *,
-    num_steps: list[int],
     samplers: list[str],
+    num_steps: Sequence[int] = (),
+    num_evaluations: Sequence[int] = (),
     step: int | None = None,
     num_samples: int = 64,
     batch_size: int = 32,
@@ -42,8 +44,9 @@ def measure(
     Args:
         workdir: the run directory.
         judge: see `judges.open_judge`.
-        num_steps: reverse steps.
         samplers: by name.
+        num_steps: reverse steps, or
+        num_evaluations: of the network, in as many steps as each sampler takes of them.
         step: the run's checkpoint; the newest if None.
         num_samples: sequences for each point.
         batch_size: sequences drawn at once.
@@ -73,7 +76,7 @@ def measure(
         {"sampler": name, "draw": draw, "num_steps": steps}
         for name in samplers
         for draw in score_draws.DRAWS
-        for steps in num_steps
+        for steps in num_steps or [_steps_of(run, name, nfe, settings) for nfe in num_evaluations]
     ]
     samplings = [generate.sampling_of(run, num_samples=batch_size, **settings, **point) for point in wanted]
     parts = results.name("curve_points", result)
@@ -100,6 +103,17 @@ def measure(
         plot(result, results.path(run, result["picture"]))
     results.keep(run, name, result)
     return result
+
+
+def _steps_of(run: runs.Run, sampler: str, nfe: int, settings: dict[str, Any]) -> int:
+    """The steps that a sampler takes with so many evaluations; ValueError where it takes none."""
+    nfe_of = lambda steps: generate.num_evaluations(
+        run, generate.sampling_of(run, **settings, sampler=sampler, num_steps=steps)
+    )
+    first, each = nfe_of(1), nfe_of(2) - nfe_of(1)
+    if nfe < first:
+        raise ValueError(f"nfe={nfe} is too few for {sampler}, which takes {first} for a step: give more")
+    return 1 + (nfe - first) // each
 
 
 def _of_judge(
