@@ -59,7 +59,7 @@ SETTINGS = (
     Setting(name="num_steps", label="Steps", least=1, most=4096),
     Setting(name="draw", label="Draws", choices=tuple(score_draws.DRAWS)),
     Setting(name="grid", label="Time grid", choices=time_grids.NAMES),
-    Setting(name="corrector_steps", label="Corrector steps", choices=(0, 1, 2, 4)),
+    Setting(name="corrector_steps", label="Corrections", choices=(0, 1, 2, 4)),
     Setting(name="temperature", label="Temperature", choices=(0.7, 0.8, 0.9, 1.0)),
     Setting(name="top_p", label="Top-p", choices=(0.8, 0.9, 0.95, 1.0)),
     Setting(name="num_samples", label="Samples", choices=(1, 2, 4, 8), is_shared=True),

@@ -201,7 +201,7 @@ def test_a_baseline_draws_after_text_and_takes_no_sampler(judge_run, capsys):
     with _serving(serve_requests.open_run(judge_run, None)) as url:
         with urllib.request.urlopen(f"{url}/api/run") as response:
             about = json.load(response)
-        assert {setting["name"] for setting in about["settings"]} == {"draw", "num_samples"}
+        assert {setting["name"] for setting in about["settings"]} == {"draw", "num_samples", "temperature", "top_p"}
         done = _ask(url, template=about["example"], seed=3)[-1][1]
         assert done["sampler"] == "autoregressive"
         assert done["nfe"] == 32
