@@ -72,6 +72,7 @@ FLOORS = (
         "runs",
         "score_export",
         "shards",
+        "slots",
         "templates",
         "terminals",
         "train_state",
