@@ -90,6 +90,7 @@ FLOORS = (
         "plan",
         "prepare",
         "quality_curves",
+        "refill",
         "report",
         "serve",
         "serve_pieces",
