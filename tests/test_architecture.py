@@ -89,6 +89,7 @@ FLOORS = (
         "infilling",
         "plan",
         "prepare",
+        "prompts",
         "quality_curves",
         "refill",
         "report",
