@@ -1,7 +1,8 @@
 """Attention between all positions of a sequence, or to those up to one's own, by what each platform does best.
 
-Every implementation maps queries, keys and values [B, L, H, K] to [B, L, H, K], and its softmax is float32. Under a
-mesh each device attends for its own sequences and heads.
+Every implementation maps queries, keys and values [B, L, H, K] to [B, L, H, K], and its softmax is float32. Where it is
+given the number of tokens of each sequence, nobody attends to the padding after them, and what stands there does not
+matter. Under a mesh each device attends for its own sequences and heads.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sedd_jax import sharding
 
@@ -25,7 +26,12 @@ RESIDUALS = "attention"
 
 
 def attend(
-    qkv: Float[Array, "B L Q"], num_heads: int, implementation: str, *, causal: bool = False
+    qkv: Float[Array, "B L Q"],
+    num_heads: int,
+    implementation: str,
+    *,
+    causal: bool = False,
+    lengths: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B L D"]:
     """Multi-head attention with rotary positions on queries and keys.
 
@@ -34,6 +40,8 @@ def attend(
         num_heads: heads H.
         implementation: a name in `ATTENTIONS`, or "auto" for the fastest that the platform has.
         causal: whether a position attends to those up to itself only.
+        lengths: tokens of each sequence, at least 1; what follows is padding, whose own output means nothing and is
+            finite. All are tokens if None.
 
     Raises:
         ValueError: where the implementation cannot run on this platform or these shapes.
@@ -43,8 +51,10 @@ def attend(
     batch_axes, tensor = sharding.mapped_axes(batch)
     spec = PartitionSpec(batch_axes, None, tensor if num_heads % sharding.axis_size(tensor) == 0 else ())
     attention = functools.partial(ATTENTIONS[resolve(implementation, length, qkv.dtype)], causal=causal)
-    run = sharding.per_device(attention, (spec,) * 3, spec)
-    return run(rotate(q_BLHK), rotate(k_BLHK), v_BLHK).reshape(batch, length, width // 3)
+    inputs, specs = (rotate(q_BLHK), rotate(k_BLHK), v_BLHK), (spec,) * 3
+    if lengths is not None:
+        inputs, specs = (*inputs, lengths), (*specs, PartitionSpec(batch_axes))
+    return sharding.per_device(attention, specs, spec)(*inputs).reshape(batch, length, width // 3)
 
 
 def resolve(implementation: str, length: int, dtype: Any) -> str:
@@ -72,7 +82,12 @@ def rotate(x: Float[Array, "B L H K"]) -> Float[Array, "B L H K"]:
 
 
 def cudnn(
-    q: Float[Array, "B L H K"], k: Float[Array, "B L H K"], v: Float[Array, "B L H K"], *, causal: bool = False
+    q: Float[Array, "B L H K"],
+    k: Float[Array, "B L H K"],
+    v: Float[Array, "B L H K"],
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    causal: bool = False,
 ) -> Array:
     """cuDNN's fused attention: NVIDIA GPUs from Ampere on, bfloat16."""
     _need("cudnn", "gpu")
@@ -80,13 +95,21 @@ def cudnn(
         raise ValueError(
             f"config.network.attention=cudnn needs bfloat16, not {q.dtype}: set config.network.dtype=bfloat16"
         )
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    if lengths is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    is_token = _is_token(lengths, k.shape[1])[:, :, None, None]
+    # cuDNN does not say what it leaves where it skips: it computes all queries, and keys and values of padding are 0.
+    k, v = (jnp.where(is_token, x, jnp.zeros_like(x)) for x in (k, v))
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
 
 
 def splash(
     q: Float[Array, "B L H K"],
     k: Float[Array, "B L H K"],
     v: Float[Array, "B L H K"],
+    lengths: Int[Array, "B"] | None = None,
     *,
     causal: bool = False,
     interpret: bool = False,
@@ -97,6 +120,7 @@ def splash(
         q: queries.
         k: keys.
         v: values.
+        lengths: tokens of each sequence; all if None.
         causal: whether a position attends to those up to itself only.
         interpret: run the kernel step by step on any platform, for tests.
     """
@@ -118,7 +142,12 @@ def splash(
     )
     heads_first = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
     scaled = (q * (1 / math.sqrt(size))).astype(q.dtype)
-    out: Any = jax.vmap(kernel)(heads_first(scaled), heads_first(k), heads_first(v))
+    inputs = heads_first(scaled), heads_first(k), heads_first(v)
+    if lengths is not None:
+        # A query attends to keys of its own segment: all queries are of the segment of the tokens.
+        is_token = _is_token(lengths, length).astype(jnp.int32)
+        inputs = (*inputs, splash_attention.SegmentIds(q=jnp.ones_like(is_token), kv=is_token))
+    out: Any = jax.vmap(kernel)(*inputs)
     return heads_first(out)
 
 
@@ -130,46 +159,63 @@ def _need(implementation: str, platform: str) -> None:
         )
 
 
+def _is_token(lengths: Int[Array, " n"], length: int) -> Bool[Array, "n L"]:
+    """Which of `length` positions are before the padding."""
+    return jnp.arange(length)[None] < lengths[:, None]
+
+
 def plain(
-    q: Float[Array, "B L H K"], k: Float[Array, "B L H K"], v: Float[Array, "B L H K"], *, causal: bool = False
+    q: Float[Array, "B L H K"],
+    k: Float[Array, "B L H K"],
+    v: Float[Array, "B L H K"],
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    causal: bool = False,
 ) -> Any:
     """Softmax attention as matrix products, some heads at a time, the scores computed again for the gradient.
 
     Blocks of heads keep the scores in a CPU's caches (twice as fast there), and memory linear in the length.
     """
-    return _plain(causal, q, k, v)
+    return _plain(causal, q, k, v, lengths)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _plain(causal: bool, q: Any, k: Any, v: Any) -> Any:
-    return _plain_forward(causal, q, k, v)[0]
+def _plain(causal: bool, q: Any, k: Any, v: Any, lengths: Any) -> Any:
+    return _plain_forward(causal, q, k, v, lengths)[0]
 
 
-def _plain_forward(causal: bool, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
-    out, logsumexp = checkpoint_name(_by_blocks(functools.partial(_attend_block, causal), q, k, v), RESIDUALS)
-    return out, (q, k, v, out, logsumexp)
+def _plain_forward(causal: bool, q: Any, k: Any, v: Any, lengths: Any) -> tuple[Any, Any]:
+    attend_block = functools.partial(_attend_block, causal)
+    out, logsumexp = checkpoint_name(_by_blocks(attend_block, lengths, q, k, v), RESIDUALS)
+    return out, (lengths, q, k, v, out, logsumexp)
 
 
 def _plain_backward(causal: bool, residuals: Any, gradient: Any) -> tuple[Any, ...]:
-    return _by_blocks(functools.partial(_differentiate_block, causal), *residuals, gradient)
+    return *_by_blocks(functools.partial(_differentiate_block, causal), *residuals, gradient), None
 
 
 _plain.defvjp(_plain_forward, _plain_backward)
 
 
-def _scores(causal: bool, q: Float[Array, "n L K"], k: Float[Array, "n L K"]) -> Float[Array, "n L L"]:
+def _scores(
+    causal: bool, lengths: Int[Array, " n"] | None, q: Float[Array, "n L K"], k: Float[Array, "n L K"]
+) -> Float[Array, "n L L"]:
     """Products of queries, scaled before, and keys; -inf where a query may not look."""
     scores = _product("nqk,nsk->nqs", q, k)
-    if not causal:
-        return scores
-    positions = jnp.arange(q.shape[1])
-    return jnp.where((positions[:, None] >= positions[None])[None], scores, -jnp.inf)
+    if causal:
+        positions = jnp.arange(q.shape[1])
+        scores = jnp.where((positions[:, None] >= positions[None])[None], scores, -jnp.inf)
+    return scores if lengths is None else jnp.where(_is_token(lengths, q.shape[1])[:, None], scores, -jnp.inf)
 
 
 def _attend_block(
-    causal: bool, q: Float[Array, "n L K"], k: Float[Array, "n L K"], v: Float[Array, "n L K"]
+    causal: bool,
+    lengths: Int[Array, " n"] | None,
+    q: Float[Array, "n L K"],
+    k: Float[Array, "n L K"],
+    v: Float[Array, "n L K"],
 ) -> tuple[Any, Any]:
-    scores = _scores(causal, q * (1 / math.sqrt(q.shape[-1])), k)
+    scores = _scores(causal, lengths, q * (1 / math.sqrt(q.shape[-1])), k)
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
     mass = weights.sum(-1, keepdims=True)
@@ -179,6 +225,7 @@ def _attend_block(
 
 def _differentiate_block(
     causal: bool,
+    lengths: Int[Array, " n"] | None,
     q: Float[Array, "n L K"],
     k: Float[Array, "n L K"],
     v: Float[Array, "n L K"],
@@ -189,7 +236,7 @@ def _differentiate_block(
     """Gradients of queries, keys and values (Dao et al. 2022, appendix B)."""
     scale = 1 / math.sqrt(q.shape[-1])
     q = q * scale
-    probs = jnp.exp(_scores(causal, q, k) - logsumexp)
+    probs = jnp.exp(_scores(causal, lengths, q, k) - logsumexp)
     along = (gradient.astype(jnp.float32) * out).sum(-1, keepdims=True)
     of_scores = probs * (_product("nqk,nsk->nqs", gradient, v) - along)
     of_scores, probs = of_scores.astype(q.dtype), probs.astype(q.dtype)
@@ -202,8 +249,8 @@ def _differentiate_block(
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _by_blocks(fn: Any, *arrays: Any) -> Any:
-    """fn of [n, L, K] arrays that hold as many heads n at a time as their scores allow."""
+def _by_blocks(fn: Any, lengths: Any, *arrays: Any) -> Any:
+    """fn(lengths, *arrays) of arrays [n, L, K] that hold as many heads n at a time as their scores allow."""
     batch, length, num_heads = arrays[0].shape[:3]
     n = batch * num_heads
     most = max(1, BLOCK_SCORES[sharding.platform()] // length**2)
@@ -211,9 +258,10 @@ def _by_blocks(fn: Any, *arrays: Any) -> Any:
     size = next(size for size in range(min(most, n), 0, -1) if n % size == 0) if isinstance(n, int) else num_heads
     split = lambda x: jnp.swapaxes(x, 1, 2).reshape(n // size, size, length, -1)
     join = lambda x: jnp.swapaxes(x.reshape(batch, num_heads, length, -1), 1, 2)
-    inputs = tuple(split(x) for x in arrays)
+    of_heads = None if lengths is None else jnp.repeat(lengths, num_heads).reshape(n // size, size)
+    inputs = (of_heads, *(split(x) for x in arrays))
     if size == n:
-        return jax.tree.map(lambda x: join(x[None]), fn(*(x[0] for x in inputs)))
+        return jax.tree.map(lambda x: join(x[None]), fn(*jax.tree.map(lambda x: x[0], inputs)))
     return jax.tree.map(join, jax.lax.map(lambda block: fn(*block), inputs))
 
 

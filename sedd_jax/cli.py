@@ -171,6 +171,16 @@ def sample(argv: list[str]) -> None:
         "text with gaps: {n} is n tokens to fill, {n:REGEX} with text that matches, {{ a brace",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "prompts",
+        "",
+        'a text for each line of this .jsonl, {"template": ...} or {"prefix": ..., "suffix": ...}; num_samples at once',
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_tokens", None, "of a text longer than the model, in blocks", flag_values=values)
+    flags.DEFINE_integer("block", None, "tokens in a further block; half of the model's length", flag_values=values)
+    flags.DEFINE_bool("fit", False, "end at the template's end, not at the model's length", flag_values=values)
+    flags.DEFINE_bool("stop_at_eos", False, "cut text at the first end of text that is drawn", flag_values=values)
     flags.DEFINE_bool("watch", False, "show the text as it is denoised", flag_values=values)
     flags.DEFINE_string("out", "", "also write text, tokens, seed, nfe and sampler to this .jsonl", flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
@@ -185,14 +195,19 @@ def sample(argv: list[str]) -> None:
     if out and not pathlib.Path(out).absolute().parent.is_dir():
         raise ValueError(f"--out={out} is in a directory that does not exist: make it first")
     from sedd_jax import generate as program
-    from sedd_jax import terminals
+    from sedd_jax import prompts, terminals
 
+    # Where texts may differ in length, each is written once it is finished.
+    refills = {name: given.pop(name) for name in ("prompts", "fit", "stop_at_eos")}
     with terminals.watcher(shows_text=wants_watch) as watch:
-        samples = program.generate(**given, watch=watch)
+        if any(refills.values()):
+            samples = prompts.sample(**given, **refills, out=out, watch=watch)
+        else:
+            samples = program.generate(**given, watch=watch)
     for drawn in samples:
         annealed = program.annealing(drawn)
         print(f"--- sample {drawn.index + 1} of {len(samples)}{annealed and f', annealed: {annealed}'}\n{drawn.text}")
-    if out and is_first:
+    if out and is_first and not any(refills.values()):
         program.write_jsonl(samples, pathlib.Path(out))
     if as_json:
         print(json.dumps([program.as_dict(drawn) for drawn in samples], ensure_ascii=False))

@@ -15,6 +15,21 @@ from sedd_jax import graphs, noise_schedules, samplers, time_grids
 
 NAME = "first_hitting"
 _LAST = 2**31 - 1  # Number of the last evaluation, which no other has.
+_CLOCK, _RANK, _TOKENS, _BACK = range(4)  # What a trajectory's key is folded with for each thing drawn.
+
+
+class Course(NamedTuple):
+    """What is drawn beforehand for whole sequences: every evaluation finds its part by the number of masks left.
+
+    Attributes:
+        num_gaps: masks at the start.
+        rank: of each position; masks are left from the highest down.
+        sigma: total noise at which the next mask is left, by how many there are, from 1.
+    """
+
+    num_gaps: Int[Array, "B"]
+    rank: Int[Array, "B L"]
+    sigma: Float[Array, "B L"]
 
 
 def reverse_steps(
@@ -37,8 +52,7 @@ def reverse_steps(
     that find no mask in the batch are left out. A corrector step takes as many tokens back, whichever, and fills their
     places again: of one token a Gibbs step, which keeps the law whatever was filled before.
     """
-    course = _draw_course(key, graph, noise, given)
-    per_step = -(-course.num_gaps // (jnp.asarray(num_steps) + 1))
+    course = draw_course(key, graph, noise, given)
     turns = 1 + corrector_steps
 
     def is_left(carry: tuple[Int[Array, ""], Int[Array, "B L"]]) -> Array:
@@ -47,12 +61,45 @@ def reverse_steps(
 
     def step(carry: tuple[Int[Array, ""], Int[Array, "B L"]]) -> tuple[Int[Array, ""], Int[Array, "B L"]]:
         number, xt = carry
-        if corrector_steps:
-            taken_back = _take_back(course, number, graph, given, xt, per_step)
-            xt = jnp.where(number % turns > 0, taken_back, xt)
-        return number + 1, _fill(course, number, move_fn, graph, given, xt, per_step)
+        numbers = jnp.full(len(xt), number)
+        steps = jnp.asarray(num_steps)
+        return number + 1, turn(key, course, number, move_fn, graph, given, xt, numbers, steps, turns=turns)
 
     return jax.lax.while_loop(is_left, step, (jnp.asarray(start * turns), given.clamp(xt)))[1]
+
+
+def turn(
+    key: Key[Array, ""],
+    course: Course,
+    draw: Int[Array, ""],
+    move_fn: samplers.MoveFn,
+    graph: graphs.Absorbing,
+    given: samplers.Given,
+    xt: Int[Array, "B L"],
+    number: Int[Array, "B"],
+    num_steps: Int[Array, "*B"],
+    *,
+    turns: int,
+) -> Int[Array, "B L"]:
+    """Takes an evaluation of each sequence for the first time, or again: `turns` times each.
+
+    Args:
+        key: of the whole trajectory.
+        course: of each sequence.
+        draw: a number that no other call with this key has.
+        move_fn: draws tokens.
+        graph: the forward process.
+        given: known tokens.
+        xt: state before.
+        number: turns that each sequence has taken.
+        num_steps: one less than the evaluations that fill each sequence, or all, in even shares.
+        turns: of a step.
+    """
+    per_step = -(-course.num_gaps // (num_steps + 1))
+    if turns > 1:
+        taken_back = _take_back(jax.random.fold_in(_part(key, _BACK), draw), graph, given, xt, per_step)
+        xt = jnp.where((number % turns > 0)[:, None], taken_back, xt)
+    return _fill(jax.random.fold_in(_part(key, _TOKENS), draw), course, move_fn, graph, given, xt, per_step)
 
 
 def finish(
@@ -64,37 +111,19 @@ def finish(
     xt: Int[Array, "B L"],
 ) -> Int[Array, "B L"]:
     """Fills all masks that are left in one evaluation; the key is that of `reverse_steps`."""
-    course = _draw_course(key, graph, noise, given)
-    return _fill(course, _LAST, move_fn, graph, given, given.clamp(xt), course.num_gaps)
+    course = draw_course(key, graph, noise, given)
+    own_key = jax.random.fold_in(_part(key, _TOKENS), _LAST)
+    return _fill(own_key, course, move_fn, graph, given, given.clamp(xt), course.num_gaps)
 
 
-class _Course(NamedTuple):
-    """What is drawn beforehand for whole sequences: every evaluation finds its part by the number of masks left.
-
-    Attributes:
-        key: of the tokens.
-        key_back: of what corrector steps take back.
-        num_gaps: masks at the start.
-        rank: of each position; masks are left from the highest down.
-        sigma: total noise at which the next mask is left, by how many there are, from 1.
-    """
-
-    key: Key[Array, ""]
-    key_back: Key[Array, ""]
-    num_gaps: Int[Array, "B"]
-    rank: Int[Array, "B L"]
-    sigma: Float[Array, "B L"]
-
-
-def _draw_course(
+def draw_course(
     key: Key[Array, ""], graph: graphs.Absorbing, noise: noise_schedules.NoiseSchedule, given: samplers.Given
-) -> _Course:
+) -> Course:
     """Draws order and clock of each sequence.
 
     Where n masks are left at a time when a token is masked with probability m, the next goes at m u^(1/n), u uniform.
     """
-    # Folded, not split: every call of a trajectory has the same key.
-    key_clock, key_rank, key_tokens, key_back = (jax.random.fold_in(key, part) for part in range(4))
+    key_clock, key_rank = _part(key, _CLOCK), _part(key, _RANK)
     shape = given.tokens.shape
     num_gaps = (~given.is_given).sum(1)
     # Ranks, since two uniform numbers of so many are often the same.
@@ -104,12 +133,17 @@ def _draw_course(
     start = jnp.log(-jnp.expm1(-noise.sigma(jnp.float32(1.0))))
     log_mask_prob = start + jnp.cumsum(log_decay[:, ::-1], axis=1)[:, ::-1]
     sigma = jnp.maximum(-jnp.log1p(-jnp.exp(log_mask_prob)), noise.sigma(jnp.float32(time_grids.T_END)))
-    return _Course(key_tokens, key_back, num_gaps, rank, sigma)
+    return Course(num_gaps, rank, sigma)
+
+
+def _part(key: Key[Array, ""], part: int) -> Key[Array, ""]:
+    """The key of one of the things drawn; folded, not split: every call of a trajectory has the same key."""
+    return jax.random.fold_in(key, part)
 
 
 def _fill(
-    course: _Course,
-    number: Int[Array, ""] | int,
+    key: Key[Array, ""],
+    course: Course,
     move_fn: samplers.MoveFn,
     graph: graphs.Absorbing,
     given: samplers.Given,
@@ -124,19 +158,18 @@ def _fill(
     lowest = jnp.take_along_axis(jnp.sort(order, descending=True), jnp.maximum(count - 1, 0)[:, None], axis=1)
     is_next = is_mask & (order >= lowest)
     law = lambda total: graph.denoise_jump(total, xt, sigma)
-    return move_fn(jax.random.fold_in(course.key, number), xt, sigma, is_next, law)
+    return move_fn(key, xt, sigma, is_next, law)
 
 
 def _take_back(
-    course: _Course,
-    number: Int[Array, ""],
+    key: Key[Array, ""],
     graph: graphs.Absorbing,
     given: samplers.Given,
     xt: Int[Array, "B L"],
     count: Int[Array, "B"],
 ) -> Int[Array, "B L"]:
     """Masks `count` of the tokens that have been filled, any of them alike."""
-    chance = jax.random.uniform(jax.random.fold_in(course.key_back, number), xt.shape)
+    chance = jax.random.uniform(key, xt.shape)
     place = jnp.argsort(jnp.argsort(jnp.where(given.is_given | graph.is_noise(xt), 2.0, chance), axis=1), axis=1)
     is_filled = ~given.is_given & ~graph.is_noise(xt)
     return jnp.where(is_filled & (place < count[:, None]), graph.mask_id, xt)

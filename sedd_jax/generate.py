@@ -34,7 +34,7 @@ WatchTokens = Callable[[int, int, Int[Array, "B L"]], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One drawn text and how it was drawn."""
+    """One drawn text and how it was drawn; `prompt` is the line of a file of prompts that it is for."""
 
     text: str
     tokens: list[int]
@@ -50,6 +50,9 @@ class Sample:
     temperature: float
     top_p: float
     guidance: float
+    fit: bool = False
+    stop_at_eos: bool = False
+    prompt: dict[str, str] | None = None
 
 
 def draw_samples(
@@ -83,7 +86,7 @@ def draw_samples(
 
     def show(taken: int, total: int, tokens: Int[Array, "B L"]) -> None:
         if watch is not None:
-            watch(taken, total, functools.partial(_texts, run, tokens, template.length))
+            watch(taken, total, functools.partial(texts, run, tokens, template.length))
 
     matched = templates.compile_patterns(run, [template] * settings.num_samples)
     watch_tokens = watch_tokens or (None if watch is None else show)
@@ -96,18 +99,21 @@ def draw_samples(
             seed=seed,
             index=index,
             step=step,
-            sampler="autoregressive" if run.is_autoregressive else settings.sampler,
-            num_steps=_num_steps(run, settings, num_gaps),
             nfe=num_evaluations(run, settings, num_gaps),
-            draw=settings.draw,
-            grid=settings.grid,
-            corrector_steps=settings.corrector_steps,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            guidance=settings.guidance,
+            **circumstances(run, settings, num_gaps),
         )
         for index, row in enumerate(rows)
     ]
+
+
+def circumstances(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int) -> dict[str, Any]:
+    """The fields of a `Sample` that say how one with so many tokens to fill is drawn."""
+    return {
+        "sampler": "autoregressive" if run.is_autoregressive else settings.sampler,
+        "num_steps": num_steps_of(run, settings, num_gaps),
+        "draw": settings.draw,
+        **{name: getattr(settings, name) for name in configs.REFINEMENTS},
+    }
 
 
 def sampling_of(run: runs.Run, **changed: Any) -> configs.SamplingConfig:
@@ -131,11 +137,11 @@ def num_evaluations(run: runs.Run, settings: configs.SamplingConfig, num_gaps: i
     if run.is_autoregressive:
         return run.config.data.length
     per_turn = 2 if settings.sampler == second_order.NAME else 1
-    total = per_turn * (1 + settings.corrector_steps) * _num_steps(run, settings, num_gaps) + 1
+    total = per_turn * (1 + settings.corrector_steps) * num_steps_of(run, settings, num_gaps) + 1
     return total if settings.guidance == 1 else 2 * total
 
 
-def _num_steps(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int | None) -> int:
+def num_steps_of(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int | None) -> int:
     """Steps before the last: one less than tokens for the autoregressive baseline, no more for first_hitting."""
     if run.is_autoregressive:
         return run.config.data.length - 1
@@ -167,10 +173,9 @@ def draw_tokens(
     """
     if run.is_autoregressive:
         autoregression.refuse_text_after_gaps(np.asarray(given.is_given))
-    if matched is not None and settings.draw != "precise":
-        raise ValueError(f"draw={settings.draw} takes no patterns: set draw=precise")
+    refuse_patterns(settings, matched)
     num_gaps = int((~np.asarray(given.is_given)).sum(1).max())
-    num_steps = _num_steps(run, settings, num_gaps)
+    num_steps = num_steps_of(run, settings, num_gaps)
     key_limit, key_steps, key_denoise = jax.random.split(jax.random.key(seed), 3)
     xt = given.clamp(run.graph.sample_limit(key_limit, given.tokens.shape))
     reverse_steps, denoise = make_sampling_fns(run.network, run.graph, run.noise, settings)
@@ -187,6 +192,12 @@ def draw_tokens(
     if watch:
         watch(num_steps + 1, num_steps + 1, tokens)
     return np.asarray(tokens)
+
+
+def refuse_patterns(settings: configs.SamplingConfig, matched: moves.Patterns | None) -> None:
+    """Raises ValueError where the draws asked for know nothing of patterns."""
+    if matched is not None and settings.draw != "precise":
+        raise ValueError(f"draw={settings.draw} takes no patterns: set draw=precise")
 
 
 def generate(
@@ -214,9 +225,7 @@ def generate(
     """
     run = runs.load(workdir)
     changed = sampling_of(run, **settings)
-    if template and (prefix or suffix):
-        raise ValueError("--template cannot be combined with --prefix or --suffix: write them into the template")
-    parsed = templates.around(run, prefix, suffix) if prefix or suffix else templates.parse(run, template)
+    parsed = templates.choose(run, prefix=prefix, suffix=suffix, template=template)
     mesh = sharding.make_mesh(sharding.MeshConfig())
     step, params = run.ema_params(mesh, step)
     with jax.set_mesh(mesh):
@@ -234,10 +243,14 @@ def as_dict(sample: Sample) -> dict[str, Any]:
     return dataclasses.asdict(sample)
 
 
+def to_line(sample: Sample) -> str:
+    """A sample as one line of JSON: text, token ids, and how they were drawn."""
+    return json.dumps(as_dict(sample), ensure_ascii=False) + "\n"
+
+
 def write_jsonl(samples: list[Sample], path: pathlib.Path) -> None:
-    """Writes one JSON object a line: text, token ids, and how they were drawn."""
-    lines = [json.dumps(as_dict(sample), ensure_ascii=False) + "\n" for sample in samples]
-    path.write_text("".join(lines), encoding="utf-8")
+    """Writes one `to_line` after another."""
+    path.write_text("".join(map(to_line, samples)), encoding="utf-8")
 
 
 def make_sampling_fns(
@@ -300,7 +313,8 @@ def _make_sampling_fns(
     return jax.jit(reverse_steps), jax.jit(denoise)
 
 
-def _texts(run: runs.Run, tokens: Int[Array, "B L"], length: int) -> list[str]:
+def texts(run: runs.Run, tokens: Int[Array | np.ndarray, "B L"], length: int) -> list[str]:
+    """The first `length` tokens of each sequence as text, masks shown as `░`."""
     return ["".join(_pieces(run, row)) for row in np.asarray(tokens)[:, :length]]
 
 

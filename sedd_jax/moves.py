@@ -27,6 +27,7 @@ class Mover(NamedTuple):
         patterns: of gaps; None where there are none.
         control: how the law of tokens is changed.
         draw: a name in `score_draws.DRAWS`; precise where tokens are under any control.
+        lengths: tokens of each sequence, at least 1, before padding that nobody attends to; None where there is none.
     """
 
     network: networks.NetworkConfig
@@ -36,6 +37,7 @@ class Mover(NamedTuple):
     patterns: Patterns | None
     control: controls.Control
     draw: str
+    lengths: Int[Array, "B"] | None = None
 
     def move(
         self,
@@ -47,8 +49,18 @@ class Mover(NamedTuple):
         at: Int[Array, "B L"] | None = None,
     ) -> Int[Array, "B L"]:
         """A `samplers.MoveFn`; the causal network draws in place of other states than it reads, those of `at`."""
-        features = self.evaluate(xt, sigma)
-        xt = xt if at is None else at
+        return self.draw_from(key, self.evaluate(xt, sigma), xt if at is None else at, sigma, is_movable, jump_fn)
+
+    def draw_from(
+        self,
+        key: Key[Array, ""],
+        features: Float[Array, "B L D"],
+        xt: Int[Array, "B L"],
+        sigma: Float[Array, "B"],
+        is_movable: Bool[Array, "B L"],
+        jump_fn: samplers.JumpFn,
+    ) -> Int[Array, "B L"]:
+        """`move` from what the network has made of xt."""
         if not self._is_controlled:
             draw = score_draws.DRAWS[self.draw]
             return draw(key, self.network, self.params, features, xt, sigma, is_movable, jump_fn)
@@ -74,7 +86,7 @@ class Mover(NamedTuple):
 
     def evaluate(self, xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Any:
         """A `second_order.EvaluateFn`."""
-        return networks.apply(self.network, self.params, xt, sigma)
+        return networks.apply(self.network, self.params, xt, sigma, None, self.lengths)
 
     @property
     def _is_controlled(self) -> bool:

@@ -91,7 +91,11 @@ class ScoreNetwork(nn.Module):
 
     @nn.compact
     def __call__(
-        self, xt: Int[Array, "B L"], sigma: Float[Array, "B"], dropout_key: Key[Array, ""] | None = None
+        self,
+        xt: Int[Array, "B L"],
+        sigma: Float[Array, "B"],
+        dropout_key: Key[Array, ""] | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Computes features of noised tokens.
 
@@ -99,6 +103,8 @@ class ScoreNetwork(nn.Module):
             xt: noised tokens.
             sigma: total noise of each sequence.
             dropout_key: key of this call's dropout; None turns dropout off.
+            lengths: tokens of each sequence, at least 1, whose features are those of the sequence without the padding
+                that follows; all are tokens if None.
 
         Returns:
             Features in the compute dtype, the input of the head's matrix product.
@@ -121,10 +127,10 @@ class ScoreNetwork(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=config.num_layers,
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0, nn.broadcast),
             unroll=_scan_unroll(config),
         )
-        x, _ = blocks(config, name="blocks")(x, condition, keys)
+        x, _ = blocks(config, name="blocks")(x, condition, keys, lengths)
         shift, scale = jnp.split(_modulation(2, config, "final_modulation", condition), 2, axis=-1)
         x = _layer_norm(self, "final_norm", x) * (1 + scale) + shift
         # The head's weights live here with the others; `score_heads` applies them.
@@ -155,7 +161,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], condition: Float[Array, "B C"], key: Key[Array, ""] | None
+        self,
+        x: Float[Array, "B L D"],
+        condition: Float[Array, "B C"],
+        key: Key[Array, ""] | None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], None]:
         config = self.config
         key_attention, key_mlp = (None, None) if key is None else jax.random.split(key)
@@ -166,7 +176,7 @@ class Block(nn.Module):
 
         h = _layer_norm(self, "attention_norm", x) * (1 + scale_attention) + shift_attention
         qkv = _dense(3 * config.hidden_size, config.hidden_size, config.dtype, "qkv", use_bias=False)(h)
-        h = attentions.attend(qkv, config.num_heads, config.attention, causal=config.causal)
+        h = attentions.attend(qkv, config.num_heads, config.attention, causal=config.causal, lengths=lengths)
         h = _dense(config.hidden_size, config.hidden_size, config.dtype, "attention_out", use_bias=False)(h)
         x = x + gate_attention * _dropout(key_attention, config.dropout, h)
 
@@ -191,9 +201,10 @@ def apply(
     xt: Int[Array, "B L"],
     sigma: Float[Array, "B"],
     dropout_key: Key[Array, ""] | None = None,
+    lengths: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B L D"]:
     """Features of noised tokens, see `ScoreNetwork`."""
-    return ScoreNetwork(config).apply({"params": params}, xt, sigma, dropout_key)  # pyrefly: ignore[bad-return]
+    return ScoreNetwork(config).apply({"params": params}, xt, sigma, dropout_key, lengths)  # pyrefly: ignore[bad-return]
 
 
 def _dense(features: int, fan_in: int, dtype: str, name: str, *, use_bias: bool = True) -> nn.Dense:

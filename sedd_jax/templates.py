@@ -34,6 +34,17 @@ class Template:
     gaps: tuple[patterns.Gap, ...] = ()
 
 
+def choose(run: runs.Run, *, prefix: str = "", suffix: str = "", template: str = "") -> Template:
+    """What is known, by `around` or by `parse`.
+
+    Raises:
+        ValueError: as they do, and where both are asked for.
+    """
+    if template and (prefix or suffix):
+        raise ValueError("--template cannot be combined with --prefix or --suffix: write them into the template")
+    return around(run, prefix, suffix) if prefix or suffix else parse(run, template)
+
+
 def parse(run: runs.Run, template: str) -> Template:
     """Reads "Hi, my name is {32} and": {n} is a gap of n tokens, {{ and }} are braces; "" is one gap of full length.
 

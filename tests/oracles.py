@@ -162,6 +162,21 @@ def dense_move(score_fn: Callable[[jax.Array, jax.Array], jax.Array], draw=categ
     return move
 
 
+def dense_leap(graph: graphs.Graph):
+    """A leap of `second_order` that holds the rates to every state; features are scores."""
+
+    def leap(key, evaluations, xt, is_movable):
+        total = sum(one.slope[..., None] * one.features for one in evaluations)
+        current = xt[..., None] == jnp.arange(graph.num_states)[None, None]
+        weights = jnp.where(current, 0.0, jnp.maximum(total, 0.0))
+        away = weights.sum(-1, keepdims=True)
+        weights = weights * -jnp.expm1(-away) / jnp.maximum(away, 1e-30)
+        weights = jnp.where(current, jnp.exp(-away), weights)
+        return jnp.where(is_movable, categoricals.draw(key, weights), xt)
+
+    return leap
+
+
 def chi_square_p(counts: np.ndarray, probabilities: np.ndarray) -> float:
     """p-value of counts under a law; outcomes expected fewer than five times are pooled."""
     expected = probabilities * counts.sum()

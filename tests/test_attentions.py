@@ -15,12 +15,14 @@ import pytest
 from sedd_jax import attentions, sharding
 
 
-def dense(q, k, v, causal=False):
+def dense(q, k, v, causal=False, lengths=None):
     """softmax(q k' / sqrt K) v, written out."""
     scores = jnp.einsum("blhk,bshk->bhls", q, k) / np.sqrt(q.shape[-1])
+    length = q.shape[1]
     if causal:
-        length = q.shape[1]
         scores = jnp.where(jnp.tril(jnp.ones((length, length), bool))[None, None], scores, -jnp.inf)
+    if lengths is not None:
+        scores = jnp.where((np.arange(length) < np.asarray(lengths)[:, None])[:, None, None], scores, -jnp.inf)
     return jnp.einsum("bhls,bshk->blhk", jax.nn.softmax(scores, axis=-1), v)
 
 
@@ -55,6 +57,16 @@ def test_plain_is_softmax_attention(causal, most_scores, monkeypatch):
     assert_close(value_and_gradients(functools.partial(attentions.plain, causal=causal), *inputs), expected, 1e-5)
 
 
+@pytest.mark.parametrize("most_scores", [2 * 9 * 9, 1 << 20], ids=["two heads", "all heads"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_plain_never_attends_to_padding(causal, most_scores, monkeypatch):
+    monkeypatch.setitem(attentions.BLOCK_SCORES, "cpu", most_scores)
+    inputs, lengths = normal(4, 9, 2, 8), jnp.array([9, 4, 1, 8])
+    plain = lambda q, k, v: attentions.plain(q, k, v, lengths, causal=causal)
+    expected = value_and_gradients(functools.partial(dense, causal=causal, lengths=lengths), *inputs)
+    assert_close(value_and_gradients(plain, *inputs), expected, 1e-5)
+
+
 def test_plain_survives_large_scores():
     q, k, v, _ = normal(1, 9, 2, 8)
     np.testing.assert_allclose(attentions.plain(100 * q, 100 * k, v), dense(100 * q, 100 * k, v), atol=1e-4)
@@ -82,6 +94,18 @@ def test_splash_kernel_interpreted_equals_plain(causal):
     assert_close(ours, value_and_gradients(functools.partial(attentions.plain, causal=causal), *inputs), 1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_splash_kernel_interpreted_never_attends_to_padding(causal):
+    """Padding in the second block of keys, from within the first, and nowhere."""
+    inputs, lengths = normal(3, 256, 1, 16) * jnp.float32(2), jnp.array([200, 5, 256])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attentions.splash_attention, "BlockSizes", lambda *sizes: SMALL_BLOCKS)
+        splash = lambda q, k, v: attentions.splash(q, k, v, lengths, causal=causal, interpret=True)
+        ours = value_and_gradients(splash, *inputs)
+    expected = value_and_gradients(functools.partial(dense, causal=causal, lengths=lengths), *inputs)
+    assert_close(ours, expected, 1e-5)
+
+
 @pytest.mark.parametrize("num_heads", [4, 3], ids=["heads split", "heads whole"])
 @pytest.mark.parametrize("batch", [4, 3], ids=["batch split", "batch whole"])
 def test_sharded_equals_unsharded(num_heads, batch):
@@ -93,6 +117,15 @@ def test_sharded_equals_unsharded(num_heads, batch):
     with jax.set_mesh(mesh):
         ours = grad()(qkv)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_sharded_padding_is_that_of_each_sequence():
+    qkv, lengths = jax.random.normal(jax.random.key(0), (4, 10, 96)), jnp.array([10, 3, 1, 7])
+    run = lambda: jax.jit(lambda qkv: attentions.attend(qkv, 4, "plain", lengths=lengths))(qkv)
+    expected = run()
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))):
+        np.testing.assert_allclose(run(), expected, atol=1e-5)
+    assert np.abs(expected - attentions.attend(qkv, 4, "plain"))[1:].max() > 0.1
 
 
 def test_each_device_attends_for_its_own_heads(monkeypatch):
@@ -142,17 +175,33 @@ def test_cudnn_refuses_float32(monkeypatch):
         attentions.cudnn(*normal(1, 16, 2, 8)[:3])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_cudnn_is_asked_for_never_attends_to_padding(causal, monkeypatch):
+    """XLA answers in its place here."""
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    asked = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, **how: asked(*x, **how | {"implementation": "xla"}))
+    inputs, lengths = normal(3, 9, 2, 8), jnp.array([9, 4, 1])
+    cudnn = lambda q, k, v: attentions.cudnn(q, k, v, lengths, causal=causal)
+    halves = value_and_gradients(cudnn, *inputs[:3].astype(jnp.bfloat16), inputs[3])
+    assert_close(halves, value_and_gradients(functools.partial(dense, causal=causal, lengths=lengths), *inputs), 0.03)
+
+
 # Other platforms need a process of their own: this one has eight CPU devices for good.
 ON_GPU = """
 import jax, numpy as np
 from sedd_jax import attentions
 qkv, weights = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 256, 768), (2, 256, 256)]))
-grads = lambda implementation, dtype, causal: jax.jit(jax.value_and_grad(lambda qkv: (attentions.attend(
-    qkv, 4, implementation, causal=causal).astype("float32") * weights).sum()))(qkv.astype(dtype))[1]
+grads = lambda implementation, dtype, **how: jax.jit(jax.value_and_grad(lambda qkv: (attentions.attend(
+    qkv, 4, implementation, **how).astype("float32") * weights).sum()))(qkv.astype(dtype))[1]
 assert attentions.choose(jax.default_backend(), 256, jax.numpy.bfloat16) == "cudnn"
 for causal in (False, True):
-    expected, ours = (np.float32(grads(*args, causal)) for args in (("plain", "float32"), ("auto", "bfloat16")))
-    assert np.abs(ours - expected).max() < 0.03 * np.abs(expected).max()
+    for lengths in (None, jax.numpy.array([256, 77])):
+        how = dict(causal=causal, lengths=lengths)
+        expected, ours = (
+            np.float32(grads(*args, **how)) for args in (("plain", "float32"), ("auto", "bfloat16"))
+        )
+        assert np.abs(ours - expected).max() < 0.03 * np.abs(expected).max()
 """
 
 FOR_TPU = """
@@ -164,15 +213,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sedd_jax import attentions, sharding
 devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
 mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=2), devices)
-def loss(qkv):
-    return attentions.attend(qkv, 4, "auto").astype("float32").sum()
+def loss(qkv, *lengths):
+    return attentions.attend(qkv, 4, "auto", lengths=lengths[0] if lengths else None).astype("float32").sum()
 with jax.set_mesh(mesh):
     tokens = NamedSharding(mesh, PartitionSpec("data"))
     qkv = jax.ShapeDtypeStruct((4, 1024, 768), "bfloat16", sharding=tokens)
-    compiled = jax.jit(jax.grad(loss)).lower(qkv).compile()
-text = compiled.as_text()
-assert text.count("splash") > 2, text
-assert "[2,2,1024,1024]" not in text
+    lengths = jax.ShapeDtypeStruct((4,), "int32", sharding=tokens)
+    for arguments in ((qkv,), (qkv, lengths)):
+        text = jax.jit(jax.grad(loss)).lower(*arguments).compile().as_text()
+        assert text.count("splash") > 2, text
+        assert "[2,2,1024,1024]" not in text
 """
 
 

@@ -46,7 +46,9 @@ def product(request):
 def test_what_is_drawn_at_once_has_the_joint_law_of_texts_that_match(product, known, monkeypatch):
     """All gaps in one evaluation: the product of the positions' laws, given that the text matches."""
     tokenizer, graph, config, params, features = product
-    monkeypatch.setattr(networks, "apply", lambda config, params, xt, sigma: jnp.broadcast_to(features, (*xt.shape, 8)))
+    monkeypatch.setattr(
+        networks, "apply", lambda config, params, xt, sigma, *_: jnp.broadcast_to(features, (*xt.shape, 8))
+    )
     pattern = "a+b|(b|c){2}a*|cab.*"
     automaton, initial = patterns.compile([pattern], tokenizer, graph)
     places = patterns.place([patterns.Gap(0, LENGTH, pattern)], LENGTH, automaton, initial)
@@ -103,7 +105,7 @@ def test_guidance_sees_the_sequence_without_what_is_given_and_counts_twice(code_
     seen = []
     apply = networks.apply
 
-    def recorded(config, params, xt, sigma):
+    def recorded(config, params, xt, sigma, *_):
         jax.debug.callback(lambda xt: seen.append(np.asarray(xt)), xt)
         return apply(config, params, xt, sigma)
 

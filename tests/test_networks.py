@@ -158,6 +158,46 @@ def test_sequences_do_not_mix(tiny, reference):
     np.testing.assert_allclose(features[0], reference[0][1], atol=1e-4)
 
 
+def test_padded_sequences_give_what_they_give_alone(tiny):
+    """Features and gradients of sequences cut to their lengths; what the padding is does not matter."""
+    params, xt, sigma = tiny
+    lengths = {0: 10, 1: 3}
+
+    def combined(features):
+        """A fixed combination of the features of tokens, sequence by sequence, and they themselves."""
+        cut = [row[:n] for row, n in zip(features, lengths.values(), strict=True)]
+        return sum(
+            (row * jnp.cos(jnp.arange(row.size, dtype=jnp.float32)).reshape(row.shape)).sum() for row in cut
+        ), cut
+
+    def padded(params):
+        return combined(networks.apply(TINY, params, xt[:2], sigma[:2], None, jnp.array(list(lengths.values()))))
+
+    def alone(params):
+        return combined(
+            [networks.apply(TINY, params, xt[i : i + 1, :n], sigma[i : i + 1])[0] for i, n in lengths.items()]
+        )
+
+    ours, expected = (jax.jit(jax.grad(fn, has_aux=True))(params) for fn in (padded, alone))
+    assert_close(ours, expected)
+
+
+def test_padding_of_the_splash_kernel_is_that_of_plain_products(tiny, monkeypatch):
+    params, _, sigma = tiny
+    xt, lengths = jax.random.randint(jax.random.key(0), (4, 128), 0, TINY.num_states), jnp.array([128, 90, 1, 17])
+    monkeypatch.setitem(attentions.ATTENTIONS, "splash", functools.partial(attentions.splash, interpret=True))
+    features = {
+        name: jax.jit(
+            lambda params, name=name: networks.apply(
+                dataclasses.replace(TINY, attention=name), params, xt, sigma, None, lengths
+            )
+        )(params)
+        for name in ("splash", "plain")
+    }
+    is_token = jnp.arange(128)[None] < lengths[:, None]
+    assert_close(features["splash"][is_token], features["plain"][is_token])
+
+
 @pytest.fixture(scope="module")
 def fresh():
     return jax.jit(lambda key: networks.init(key, TINY))(jax.random.key(0))

@@ -10,7 +10,6 @@ import oracles
 import pytest
 
 from sedd_jax import (
-    categoricals,
     generate,
     graphs,
     networks,
@@ -108,18 +107,8 @@ def test_where_they_depend_strongly_errors_are_still_smaller(kind):
 
 def dense_fns(graph, p0):
     """Evaluations are exact scores, leaps draw from the whole array."""
-
-    def leap(key, evaluations, xt, is_movable):
-        total = sum(one.slope[..., None] * one.features for one in evaluations)
-        current = xt[..., None] == jnp.arange(graph.num_states)[None, None]
-        weights = jnp.where(current, 0.0, jnp.maximum(total, 0.0))
-        away = weights.sum(-1, keepdims=True)
-        weights = weights * -jnp.expm1(-away) / jnp.maximum(away, 1e-30)
-        weights = jnp.where(current, jnp.exp(-away), weights)
-        return jnp.where(is_movable, categoricals.draw(key, weights), xt)
-
     exact = oracles.exact_score_fn(graph, p0)
-    return lambda xt, sigma: jnp.nan_to_num(exact(xt, sigma), posinf=0.0), leap
+    return lambda xt, sigma: jnp.nan_to_num(exact(xt, sigma), posinf=0.0), oracles.dense_leap(graph)
 
 
 @pytest.mark.parametrize("strength", ["strong", "weak"])
