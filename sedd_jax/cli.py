@@ -195,12 +195,18 @@ def sample(argv: list[str]) -> None:
     if out and not pathlib.Path(out).absolute().parent.is_dir():
         raise ValueError(f"--out={out} is in a directory that does not exist: make it first")
     from sedd_jax import generate as program
-    from sedd_jax import prompts, terminals
+    from sedd_jax import prompts, sliding_blocks, terminals
 
     # Where texts may differ in length, each is written once it is finished.
     refills = {name: given.pop(name) for name in ("prompts", "fit", "stop_at_eos")}
+    if "num_tokens" in given and any(refills.values()):
+        raise flags.IllegalFlagValueError("--num_tokens goes without --prompts, --fit and --stop_at_eos")
+    if "block" in given and "num_tokens" not in given:
+        raise flags.IllegalFlagValueError("--block goes with --num_tokens")
     with terminals.watcher(shows_text=wants_watch) as watch:
-        if any(refills.values()):
+        if "num_tokens" in given:
+            samples = sliding_blocks.sample(**given, watch=watch)
+        elif any(refills.values()):
             samples = prompts.sample(**given, **refills, out=out, watch=watch)
         else:
             samples = program.generate(**given, watch=watch)

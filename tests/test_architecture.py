@@ -97,6 +97,7 @@ FLOORS = (
         "serve_pieces",
         "serve_queue",
         "serve_requests",
+        "sliding_blocks",
         "train",
         "tune_grid",
         "zero_shot",
