@@ -180,7 +180,9 @@ def load(workdir: storage.Directory) -> Run:
         )
     storage.download(workdir, "config.json", "tokenizer.json", *tokenizers.FILES.values())
     local = storage.local_copy(workdir)
-    config = configs.parse(read_json(local / "config.json"))
+    saved = read_json(local / "config.json")
+    # What refines a sampler may be newer than the run, whose weights do not depend on it.
+    config = configs.parse(saved | {"sampling": configs.REFINEMENTS | saved.get("sampling", {})})
     tokenizer = tokenizers.read(local / "tokenizer.json")
     return Run(workdir=workdir, config=config, tokenizer=tokenizer)
 

@@ -60,7 +60,7 @@ def uniform(
     total = jnp.exp(summary.logsumexp)
     jumps = graph.reverse_rate(xt) * (sigma - after)[:, None] * total
     log_share = jnp.log(-jnp.expm1(-jumps)) - summary.logsumexp
-    of_rest = summary.mean * n - jnp.where(is_same, 0.0, summary.at_x0)
+    of_rest = summary.mean * n - summary.at_x0  # which is 0 at xt
     return (
         _entropy_term(at_xt)
         + at_xt * jumps

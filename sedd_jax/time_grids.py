@@ -1,7 +1,7 @@
 """Where the steps of a sampler lie in time: from t = 1 to T_END, by default evenly.
 
-A grid is named, or given as its times from 1 down: their ends are put at 1 and T_END, and between them time is linear
-in the share of steps taken, so that as many times as steps and one are taken as they are.
+A grid is named, or given as its times from 1 down. Between these time is linear in the share of steps taken, so that as
+many times as steps and one are taken as they are.
 """
 
 import math
@@ -58,7 +58,7 @@ def find(spec: str) -> GridFn:
 
 
 def parse(spec: str) -> Float[np.ndarray, "n"]:
-    """The times of a given grid, their ends at 1 and T_END.
+    """The times of a given grid, from 1 to T_END or below.
 
     Raises:
         ValueError: where they are none, or do not go down from 1 to 0.
@@ -72,7 +72,6 @@ def parse(spec: str) -> Float[np.ndarray, "n"]:
             f"config.sampling.grid={spec!r} is no grid: name one of {', '.join(NAMES)}, tuned (made by `sedd "
             "tune-grid`), or give times that go down from 1 to 0, such as 1,0.8,0.3,0"
         )
-    times[-1] = T_END
     return times
 
 
