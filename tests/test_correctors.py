@@ -108,11 +108,12 @@ def test_corrector_steps_of_first_hitting_are_gibbs_steps():
         given = samplers.nothing_given((draws, 2))
         key_pair, key_steps = jax.random.split(jax.random.key(corrector_steps))
         xt = first_hitting.finish(key_pair, move, graph, NOISE, given, jnp.full((draws, 2), N))
-        course = first_hitting._draw_course(key_steps, graph, NOISE, given)
+        course = first_hitting.draw_course(key_steps, graph, NOISE, given)
+        again, steps = jnp.ones(draws, int), jnp.asarray(1)
         for number in range(corrector_steps):
-            xt = first_hitting._take_back(course, jnp.asarray(number), graph, given, xt, jnp.ones(draws, int))
-            assert ((xt == N).sum(1) == 1).all()
-            xt = first_hitting._fill(course, number, move, graph, given, xt, jnp.ones(draws, int))
+            xt = first_hitting.turn(
+                key_steps, course, jnp.asarray(number), move, graph, given, xt, again, steps, turns=2
+            )
         return np.bincount(np.asarray(xt) @ [N, 1], minlength=N * N)
 
     for number, other in ((0, 1), (1, 0)):
