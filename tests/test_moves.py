@@ -42,8 +42,8 @@ def product(request):
     return tokenizer, graph, config, params, jax.random.normal(keys[1], (1, LENGTH, 8))
 
 
-@pytest.mark.parametrize("known", ["", "b"])
-def test_what_is_drawn_at_once_has_the_joint_law_of_texts_that_match(product, known, monkeypatch):
+@pytest.mark.parametrize(("known", "is_drawn"), [("", False), ("b", False), ("b", True)])
+def test_what_is_drawn_at_once_has_the_joint_law_of_texts_that_match(product, known, is_drawn, monkeypatch):
     """All gaps in one evaluation: the product of the positions' laws, given that the text matches."""
     tokenizer, graph, config, params, features = product
     monkeypatch.setattr(
@@ -54,11 +54,12 @@ def test_what_is_drawn_at_once_has_the_joint_law_of_texts_that_match(product, kn
     places = patterns.place([patterns.Gap(0, LENGTH, pattern)], LENGTH, automaton, initial)
     batch = jax.tree.map(lambda x: np.tile(x[None], (DRAWS, 1)), places)
     is_given = jnp.tile(jnp.arange(LENGTH)[None] < len(known), (DRAWS, 1))
-    given = samplers.Given(jnp.full((DRAWS, LENGTH), 1), is_given)
+    xt = samplers.Given(jnp.full((DRAWS, LENGTH), 1), is_given).clamp(jnp.full((DRAWS, LENGTH), 3))
+    given = samplers.Given(xt, is_given & (not is_drawn))
     mover = moves.Mover(
         config, params, graph, given, moves.Patterns(automaton, batch), controls.Control(temperature=0.8), "precise"
     )
-    xt, sigma = given.clamp(jnp.full((DRAWS, LENGTH), 3)), jnp.full(DRAWS, 0.5)
+    sigma = jnp.full(DRAWS, 0.5)
     law_fn = lambda total: graph.denoise_jump(total, xt, sigma)
     drawn = jax.jit(lambda key: mover.move(key, xt, sigma, graph.is_noise(xt), law_fn))(jax.random.key(1))
     z = np.float64(score_heads.logits(params, features))[0, :, :3] / 0.8
