@@ -443,7 +443,20 @@ def test_commands_name_directories_that_are_no_runs(tmp_path):
     assert "--workdir" in err
     status, _, err = call("evaluate")
     assert status == 2
-    assert "choose one of prepare, train, eval, sample, convert" in err
+    assert "choose one of prepare, train, eval, sample, tune-grid" in err
+
+
+def test_a_run_from_before_a_refinement_of_samplers_is_opened(code_run, tmp_path):
+    shutil.copytree(code_run, tmp_path / "run")
+    saved = json.loads((code_run / "config.json").read_text())
+    for name in configs.REFINEMENTS:
+        del saved["sampling"][name]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    assert runs.load(tmp_path / "run").config == runs.load(code_run).config
+    del saved["sampling"]["sampler"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"config\.sampling\.sampler is missing"):
+        runs.load(tmp_path / "run")
 
 
 def test_help_lists_every_field_with_its_default():
