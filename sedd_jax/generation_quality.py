@@ -121,10 +121,10 @@ def how(result: dict[str, Any]) -> str:
 
 def changed(result: dict[str, Any]) -> list[str]:
     """Those of `refinements` that change something."""
-    kind = lambda name: "annealed, " if name in ("temperature", "top_p") and result[name] < 1 else ""
-    return [
-        f"{kind(name)}{name}={result[name]}" for name, default in configs.REFINEMENTS.items() if result[name] != default
-    ]
+    # Results from before there was such a setting do not name it.
+    found = {name: result[name] for name in configs.REFINEMENTS if name in result}
+    kind = lambda name: "annealed, " if name in ("temperature", "top_p") and found[name] < 1 else ""
+    return [f"{kind(name)}{name}={value}" for name, value in found.items() if value != configs.REFINEMENTS[name]]
 
 
 def held_out(run: runs.Run, num_samples: int, seed: int) -> tuple[Int[np.ndarray, "S L"], str]:
