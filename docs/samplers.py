@@ -8,7 +8,6 @@ import json
 import pathlib
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 from matplotlib import figure, ticker
 
@@ -37,12 +36,6 @@ COLORS = {
     "first_hitting": "#111827",
     "first_hitting, 1 corrector": "#b08900",
 }
-
-
-def times_of(grid, noise, num_steps):
-    """The times of a named grid."""
-    t, _ = time_grids.find(grid)(noise, jnp.arange(num_steps), jnp.asarray(num_steps))
-    return np.append(np.float64(t), time_grids.T_END)
 
 
 def laws(kind):
@@ -107,7 +100,7 @@ def laws(kind):
         ):
             cost = 2 if label in ("theta_trapezoidal", "tweedie, 1 corrector") else 1
             name, _, variant = label.partition(", ")
-            times = times_of("cosine" if variant == "cosine" else "uniform", noise, (nfe - 1) // cost)
+            times = time_grids.times("cosine" if variant == "cosine" else "uniform", noise, (nfe - 1) // cost)
             p = start
             for t, end in itertools.pairwise(times):
                 if name == "theta_trapezoidal":

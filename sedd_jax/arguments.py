@@ -9,7 +9,8 @@ from typing import Any
 
 from absl import flags
 
-GRID = "times of steps: uniform, sigma, cosine, tuned (by `sedd tune-grid`), or such as 1,0.8,0.3,0"
+# Flags of `define_refinements`.
+REFINEMENTS = ("grid", "corrector_steps", "temperature", "top_p", "guidance")
 Command = Callable[[list[str]], int | None]  # From arguments to an exit status, None for success.
 
 
@@ -34,6 +35,16 @@ def parse_config(
     config_flags.DEFINE_config_dict("config", merged, flag_values=values, sys_argv=["sedd", *rest])
     given = {name: value for name, value in parse(values, rest, *directories).items() if "." not in name}
     return given | {"config": configs.parse(given["config"])}
+
+
+def define_refinements(values: flags.FlagValues) -> None:
+    """Flags that refine any sampler; the run's config if not given."""
+    times = "times of steps: uniform, sigma, cosine, tuned (by `sedd tune-grid`), or such as 1,0.8,0.3,0"
+    flags.DEFINE_string("grid", None, times, flag_values=values)
+    flags.DEFINE_integer("corrector_steps", None, "how often each step is taken back and again", flag_values=values)
+    flags.DEFINE_float("temperature", None, "of each token's law; below 1 is annealing", flag_values=values)
+    flags.DEFINE_float("top_p", None, "share of the likeliest tokens kept; below 1 is annealing", flag_values=values)
+    flags.DEFINE_float("guidance", None, "above 1 follows the given text more closely", flag_values=values)
 
 
 def define_processes(values: flags.FlagValues) -> None:

@@ -157,11 +157,7 @@ def sample(argv: list[str]) -> None:
         flag_values=values,
     )
     flags.DEFINE_string("draw", None, "precise, or published (float32 noise that anneals)", flag_values=values)
-    flags.DEFINE_string("grid", None, arguments.GRID, flag_values=values)
-    flags.DEFINE_integer("corrector_steps", None, "how often each step is taken back and again", flag_values=values)
-    flags.DEFINE_float("temperature", None, "of each token's law; below 1 is annealing", flag_values=values)
-    flags.DEFINE_float("top_p", None, "share of the likeliest tokens kept; below 1 is annealing", flag_values=values)
-    flags.DEFINE_float("guidance", None, "above 1 follows the given text more closely", flag_values=values)
+    arguments.define_refinements(values)
     flags.DEFINE_integer("seed", 0, "the same seed draws the same text", flag_values=values)
     flags.DEFINE_string("prefix", "", "text the samples start with", flag_values=values)
     flags.DEFINE_string("suffix", "", "text the samples end with", flag_values=values)

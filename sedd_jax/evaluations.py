@@ -6,15 +6,14 @@ from absl import flags
 
 from sedd_jax import arguments
 
-_REFINEMENTS = ("grid", "corrector_steps", "temperature", "top_p", "guidance")
-_SAMPLING = ("num_steps", "draw", *_REFINEMENTS, "seed", "batch_size", "num_samples")
+_SAMPLING = ("num_steps", "draw", *arguments.REFINEMENTS, "seed", "batch_size", "num_samples")
 # What is asked for -> the flags it takes beside --workdir, --step, --json and those of processes.
 _MODES = {
     "likelihood": ("data", "split", "protocol", "num_times", "target_stderr", "batch_size", "seed"),
     "zero_shot": ("suite_data", "protocol", "num_times", "target_stderr", "batch_size", "seed"),
     "humaneval": ("problems", "timeout_s", "sampler", *_SAMPLING),
     "generate": ("judge", "sampler", *_SAMPLING),
-    "curve": ("judge", "samplers", *_REFINEMENTS, "batch_size", "num_samples", "seed"),
+    "curve": ("judge", "samplers", *arguments.REFINEMENTS, "batch_size", "num_samples", "seed"),
     "infill": ("judge", "num_draws", "sampler", *_SAMPLING),
     "code": ("num_samples", "num_steps", "seed"),
     "report": (),
@@ -51,11 +50,7 @@ def define(values: flags.FlagValues) -> None:
     text("judge", None, "an autoregressive run, or GPT-2 in a directory for transformers", flag_values=values)
     text("sampler", None, "of what is drawn: the run's if not given", flag_values=values)
     text("samplers", "tweedie,tau_leaping", "with --curve: which", flag_values=values)
-    text("grid", None, arguments.GRID, flag_values=values)
-    number("corrector_steps", None, "how often each step is taken back and again", flag_values=values)
-    flags.DEFINE_float("temperature", None, "of each token's law; below 1 is annealing", flag_values=values)
-    flags.DEFINE_float("top_p", None, "share of the likeliest tokens kept; below 1 is annealing", flag_values=values)
-    flags.DEFINE_float("guidance", None, "above 1 follows the given text more closely", flag_values=values)
+    arguments.define_refinements(values)
     text("draw", None, "precise, or published (float32 noise that anneals)", flag_values=values)
     number("num_samples", None, "sequences, windows, or attempts at a problem: 64, or 10", flag_values=values)
     number("num_draws", 1, "with --infill: how often a window is refilled", flag_values=values)

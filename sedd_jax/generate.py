@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from sedd_jax import (
     autoregression,
@@ -136,9 +136,13 @@ def num_evaluations(run: runs.Run, settings: configs.SamplingConfig, num_gaps: i
     """
     if run.is_autoregressive:
         return run.config.data.length
-    per_turn = 2 if settings.sampler == second_order.NAME else 1
-    total = per_turn * (1 + settings.corrector_steps) * num_steps_of(run, settings, num_gaps) + 1
-    return total if settings.guidance == 1 else 2 * total
+    turns = (1 + settings.corrector_steps) * num_steps_of(run, settings, num_gaps)
+    return per_turn(settings) * turns + (1 if settings.guidance == 1 else 2)
+
+
+def per_turn(settings: configs.SamplingConfig) -> int:
+    """Evaluations of a diffusion's turn but the last: two for the second-order sampler, and twice with guidance."""
+    return (2 if settings.sampler == second_order.NAME else 1) * (1 if settings.guidance == 1 else 2)
 
 
 def num_steps_of(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int | None) -> int:
@@ -192,6 +196,25 @@ def draw_tokens(
     if watch:
         watch(num_steps + 1, num_steps + 1, tokens)
     return np.asarray(tokens)
+
+
+def draw_batches(
+    run: runs.Run,
+    params: networks.Params,
+    tokens: Int[np.ndarray, "S L"],
+    is_given: Bool[np.ndarray, "S L"],
+    settings: configs.SamplingConfig,
+    *,
+    seed: int,
+) -> Iterator[Int[np.ndarray, "B L"]]:
+    """Sequences that agree with what is given of each, `settings.num_samples` at once; see `draw_tokens`."""
+    size = settings.num_samples
+    for number, start in enumerate(range(0, len(tokens), size)):
+        # The last batch is filled up, so that no other shape is compiled.
+        rows = np.arange(start, start + size) % len(tokens)
+        (own,) = np.random.SeedSequence([seed, number]).generate_state(1).tolist()
+        given = samplers.Given(jnp.asarray(tokens[rows]), jnp.asarray(is_given[rows]))
+        yield draw_tokens(run, params, given, settings, seed=own)[: len(tokens) - start]
 
 
 def refuse_patterns(settings: configs.SamplingConfig, matched: moves.Patterns | None) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sedd_jax import config as configs
-from sedd_jax import generate, judges, networks, results, runs, samplers, sharding, storage, tables
+from sedd_jax import generate, judges, networks, results, runs, sharding, storage, tables
 
 # Samples whose unigram entropy is this far below that of held-out text, in nats, are called annealed.
 _ANNEALED = 0.15
@@ -153,15 +153,8 @@ def fill(
     seed: int,
 ) -> Int[np.ndarray, "S L"]:
     """Sequences that agree with what is given of each, `sampling.num_samples` at once, on the mesh of all devices."""
-    size, parts = sampling.num_samples, []
     with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig())):
-        for index, at in enumerate(range(0, len(tokens), size)):
-            # The last batch is filled up, so that no other shape is compiled.
-            rows = np.arange(at, at + size) % len(tokens)
-            (own,) = np.random.SeedSequence([seed, index]).generate_state(1).tolist()
-            given = samplers.Given(jax.numpy.asarray(tokens[rows]), jax.numpy.asarray(is_given[rows]))
-            parts.append(generate.draw_tokens(run, params, given, sampling, seed=own))
-    return np.concatenate(parts)[: len(tokens)]
+        return np.concatenate(list(generate.draw_batches(run, params, tokens, is_given, sampling, seed=seed)))
 
 
 def read(run: runs.Run, judge: judges.Judge, tokens: Int[np.ndarray, "S L"]) -> dict[str, Any]:

@@ -57,7 +57,13 @@ def compile(
     Raises:
         ValueError: names the pattern that is none, or needs too much.
     """
-    patterns = list(dict.fromkeys(patterns))
+    return _compile(tuple(dict.fromkeys(patterns)), tokenizer, graph)
+
+
+@functools.lru_cache(maxsize=16)  # What checks a pattern and what draws with it compile the same.
+def _compile(
+    patterns: tuple[str, ...], tokenizer: tokenizers.Tokenizer, graph: graphs.Graph
+) -> tuple[constraints.Automaton, dict[str, int]]:
     texts = token_texts(tokenizer)
     alphabet = "".join(sorted(set().union(*texts)))
     characters = [regexes.compile(pattern, alphabet) for pattern in patterns]

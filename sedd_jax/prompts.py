@@ -95,9 +95,9 @@ def sample(
     Args:
         workdir: the run directory.
         prompts: the file, see `read`; "" for one prompt, which the next three say.
-        prefix: see `generate.around`.
-        suffix: see `generate.around`.
-        template: see `generate.parse_template`.
+        prefix: see `templates.around`.
+        suffix: see `templates.around`.
+        template: see `templates.parse`.
         fit: see `refill.draw`.
         stop_at_eos: see `refill.draw`.
         out: .jsonl to which each text is added once it is finished; "" for none. What the same command has drawn of a

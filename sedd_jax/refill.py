@@ -22,7 +22,6 @@ from sedd_jax import (
     networks,
     runs,
     samplers,
-    second_order,
     sharding,
     slots,
     templates,
@@ -125,13 +124,12 @@ def draw(
     if watch is not None:
         most = sum(row.num_steps * rules.turns + 1 for row in rows)
         stride, tell = max(1, most // (64 * settings.num_samples)), _teller(run, rows, rules.turns, watch)
-    per_turn = (2 if settings.sampler == second_order.NAME else 1) * (1 if settings.guidance == 1 else 2)
     inputs = params, None if matched is None else matched.automaton
     for length, of_length in itertools.groupby(rows, key=lambda row: len(row.tokens)):
         key = jax.random.fold_in(jax.random.key(seed), length)
         drawn = drive(programs, inputs, key, list(of_length), settings.num_samples, stride=stride, tell=tell)
         for row, tokens, turns in drawn:
-            yield Drawn(row.index, _shown(row, tokens, eos_id), per_turn * turns)
+            yield Drawn(row.index, _shown(row, tokens, eos_id), generate.per_turn(settings) * turns)
 
 
 def drive(
@@ -300,16 +298,14 @@ def _whole_batches(
     eos_id: int | None,
     watch: terminals.Watch | None,
 ) -> Iterator[Drawn]:
-    size, length = settings.num_samples, run.config.data.length
-    num_batches = -(-len(asked) // size)
-    for number in range(num_batches):
-        # The last batch is filled up, so that no other shape is compiled.
-        places = [index % len(asked) for index in range(number * size, (number + 1) * size)]
-        rows = [_row(run, settings, index, asked[index]) for index in places]
-        (own,) = np.random.SeedSequence([seed, number]).generate_state(1).tolist()
-        tokens = generate.draw_tokens(run, params, _given(rows), settings, seed=own)
-        for row, tokens_of_row in zip(rows[: len(asked) - number * size], tokens, strict=False):
-            yield Drawn(row.index, _shown(row, tokens_of_row, eos_id), length)
+    length = run.config.data.length
+    num_batches = -(-len(asked) // settings.num_samples)
+    rows = [_row(run, settings, index, template) for index, template in enumerate(asked)]
+    tokens, is_given = np.stack([row.tokens for row in rows]), np.stack([row.is_given for row in rows])
+    waiting = iter(rows)
+    for number, batch in enumerate(generate.draw_batches(run, params, tokens, is_given, settings, seed=seed), start=1):
+        for drawn in batch:
+            row = next(waiting)
+            yield Drawn(row.index, _shown(row, drawn, eos_id), length)
         if watch is not None:
-            bodies = functools.partial(generate.texts, run, tokens, length)
-            watch((number + 1) * length, num_batches * length, bodies)
+            watch(number * length, num_batches * length, functools.partial(generate.texts, run, batch, length))

@@ -21,7 +21,7 @@ from sedd_jax import serve_queue, serve_requests, storage
 
 try:
     import uvicorn
-    from starlette import applications, datastructures, exceptions, requests, responses, routing, types
+    from starlette import applications, concurrency, datastructures, exceptions, requests, responses, routing, types
 except ImportError as error:
     raise ImportError("the page needs packages that are not installed: pip install 'sedd_jax[serve]'") from error
 
@@ -96,7 +96,8 @@ def app(opened: serve_requests.Opened, *, host: str = "127.0.0.1", max_open: int
         return responses.JSONResponse(about)
 
     async def draw(request: requests.Request) -> responses.Response:
-        wanted = serve_requests.parse(opened.run, request.url.query)
+        # In a thread, since a pattern may take seconds.
+        wanted = await concurrency.run_in_threadpool(serve_requests.parse, opened.run, request.url.query)
         line = request.app.state.line
         try:
             place = line.enter(functools.partial(serve_requests.draw, opened, wanted))

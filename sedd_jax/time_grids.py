@@ -57,6 +57,12 @@ def find(spec: str) -> GridFn:
     return _by_share({"sigma": sigma, "cosine": cosine}.get(spec) or _through(parse(spec)))
 
 
+def times(spec: str, noise: noise_schedules.NoiseSchedule, num_steps: int) -> Float[np.ndarray, "n"]:
+    """The times before each step of a grid, and T_END."""
+    t, _ = find(spec)(noise, jnp.arange(num_steps), jnp.asarray(num_steps))
+    return np.append(np.float64(t), T_END)
+
+
 def parse(spec: str) -> Float[np.ndarray, "n"]:
     """The times of a given grid, from 1 to T_END or below.
 

@@ -82,7 +82,7 @@ def tune(
             report("losses", (i + 1) / width, (i + 1) * sequences[::2].size)
         tuned = candidates[best_path(table, num_steps)]
         judged = sequences[1::2]
-        grids = {name: _times(name, run, num_steps) for name in time_grids.NAMES} | {"tuned": tuned}
+        grids = {name: time_grids.times(name, run.noise, num_steps) for name in time_grids.NAMES} | {"tuned": tuned}
         bound = lambda times: float(sum(losses(judged, a, np.array([b]))[0] for a, b in itertools.pairwise(times)))
         bounds = {name: bound(times) for name, times in grids.items()}
         bound_of_all = bound(candidates)
@@ -148,12 +148,6 @@ def table(result: dict[str, Any]) -> tables.Table:
             f"kept in {result['workdir']}/{FILE}: --grid=tuned takes it",
         ],
     )
-
-
-def _times(name: str, run: runs.Run, num_steps: int) -> Float[np.ndarray, "n"]:
-    """The times of a grid by its name."""
-    t, _ = time_grids.find(name)(run.noise, jnp.arange(num_steps), jnp.asarray(num_steps))
-    return np.append(np.float64(t), time_grids.T_END)
 
 
 def _make_loss_fn(run: runs.Run) -> _LossFn:
