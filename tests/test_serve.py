@@ -616,6 +616,17 @@ def test_closing_the_page_stops_the_draw(held, page, browser):
     assert (1, "done") not in emitted
 
 
+def test_nothing_is_typed_before_the_run_is_known(server, page):
+    held = []
+    page.route("**/api/run", lambda route: held.append(route))  # playwright sets attributes on what it is given
+    with page.expect_request("**/api/run"):
+        page.goto(server[1])
+    assert all(page.locator(name).is_disabled() for name in ("#template", "#seed", "#draw"))
+    held[0].continue_()
+    page.fill("#template", TEMPLATE)
+    assert page.input_value("#template") == TEMPLATE
+
+
 def test_text_is_no_markup(uniform, page):
     with _serving(uniform) as url:
         page.goto(url)
