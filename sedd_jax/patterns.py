@@ -1,7 +1,7 @@
 """What may fill a gap, as a regular expression: from the characters of the pattern to the tokens of a tokenizer.
 
-A gap of n tokens matches when their texts in a row do, each text being what its token writes in the middle of a text:
-` cat`, not `cat`, for a token that decoding parts from the one before by a space.
+A gap of n tokens matches when their texts in a row do, each text being what its token writes where it stands: in the
+middle of a text ` cat`, not `cat`, for a token that decoding parts from the one before by a space.
 """
 
 import functools
@@ -23,6 +23,13 @@ class Gap(NamedTuple):
     start: int
     length: int
     pattern: str
+
+
+class Starts(NamedTuple):
+    """States in which a pattern starts: in the middle of a text, and as the first of it."""
+
+    within: int
+    first: int
 
 
 @functools.cache
@@ -49,10 +56,17 @@ def token_texts(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
     return tuple(texts)
 
 
+@functools.cache
+def first_texts(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """What each id writes as the first of a text, as `token_texts`; "" also for a space that is dropped there."""
+    texts = token_texts(tokenizer)
+    return tuple(text and tokenizer.decode(np.array([id_], np.int32)) for id_, text in enumerate(texts))
+
+
 def compile(
     patterns: Sequence[str], tokenizer: tokenizers.Tokenizer, graph: graphs.Graph
-) -> tuple[constraints.Automaton, dict[str, int]]:
-    """One automaton over tokens for all patterns, and the state in which each of them starts.
+) -> tuple[constraints.Automaton, dict[str, Starts]]:
+    """One automaton over tokens for all patterns, and the states in which each of them starts.
 
     Raises:
         ValueError: names the pattern that is none, or needs too much.
@@ -63,17 +77,23 @@ def compile(
 @functools.lru_cache(maxsize=16)  # What checks a pattern and what draws with it compile the same.
 def _compile(
     patterns: tuple[str, ...], tokenizer: tokenizers.Tokenizer, graph: graphs.Graph
-) -> tuple[constraints.Automaton, dict[str, int]]:
-    texts = token_texts(tokenizer)
-    alphabet = "".join(sorted(set().union(*texts)))
+) -> tuple[constraints.Automaton, dict[str, Starts]]:
+    texts, at_start = token_texts(tokenizer), first_texts(tokenizer)
+    has_own = at_start != texts
+    alphabet = "".join(sorted(set().union(*texts, *at_start)))
     characters = [regexes.compile(pattern, alphabet) for pattern in patterns]
-    classes = np.zeros((len(patterns), graph.num_states), np.int32)
+    # Of each token: its class under each pattern, and the state to which it leads as the first of a text.
+    classes, firsts = np.zeros((2, len(patterns), graph.num_states), np.int32)
     tables = []
-    for row, automaton in zip(classes, characters, strict=True):
+    for row, first, automaton in zip(classes, firsts, characters, strict=True):
         row[: len(texts)], table = _tokens(automaton, texts)
         tables.append(table)
-    distinct, class_of = np.unique(classes, axis=1, return_inverse=True)
-    num_states = 1 + sum(len(table) - 1 for table in tables)
+        if has_own:
+            kinds, own = _tokens(automaton, at_start)
+            first[: len(texts)] = own[automaton.initial, kinds]
+    distinct, class_of = np.unique(np.concatenate([classes, firsts]), axis=1, return_inverse=True)
+    classes, firsts = np.split(distinct, 2)
+    num_states = 1 + sum(len(table) - 1 + has_own for table in tables)
     if num_states * distinct.shape[1] > _MAX_TABLE:
         raise ValueError(
             f"the patterns {', '.join(map(repr, patterns))} need {num_states} states by {distinct.shape[1]} kinds of "
@@ -81,13 +101,19 @@ def _compile(
         )
     blocks, accepting, initial = [np.zeros((1, distinct.shape[1]), np.int32)], [np.zeros(1, bool)], {}
     offset = 0
-    for pattern, automaton, table, kinds in zip(patterns, characters, tables, distinct, strict=True):
+    for pattern, automaton, table, kinds, first in zip(patterns, characters, tables, classes, firsts, strict=True):
         # All share the dead state.
         shift = lambda states, offset=offset: np.where(states == regexes.DEAD, states, states + offset)
         blocks.append(shift(table[1:, kinds]))
         accepting.append(automaton.is_accepting[1:])
-        initial[pattern] = int(shift(automaton.initial))
+        within = int(shift(automaton.initial))
         offset += len(table) - 1
+        initial[pattern] = Starts(within, within)
+        if has_own:
+            blocks.append(shift(first)[None])
+            accepting.append(automaton.is_accepting[[automaton.initial]])
+            offset += 1
+            initial[pattern] = Starts(within, offset)
     automaton = constraints.Automaton(
         class_of=class_of.reshape(-1).astype(np.int32),
         next_state=np.concatenate(blocks).astype(np.int32),
@@ -97,7 +123,7 @@ def _compile(
 
 
 def place(
-    gaps: Sequence[Gap], length: int, automaton: constraints.Automaton, initial: dict[str, int]
+    gaps: Sequence[Gap], length: int, automaton: constraints.Automaton, initial: dict[str, Starts]
 ) -> constraints.Places:
     """The gaps of one sequence of a length, as arrays [L].
 
@@ -107,8 +133,9 @@ def place(
     start = np.full(length, -1, np.int32)
     is_last, is_constrained = np.zeros(length, bool), np.zeros(length, bool)
     for gap in gaps:
-        check(gap, automaton, initial[gap.pattern])
-        start[gap.start] = initial[gap.pattern]
+        state = initial[gap.pattern].within if gap.start else initial[gap.pattern].first
+        check(gap, automaton, state)
+        start[gap.start] = state
         is_last[gap.start + gap.length - 1] = True
         is_constrained[gap.start : gap.start + gap.length] = True
     return constraints.Places(start=start, is_last=is_last, is_constrained=is_constrained)
