@@ -1,6 +1,7 @@
 """Real processes with devices of their own train one run together, are stopped, and go on, elsewhere too."""
 
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -45,15 +46,12 @@ def place(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def started(place, workdir, num_processes, mesh, *arguments, **settings):
-    """`sedd train` in several processes of 8 devices together."""
+def started(place, num_processes, *arguments):
+    """`sedd` in several processes of 8 devices together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    values = SETTINGS | settings | {"data.source": f"text:{place}/{{split}}.txt"}
-    values |= dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
-    command = [sys.executable, "-m", "sedd_jax", "train", f"--workdir={workdir}", *arguments]
-    command += [f"--config.{name}={value}" for name, value in values.items()]
+    command = [sys.executable, "-m", "sedd_jax", *arguments]
     command += [f"--num_processes={num_processes}", f"--coordinator_address=localhost:{port}"]
     environment = small_runs.environment(place / "compiled", 8 // num_processes)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -69,9 +67,12 @@ def started(place, workdir, num_processes, mesh, *arguments, **settings):
             child.wait()
 
 
-def train(*arguments, stop_at=None, **settings):
-    """Exit status of each process, and what the first wrote; the last one gets SIGTERM once it has read `stop_at`."""
-    with started(*arguments, **settings) as children:
+def train(place, workdir, num_processes, mesh, *arguments, stop_at=None, **settings):
+    """Exit status of each process, and what they wrote; the last one gets SIGTERM once the first wrote `stop_at`."""
+    values = SETTINGS | settings | {"data.source": f"text:{place}/{{split}}.txt"}
+    values |= dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
+    flags = [f"--config.{name}={value}" for name, value in values.items()]
+    with started(place, num_processes, "train", f"--workdir={workdir}", *arguments, *flags) as children:
         said = ""
         while stop_at is not None and stop_at not in said:
             line = children[0].stderr.readline()
@@ -143,6 +144,28 @@ def test_a_stopped_run_of_two_goes_on_bit_for_bit(place, together):
     (step, params), (other_step, expected) = parameters(workdir), parameters(together)
     assert step == other_step
     np.testing.assert_array_equal(params["head_kernel"], expected["head_kernel"])
+
+
+def test_prompts_of_two_processes_are_those_of_one_and_go_on_after_a_stop(place, together):
+    prompts = place / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"template": f"ab{{{n}}}ba"}) + "\n" for n in (8, 4, 12, 2, 6)))
+    out = {number: place / f"texts_of_{number}.jsonl" for number in (1, 2)}
+
+    def sample(number):
+        flags = [f"--workdir={together}", f"--prompts={prompts}", "--num_samples=2", "--num_steps=4"]
+        with started(place, number, "sample", *flags, "--fit", f"--out={out[number]}") as children:
+            outputs = [child.communicate(timeout=300) for child in children]
+        assert [child.returncode for child in children] == [0] * number, outputs
+        assert not any("---" in printed for printed, _ in outputs[1:])
+        return out[number].read_text().splitlines()
+
+    lines = sample(1)
+    assert sorted(json.loads(line)["index"] for line in lines) == list(range(5))
+    assert sample(2) == lines
+    out[2].write_text("\n".join(lines[:2]) + "\n" + lines[2][:9])
+    again = sample(2)
+    assert again[:2] == lines[:2]
+    assert sorted(json.loads(line)["index"] for line in again) == list(range(5))
 
 
 def test_what_fails_in_the_first_process_ends_the_others(place):
