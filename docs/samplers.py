@@ -1,6 +1,6 @@
-"""Draws docs/samplers.png: distance to the exact law on a problem that can be enumerated, and quality on a trained run.
+"""Draws docs/samplers.png: distance to the exact law on a problem that can be enumerated, and quality on trained runs.
 
-python docs/samplers.py RUN    # after `sedd eval --curve=nfe:...` of RUN, once for each variant in the picture
+python docs/samplers.py RUN [RUN ...]    # after `sedd eval --curve=nfe:...` of each, once for each variant shown
 """
 
 import itertools
@@ -36,6 +36,9 @@ COLORS = {
     "first_hitting": "#111827",
     "first_hitting, 1 corrector": "#b08900",
 }
+
+
+STYLE = {"marker": "o", "markersize": 4, "linewidth": 1.6}
 
 
 def laws(kind):
@@ -90,14 +93,7 @@ def laws(kind):
 
     found = {}
     for nfe in NFES:
-        for label in (
-            "euler",
-            "tau_leaping",
-            "tweedie",
-            "tweedie, cosine",
-            "tweedie, 1 corrector",
-            "theta_trapezoidal",
-        ):
+        for label in SAMPLERS:
             cost = 2 if label in ("theta_trapezoidal", "tweedie, 1 corrector") else 1
             name, _, variant = label.partition(", ")
             times = time_grids.times("cosine" if variant == "cosine" else "uniform", noise, (nfe - 1) // cost)
@@ -153,17 +149,8 @@ def curves(run):
     return found, held_out
 
 
-def main(run):
-    picture = figure.Figure(figsize=(12, 9), dpi=130, layout="constrained")
-    (absorbing, uniform), (quality, entropy) = picture.subplots(2, 2)
-    style = {"marker": "o", "markersize": 4, "linewidth": 1.6}
-    table = {}
-    for axes, kind in ((absorbing, "absorbing"), (uniform, "uniform")):
-        for label, points in laws(kind).items():
-            axes.plot(*zip(*points, strict=True), color=COLORS[label], label=label, **style)
-            table[f"{kind}: {label}"] = {nfe: float(f"{value:.2g}") for nfe, value in points}
-        axes.set(title=f"{kind}, exact score, {LENGTH} tokens of {N}", ylabel="total variation")
-    absorbing.annotate("first_hitting: 0 from 3 on\n(euler is tweedie here)", (1, 0.012), fontsize=9)
+def draw_run(run, quality, entropy):
+    """Quality and entropy of a run's curves on two axes; the labels of the curves."""
     found, held_out = curves(run)
     for (label, draw), points in sorted(found.items()):
         points = sorted(points, key=lambda point: point["nfe"])
@@ -171,25 +158,39 @@ def main(run):
         lines = "solid" if draw == "precise" else "dotted"
         for axes, name in ((quality, "gen_ppl_per_sequence"), (entropy, "unigram_entropy")):
             values, errors = ([point[key] for point in points] for key in (name, f"{name}_stderr"))
-            axes.errorbar(nfe, values, yerr=errors, color=COLORS[label], linestyle=lines, **style)
-    quality.set(title="perplexity under the judge, mean of sequences", ylabel="perplexity")
-    entropy.set(title="unigram entropy (held-out text: dashed)", ylabel="nats")
+            axes.errorbar(nfe, values, yerr=errors, color=COLORS[label], linestyle=lines, **STYLE)
+    quality.set(title=f"{run.name}: perplexity under the judge, mean of sequences", ylabel="perplexity", yscale="log")
+    entropy.set(title=f"{run.name}: unigram entropy (held-out text: dashed)", ylabel="nats")
     entropy.axhline(held_out["unigram_entropy"], color="#667085", linestyle="dashed")
-    for axes in (absorbing, uniform, quality, entropy):
+    for format_of in (quality.yaxis.set_major_formatter, quality.yaxis.set_minor_formatter):
+        format_of(ticker.FormatStrFormatter("%g"))
+    return {label for label, _ in found}
+
+
+def main(runs):
+    picture = figure.Figure(figsize=(12, 4.5 * (1 + len(runs))), dpi=130, layout="constrained")
+    (absorbing, uniform), *rows = picture.subplots(1 + len(runs), 2)
+    table = {}
+    for axes, kind in ((absorbing, "absorbing"), (uniform, "uniform")):
+        for label, points in laws(kind).items():
+            axes.plot(*zip(*points, strict=True), color=COLORS[label], label=label, **STYLE)
+            table[f"{kind}: {label}"] = {nfe: float(f"{value:.2g}") for nfe, value in points}
+        axes.set(title=f"{kind}, exact score, {LENGTH} tokens of {N}", ylabel="total variation")
+    absorbing.annotate("first_hitting: 0 from 3 on\n(euler is tweedie here)", (1, 0.012), fontsize=9)
+    shown = {"euler"}.union(*(draw_run(run, *row) for run, row in zip(runs, rows, strict=True)))
+    for axes in (absorbing, uniform):
+        axes.set_yscale("log")
+    for axes in (absorbing, uniform, *itertools.chain(*rows)):
         axes.set(xscale="log", xlabel="network evaluations")
         axes.xaxis.set_major_locator(ticker.FixedLocator([1, 3, 5, 9, 17, 33, 65, 129]))
         axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.grid(color="#e4e7ec", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in (absorbing, uniform, quality):
-        axes.set_yscale("log")
-    for format_of in (quality.yaxis.set_major_formatter, quality.yaxis.set_minor_formatter):
-        format_of(ticker.FormatStrFormatter("%g"))
     handles = [
-        figure.Figure().subplots().plot([], [], color=color, label=label, **style)[0]
+        figure.Figure().subplots().plot([], [], color=color, label=label, **STYLE)[0]
         for label, color in COLORS.items()
-        if any(label == name for name, _ in found) or label in ("euler",)
+        if label in shown
     ]
     picture.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     picture.savefig(HERE / "samplers.png")
@@ -197,4 +198,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main([pathlib.Path(run) for run in sys.argv[1:]])
