@@ -119,7 +119,7 @@ def laws(kind):
 def first_hitting():
     """Orders of the positions, in groups of as many as an evaluation fills; exact from 3 evaluations on."""
     found = []
-    for nfe, groups in ((1, ((0, 1, 2),)), (2, ((0, 1), (2,)))):
+    for nfe, groups in ((1, ((0, 1, 2),)), (2, ((0,), (1, 2)))):
         law = np.zeros_like(P0)
         orders = list(itertools.permutations(range(LENGTH)))
         for order in orders:

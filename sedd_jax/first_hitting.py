@@ -47,7 +47,7 @@ def reverse_steps(
 ) -> Int[Array, "B L"]:
     """Takes the evaluations `start` to `stop` of `num_steps`, after which one is left for `finish`.
 
-    Each fills the same share of a sequence's masks: one, so that the draw is exact, where num_steps + 1 is at least
+    All fill even shares of a sequence's masks: one each, so that the draw is exact, where num_steps + 1 is at least
     their number. Every sequence has a clock of its own. Arguments are those of `samplers.reverse_steps`; evaluations
     that find no mask in the batch are left out. A corrector step takes as many tokens back, whichever, and fills their
     places again: of one token a Gibbs step, which keeps the law whatever was filled before.
@@ -92,14 +92,17 @@ def turn(
         given: known tokens.
         xt: state before.
         number: turns that each sequence has taken.
-        num_steps: one less than the evaluations that fill each sequence, or all, in even shares.
+        num_steps: one less than the evaluations that fill each sequence, or all, in shares that differ by one at most.
         turns: of a step.
     """
-    per_step = -(-course.num_gaps // (num_steps + 1))
+    # None is for nothing, where there are fewer masks than evaluations.
+    evaluations = jnp.clip(course.num_gaps, 1, num_steps + 1)
+    filled_before = lambda step: step * course.num_gaps // evaluations
+    share = filled_before(number // turns + 1) - filled_before(number // turns)
     if turns > 1:
-        taken_back = _take_back(jax.random.fold_in(_part(key, _BACK), draw), graph, given, xt, per_step)
+        taken_back = _take_back(jax.random.fold_in(_part(key, _BACK), draw), graph, given, xt, share)
         xt = jnp.where((number % turns > 0)[:, None], taken_back, xt)
-    return _fill(jax.random.fold_in(_part(key, _TOKENS), draw), course, move_fn, graph, given, xt, per_step)
+    return _fill(jax.random.fold_in(_part(key, _TOKENS), draw), course, move_fn, graph, given, xt, share)
 
 
 def finish(

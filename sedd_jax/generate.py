@@ -184,7 +184,7 @@ def draw_tokens(
     xt = given.clamp(run.graph.sample_limit(key_limit, given.tokens.shape))
     reverse_steps, denoise = make_sampling_fns(run.network, run.graph, run.noise, settings)
     # A trajectory that is watched is taken in parts; keys depend on the step alone, so the text is the same.
-    stride = max(1, num_steps // 64) if watch else num_steps
+    stride = max(1, num_steps // 64 if watch else num_steps)
     for start in range(0, num_steps, stride):
         stop = min(start + stride, num_steps)
         xt = reverse_steps(params, key_steps, given, xt, start, stop, num_steps, matched)

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from sedd_jax import config as configs
-from sedd_jax import first_hitting, generate, graphs, noise_schedules, runs, samplers, sharding, templates
+from sedd_jax import first_hitting, generate, graphs, noise_schedules, refill, runs, samplers, sharding, templates
 
 N = 3
 GRAPH = graphs.Absorbing(vocab_size=N, mask_id=N)
@@ -57,13 +57,12 @@ def test_one_evaluation_a_token_is_exact(noise, num_steps):
 
 
 def test_two_tokens_an_evaluation_have_the_law_of_independent_pairs():
-    """Two positions at random from their own laws, then the third from the law given both."""
+    """A position at random from its own law, then the other two from their laws given it, each for itself."""
     law = np.zeros_like(P0)
-    for third in range(3):
-        pair = [i for i in range(3) if i != third]
-        own = [P0.sum(tuple(j for j in range(3) if j != i)) for i in pair]
-        first_two = np.expand_dims(np.multiply.outer(*own), third)
-        law += first_two * P0 / P0.sum(third, keepdims=True) / 3
+    for first in range(3):
+        second, third = (i for i in range(3) if i != first)
+        own = P0.sum((second, third), keepdims=True)
+        law += P0.sum(second, keepdims=True) * P0.sum(third, keepdims=True) / own / 3
     given = samplers.nothing_given((DRAWS, 3))
     drawn = sample(jax.random.key(0), NOISES["loglinear"], given, 1)
     assert oracles.chi_square_p(counts(drawn), law.ravel()) > 1e-4
@@ -120,7 +119,7 @@ def test_gaps_of_each_sequence_are_filled_in_even_shares_and_nothing_is_evaluate
     given = samplers.Given(jnp.zeros((4, length), jnp.int32), jnp.arange(length)[None] >= num_gaps[:, None])
     out = sample(jax.random.key(3), NOISES["loglinear"], given, 3, recorded)
     assert (np.asarray(out) == 0).all()
-    np.testing.assert_array_equal(seen, [[3, 2, 1, 0], [3, 2, 0, 0], [3, 1, 0, 0], [3, 0, 0, 0]])
+    np.testing.assert_array_equal(seen, [[3, 1, 1, 0], [3, 1, 0, 0], [3, 1, 0, 0], [3, 2, 0, 0]])
     seen.clear()
     short = samplers.Given(given.tokens[1:], given.is_given[1:])
     sample(jax.random.key(3), NOISES["loglinear"], short, 100, recorded)
@@ -149,6 +148,31 @@ def test_a_run_is_sampled_with_as_many_evaluations_as_gaps(settings):
     few = dataclasses.replace(sampling, num_steps=3)
     with jax.set_mesh(mesh):
         assert generate.draw_samples(run, params, template, few, seed=0, step=0)[0].nfe == 4
+
+
+@pytest.mark.parametrize(("gap", "num_steps"), [(0, 100), (1, 100), (5, 3), (32, 20)])
+def test_as_many_evaluations_are_taken_as_are_said(settings, gap, num_steps, monkeypatch):
+    """Of refilled places, which count what they take, as of batches, which know it beforehand."""
+    run, sampling = settings
+    sampling = dataclasses.replace(sampling, num_steps=num_steps)
+    template = templates.parse(run, "a" * (32 - gap) + f"{{{gap}}}")
+    fills, fill = [], first_hitting._fill
+
+    def counted(*args):
+        jax.debug.callback(lambda: fills.append(0))
+        return fill(*args)
+
+    monkeypatch.setattr(first_hitting, "_fill", counted)
+    generate._make_sampling_fns.cache_clear()
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    _, params = run.ema_params(mesh)
+    with jax.set_mesh(mesh):
+        (said,) = {one.nfe for one in generate.draw_samples(run, params, template, sampling, seed=0, step=0)}
+        jax.effects_barrier()
+        assert len(fills) == said == max(1, min(num_steps + 1, gap))
+        refilled = list(refill.draw(run, params, [template] * 3, sampling, seed=0))
+    assert {one.nfe for one in refilled} == {min(num_steps + 1, gap)}
+    generate._make_sampling_fns.cache_clear()
 
 
 def test_watching_changes_nothing(settings):
