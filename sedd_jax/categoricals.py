@@ -15,6 +15,12 @@ def draw(key: Key[Array, ""], weights: Float[Array, "*B V"]) -> Int[Array, "*B"]
     return jnp.argmax(_log_weights(weights) + jax.random.gumbel(key, weights.shape, mode="high"), axis=-1)
 
 
+def relative(log_weights: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """Log weights against the highest of them; all minus infinity stay so."""
+    highest = log_weights.max(-1, keepdims=True)
+    return log_weights - jnp.where(jnp.isfinite(highest), highest, 0.0)
+
+
 def race_published(key: Key[Array, ""], weights: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
     """What the published PyTorch program takes the argmax of to draw from p(y); for comparison only.
 

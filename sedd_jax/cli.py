@@ -44,7 +44,9 @@ def main(argv: list[str]) -> int:
             raise
         return _fail(f"sedd {name}", _one_line(error), 1)
     except KeyboardInterrupt:
-        return _fail(f"sedd {name}", "interrupted: the same command goes on from what is finished", 130)
+        goes_on = name in ("train", "eval") or any(argument.startswith("--prompts") for argument in rest)
+        what = ": the same command goes on from what is finished" if goes_on else ""
+        return _fail(f"sedd {name}", f"interrupted{what}", 130)
 
 
 def usage() -> str:
@@ -158,7 +160,7 @@ def sample(argv: list[str]) -> None:
     )
     flags.DEFINE_string("draw", None, "precise, or published (float32 noise that anneals)", flag_values=values)
     arguments.define_refinements(values)
-    flags.DEFINE_integer("seed", 0, "the same seed draws the same text", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "the same seed draws the same text", 0, flag_values=values)
     flags.DEFINE_string("prefix", "", "text the samples start with", flag_values=values)
     flags.DEFINE_string("suffix", "", "text the samples end with", flag_values=values)
     flags.DEFINE_string(
@@ -226,7 +228,7 @@ def tune_grid(argv: list[str]) -> None:
     flags.DEFINE_integer("step", None, "checkpoint; the newest if not given", flag_values=values)
     flags.DEFINE_integer("num_sequences", 128, "held-out sequences, half to tune, half to judge", flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "sequences at once", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of sequences and noise", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of sequences and noise", 0, flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
     arguments.define_processes(values)
     if arguments.asks_for_help(argv):

@@ -311,9 +311,10 @@ def validate(config: Config) -> None:
 
 def _validate_control(config: Config) -> None:
     sampling = config.sampling
-    if sampling.temperature <= 0 or not 0 < sampling.top_p <= 1 or sampling.guidance <= 0:
+    # Less is float32's noise.
+    if sampling.temperature < 1e-6 or not 1e-6 <= sampling.top_p <= 1 or sampling.guidance <= 0:
         raise ValueError(
-            "config.sampling needs temperature > 0, 0 < top_p <= 1 and guidance > 0, not "
+            "config.sampling needs temperature >= 1e-6, 1e-6 <= top_p <= 1 and guidance > 0, not "
             f"temperature={sampling.temperature}, top_p={sampling.top_p}, guidance={sampling.guidance}"
         )
     changed = [name for name in CONTROLS if getattr(sampling, name) != 1]

@@ -75,7 +75,7 @@ def choose_classes(
         The classes; -1 where no pattern applies, and in the whole of a gap that no text can fill, since what is known
         of it contradicts the pattern.
     """
-    log_weights = jnp.where(log_weights > -jnp.inf, jnp.maximum(_relative(log_weights), _LEAST), -jnp.inf)
+    log_weights = jnp.where(log_weights > -jnp.inf, jnp.maximum(categoricals.relative(log_weights), _LEAST), -jnp.inf)
     # Scans go over positions.
     by_position = jax.tree.map(lambda x: jnp.moveaxis(jnp.asarray(x), 1, 0), (log_weights, places))
     _, messages = jax.lax.scan(
@@ -100,7 +100,7 @@ def _message(
     last = jnp.where(automaton.is_accepting, 0.0, -jnp.inf)[None]
     after = jnp.where(places.is_last[:, None], last, message)
     before = jax.nn.logsumexp(log_weights[:, None] + after[:, automaton.next_state], axis=-1)
-    return _relative(before), after  # Only differences matter, and small numbers keep them.
+    return categoricals.relative(before), after  # Only differences matter, and small numbers keep them.
 
 
 def _draw(
@@ -116,12 +116,6 @@ def _draw(
     following = jnp.asarray(automaton.next_state)[state]
     log_weights = log_weights + jnp.take_along_axis(after, following, axis=-1)
     is_possible = (log_weights > -jnp.inf).any(-1) & places.is_constrained
-    chosen = categoricals.draw(key, jnp.exp(_relative(log_weights)))
+    chosen = categoricals.draw(key, jnp.exp(categoricals.relative(log_weights)))
     moved = jnp.take_along_axis(following, chosen[:, None], axis=-1)[:, 0]
     return jnp.where(is_possible, moved, regexes.DEAD), jnp.where(is_possible, chosen, -1)
-
-
-def _relative(log_weights: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-    """Log weights against the highest of them; all minus infinity stay so."""
-    highest = log_weights.max(-1, keepdims=True)
-    return log_weights - jnp.where(jnp.isfinite(highest), highest, 0.0)

@@ -37,6 +37,7 @@ def reweigh(
     logits: Float[Array, "r v"],
     unguided: Float[Array, "r v"] | None,
     is_possible: Bool[Array, "r v"],
+    is_allowed: Bool[Array, "r v"] | None = None,
 ) -> Float[Array, "r v"]:
     """Log weights of tokens, the highest 0.
 
@@ -46,20 +47,34 @@ def reweigh(
         logits: of the network, which order tokens that are too unlikely for the step's weights.
         unguided: logits without what is given; None where there is no guidance.
         is_possible: which tokens may be drawn.
+        is_allowed: which of these a pattern leaves; None where it leaves all. Of the likeliest `top_p` of all tokens
+            those that it leaves are drawn, and only where there is none, the likeliest of those that it leaves.
     """
     if unguided is not None:
         log_weights = logits = unguided + control.guidance * (logits - unguided)
-    allowed = jnp.where(is_possible, log_weights, -jnp.inf)
-    is_lost = ~jnp.isfinite(allowed.max(-1, keepdims=True))
-    allowed = jnp.where(is_possible & is_lost, logits, allowed) / control.temperature
-    highest = allowed.max(-1, keepdims=True)
-    allowed = allowed - jnp.where(jnp.isfinite(highest), highest, 0.0)
-    if control.top_p < 1:
-        ranked = jnp.sort(jax.nn.softmax(allowed, axis=-1), axis=-1, descending=True)
-        is_kept = jnp.cumsum(ranked, axis=-1) - ranked < control.top_p
-        least = jnp.where(is_kept, ranked, jnp.inf).min(-1, keepdims=True)
-        allowed = jnp.where(jax.nn.softmax(allowed, axis=-1) >= least, allowed, -jnp.inf)
-    return allowed
+
+    def law(is_possible: Bool[Array, "r v"]) -> Float[Array, "r v"]:
+        found = jnp.where(is_possible, log_weights, -jnp.inf)
+        is_lost = ~jnp.isfinite(found.max(-1, keepdims=True))
+        found = categoricals.relative(jnp.where(is_possible & is_lost, logits, found)) / control.temperature
+        return found if control.top_p == 1 else _likeliest(found, control.top_p)
+
+    if is_allowed is None:
+        return law(is_possible)
+    alone = law(is_possible & is_allowed)
+    if control.top_p == 1:
+        return alone
+    of_all = jnp.where(is_allowed, law(is_possible), -jnp.inf)
+    return jnp.where(jnp.isfinite(of_all).any(-1, keepdims=True), categoricals.relative(of_all), alone)
+
+
+def _likeliest(log_weights: Float[Array, "r v"], top_p: float) -> Float[Array, "r v"]:
+    """Log weights of the likeliest tokens, which have the share `top_p` together; minus infinity of others."""
+    shares = jax.nn.softmax(log_weights, axis=-1)
+    ranked = jnp.sort(shares, axis=-1, descending=True)
+    is_kept = jnp.cumsum(ranked, axis=-1) - ranked < top_p
+    least = jnp.where(is_kept, ranked, jnp.inf).min(-1, keepdims=True)
+    return jnp.where(shares >= least, log_weights, -jnp.inf)
 
 
 def choice(
@@ -106,7 +121,7 @@ def class_log_weights(
 
     def of_rows(states: tiles.States, *inputs: Any) -> Float[Array, "r C"]:
         weights = jnp.exp(_of_rows(control, None, states, *inputs, classes=None))
-        shares = weights @ jax.nn.one_hot(class_of[states.ids], num_classes)
+        shares = jnp.matmul(weights, jax.nn.one_hot(class_of[states.ids], num_classes), precision="highest")
         return jnp.log(jnp.maximum(shares / weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny))
 
     def over_rows(vocabulary: tiles.Vocabulary, features, xt, log_scale, is_needed, *arrays):
@@ -133,12 +148,12 @@ def _of_rows(
 ) -> Float[Array, "r v"]:
     """`reweigh` of the weights that `score_draws` draws from."""
     weights = score_draws.weights(states, features, xt, log_scale, slope, offset)
-    is_possible = states.other_than(xt)
+    is_allowed = None
     if class_of is not None and classes is not None:
-        is_possible &= (class_of[states.ids][None] == classes[:, None]) | (classes < 0)[:, None]
+        is_allowed = (class_of[states.ids][None] == classes[:, None]) | (classes < 0)[:, None]
     of_step = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
     without = None if unguided is None else states.logits(unguided)
-    return reweigh(control, of_step, states.logits(features[:, 0]), without, is_possible)
+    return reweigh(control, of_step, states.logits(features[:, 0]), without, states.other_than(xt), is_allowed)
 
 
 def _visit_whole_rows(

@@ -5,8 +5,8 @@ middle of a text ` cat`, not `cat`, for a token that decoding parts from the one
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -125,50 +125,46 @@ def _compile(
 def place(
     gaps: Sequence[Gap], length: int, automaton: constraints.Automaton, initial: dict[str, Starts]
 ) -> constraints.Places:
-    """The gaps of one sequence of a length, as arrays [L].
-
-    Raises:
-        ValueError: where no text of as many tokens as a gap has matches its pattern.
-    """
+    """The gaps of one sequence of a length, as arrays [L]."""
     start = np.full(length, -1, np.int32)
     is_last, is_constrained = np.zeros(length, bool), np.zeros(length, bool)
     for gap in gaps:
-        state = initial[gap.pattern].within if gap.start else initial[gap.pattern].first
-        check(gap, automaton, state)
-        start[gap.start] = state
+        start[gap.start] = _starts_in(gap, initial)
         is_last[gap.start + gap.length - 1] = True
         is_constrained[gap.start : gap.start + gap.length] = True
     return constraints.Places(start=start, is_last=is_last, is_constrained=is_constrained)
 
 
-def check(gap: Gap, automaton: constraints.Automaton, initial: int) -> None:
+def kinds(gaps: Iterable[Gap]) -> dict[tuple[Any, ...], Gap]:
+    """A gap of each kind: those of one kind can all be filled, or none."""
+    return {(gap.start == 0, gap.length, gap.pattern): gap for gap in gaps}
+
+
+def check(gap: Gap, automaton: constraints.Automaton, initial: dict[str, Starts]) -> None:
     """Raises ValueError, with the nearest lengths that do, where no text of as many tokens as a gap has matches."""
-    lengths = _lengths(automaton, initial, gap.length)
-    if gap.length in lengths:
-        return
-    nearest = lengths[-2:] if lengths and lengths[-1] > gap.length else lengths[-1:]
-    known = " or ".join(map(str, nearest))
+    reached = np.array([_starts_in(gap, initial)])
+    seen = np.zeros(len(automaton.next_state), bool)
+    shorter, longer = [], []
+    number = 0
+    # A text that is longer and goes on to match can do so without passing a state twice.
+    while len(reached) and not longer and number <= gap.length + seen.sum():
+        seen[reached] = True
+        number += 1
+        reached = np.unique(automaton.next_state[reached])
+        reached = reached[reached != regexes.DEAD]
+        if automaton.is_accepting[reached].any():
+            if number == gap.length:
+                return
+            shorter, longer = ([number], []) if number < gap.length else (shorter, [number])
+    known = " or ".join(map(str, shorter + longer))
     raise ValueError(
         f"the gap {{{gap.length}:{gap.pattern}}} cannot be filled: no text of {gap.length} tokens matches, "
         + (f"texts of {known} do" if known else "and none of any other number")
     )
 
 
-def _lengths(automaton: constraints.Automaton, initial: int, num_tokens: int) -> list[int]:
-    """Numbers of tokens, from 1, that match: all up to `num_tokens`, and up to the next that does, if there is one."""
-    num_states = len(automaton.next_state)
-    leads_to = np.zeros((num_states, num_states), bool)
-    leads_to[np.arange(num_states)[:, None], automaton.next_state] = True
-    reached = np.arange(num_states) == initial
-    found = []
-    # A text that is longer and goes on to match can do so without passing a state twice.
-    for n in range(1, num_tokens + num_states + 1):
-        reached = leads_to[reached].any(0)
-        if reached[automaton.is_accepting].any():
-            found.append(n)
-            if n > num_tokens:
-                break
-    return found
+def _starts_in(gap: Gap, initial: dict[str, Starts]) -> int:
+    return initial[gap.pattern].within if gap.start else initial[gap.pattern].first
 
 
 def _tokens(

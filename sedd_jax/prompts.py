@@ -9,7 +9,18 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sedd_jax import autoregression, generate, processes, refill, runs, sharding, storage, templates, terminals
+from sedd_jax import (
+    autoregression,
+    generate,
+    patterns,
+    processes,
+    refill,
+    runs,
+    sharding,
+    storage,
+    templates,
+    terminals,
+)
 from sedd_jax import config as configs
 
 _FIELDS = ("template", "prefix", "suffix")
@@ -47,11 +58,11 @@ def read(run: runs.Run, path: pathlib.Path) -> list[Prompt]:
     for number, line in enumerate(lines, start=1):
         try:
             prompt = _parse(run, line)
-            gaps = {gap[1:] for gap in prompt.template.gaps}
+            kinds = patterns.kinds(prompt.template.gaps).keys()
             # Lists repeat patterns, and each takes a while.
-            if not gaps <= checked:
+            if not kinds <= checked:
                 templates.compile_patterns(run, [prompt.template])
-                checked |= gaps
+                checked |= kinds
             found.append(prompt)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from error
@@ -175,11 +186,11 @@ def _finished(
 
 
 def _read_results(path: pathlib.Path, expected: Sequence[dict[str, Any]], *, keep: bool) -> dict[int, generate.Sample]:
-    text = path.read_text(encoding="utf-8") if keep and path.exists() else ""
+    content = path.read_bytes() if keep and path.exists() else b""
     # A line without an end was being written when the command was stopped.
-    whole = text[: text.rfind("\n") + 1]
+    end = content.rfind(b"\n") + 1
     found = {}
-    for number, line in enumerate(whole.split("\n")[:-1], start=1):
+    for number, line in enumerate(content[:end].split(b"\n")[:-1], start=1):
         try:
             sample = generate.Sample(**json.loads(line))
             if {name: x for name, x in vars(sample).items() if name not in _DRAWN} != expected[sample.index]:
@@ -189,5 +200,6 @@ def _read_results(path: pathlib.Path, expected: Sequence[dict[str, Any]], *, kee
                 f"--out={path} holds other results, in line {number}: remove it, or give another --out"
             ) from error
         found[sample.index] = sample
-    path.write_text(whole, encoding="utf-8")
+    with path.open("ab") as file:
+        file.truncate(end)
     return found

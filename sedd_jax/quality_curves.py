@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from sedd_jax import config as configs
 from sedd_jax import (
     generate,
     generation_quality,
@@ -41,6 +42,8 @@ def measure(
 ) -> dict[str, Any]:
     """`generation_quality.read` of samples for every number of steps, sampler and draw; the points done are kept.
 
+    Draws are precise and published, or precise alone where tokens are under a control, which published ones know not.
+
     Args:
         workdir: the run directory.
         judge: see `judges.open_judge`.
@@ -51,7 +54,7 @@ def measure(
         num_samples: sequences for each point.
         batch_size: sequences drawn at once.
         seed: of the samples of every point.
-        **settings: fields of `config.SamplingConfig` that differ from the run's at every point: grid, corrector_steps.
+        **settings: fields of `config.SamplingConfig` that differ from the run's at every point, `config.REFINEMENTS`.
 
     Returns:
         `points`, and the same figures of held-out text and, where the judge is a run with the same tokens and length,
@@ -60,6 +63,7 @@ def measure(
     run, reader = runs.load(workdir), judges.open_judge(judge)
     if run.is_autoregressive:
         raise ValueError(f"{workdir} is autoregressive, which takes a step for every token: measure it with --generate")
+    common = generate.sampling_of(run, **settings, sampler=samplers[0], draw="precise")
     step, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()), step)
     real, sha256 = generation_quality.held_out(run, num_samples, seed)
     result = {
@@ -70,12 +74,14 @@ def measure(
         "num_samples": num_samples,
         "batch_size": batch_size,
         "seed": seed,
-        **generation_quality.refinements(generate.sampling_of(run, **settings)),
+        **generation_quality.refinements(common),
     }
+    is_controlled = any(getattr(common, name) != 1 for name in configs.CONTROLS)
+    draws = ["precise"] if is_controlled else list(score_draws.DRAWS)
     wanted = [
         {"sampler": name, "draw": draw, "num_steps": steps}
         for name in samplers
-        for draw in score_draws.DRAWS
+        for draw in draws
         for steps in num_steps or [_steps_of(run, name, nfe, settings) for nfe in num_evaluations]
     ]
     samplings = [generate.sampling_of(run, num_samples=batch_size, **settings, **point) for point in wanted]
@@ -108,7 +114,7 @@ def measure(
 def _steps_of(run: runs.Run, sampler: str, nfe: int, settings: dict[str, Any]) -> int:
     """The steps that a sampler takes with so many evaluations; ValueError where it takes none."""
     nfe_of = lambda steps: generate.num_evaluations(
-        run, generate.sampling_of(run, **settings, sampler=sampler, num_steps=steps)
+        run, generate.sampling_of(run, **settings, sampler=sampler, draw="precise", num_steps=steps)
     )
     first, each = nfe_of(1), nfe_of(2) - nfe_of(1)
     if nfe < first:
@@ -143,6 +149,9 @@ def table(result: dict[str, Any]) -> tables.Table:
     if result["judge_samples"]:
         rows.append(("the judge's own samples", str(result["judge_samples"]["nfe"]), *cells(result["judge_samples"])))
     rows.append(("held-out text", "", *cells(result["held_out"])))
+    notes = ["published draws imitate the float32 noise of the published program, which lowers entropy and flatters"]
+    if all(point["draw"] == "precise" for point in result["points"]):
+        notes = []
     return tables.Table(
         head=[
             f"{result['workdir']}  step {result['step']}  {result['num_samples']} samples of {result['length']} tokens "
@@ -151,10 +160,7 @@ def table(result: dict[str, Any]) -> tables.Table:
         ],
         columns=("", "nfe", "perplexity of sequences", "pooled", "unigram entropy", "distinct pairs"),
         rows=rows,
-        notes=[
-            "published draws imitate the float32 noise of the published program, which lowers entropy and flatters",
-            f"drawn in {results.DIRECTORY}/{result['picture']} of the run",
-        ],
+        notes=[*notes, f"drawn in {results.DIRECTORY}/{result['picture']} of the run"],
     )
 
 

@@ -114,9 +114,18 @@ def open_run(workdir: storage.Directory, step: int | None) -> Opened:
 
 
 def settings_of(run: runs.Run) -> list[Setting]:
-    """The settings that a run takes, each with the choices it takes; a baseline has neither sampler nor steps."""
+    """The settings that a run takes, each with the choices it takes; a baseline has neither sampler nor steps.
+
+    What the run itself is set to is among them. Choices that do not go together are refused when they are asked for.
+    """
+    own = defaults(run)
+
+    def choices(setting: Setting) -> tuple[Any, ...]:
+        taken = [value for value in setting.choices if _takes(run, setting, value)]
+        return tuple(dict.fromkeys([*taken, getattr(own, setting.name)])) if taken else ()
+
     return [
-        dataclasses.replace(setting, choices=tuple(value for value in setting.choices if _takes(run, setting, value)))
+        dataclasses.replace(setting, choices=choices(setting))
         for setting in SETTINGS
         if not (run.is_autoregressive and setting.name in _OF_DIFFUSION)
     ]
@@ -247,8 +256,11 @@ def draw(opened: Opened, request: Request, emit: serve_queue.Emit) -> None:
 
 
 def _takes(run: runs.Run, setting: Setting, value: Any) -> bool:
+    usual = configs.SamplingConfig()
     try:
-        generate.sampling_of(run, **{setting.name: value})
+        generate.sampling_of(
+            run, **{other.name: getattr(usual, other.name) for other in SETTINGS} | {setting.name: value}
+        )
     except ValueError:
         return False
     return True

@@ -66,10 +66,18 @@ def parse(run: runs.Run, template: str) -> Template:
                 "fill, or {n:REGEX}, a brace itself is {{ or }}"
             )
         else:
-            parts += [run.tokenizer.encode(text), (int(match.group(1)), match.group(2))]
+            parts += [_encode(run, text), (int(match.group(1)), match.group(2))]
             text = ""
-    parts.append(run.tokenizer.encode(text + template[position:]))
+    parts.append(_encode(run, text + template[position:]))
     return assemble(run, parts, None if template else run.config.data.length)
+
+
+def _encode(run: runs.Run, text: str) -> Int[np.ndarray, "n"]:
+    try:
+        return run.tokenizer.encode(text)
+    except ValueError as error:
+        shown = text if len(text) <= 40 else text[:40] + "…"
+        raise ValueError(f"in the text {shown!r}, {error}") from error
 
 
 def around(run: runs.Run, prefix: str, suffix: str) -> Template:
@@ -78,7 +86,7 @@ def around(run: runs.Run, prefix: str, suffix: str) -> Template:
     Raises:
         ValueError: where both together leave no gap, or are outside the vocabulary.
     """
-    start, end = run.tokenizer.encode(prefix), run.tokenizer.encode(suffix)
+    start, end = _encode(run, prefix), _encode(run, suffix)
     gap = run.config.data.length - len(start) - len(end)
     if gap <= 0:
         raise ValueError(
@@ -126,5 +134,7 @@ def compile_patterns(run: runs.Run, templates: Sequence[Template]) -> moves.Patt
             f"not graph.name={run.config.graph.name}: leave the pattern out"
         )
     automaton, initial = patterns.compile([gap.pattern for gap in gaps], run.tokenizer, run.graph)
+    for gap in patterns.kinds(gaps).values():
+        patterns.check(gap, automaton, initial)
     places = [patterns.place(one.gaps, len(one.tokens), automaton, initial) for one in templates]
     return moves.Patterns(automaton, jax.tree.map(lambda *rows: np.stack(rows), *places))

@@ -43,6 +43,12 @@ def problem(kind):
     return graph, config, params, features, without, xt
 
 
+def nucleus(token, top_p):
+    order = np.argsort(-token)
+    kept = order[: int((np.cumsum(token[order]) < top_p * token.sum()).sum()) + 1]
+    return np.where(np.isin(np.arange(len(token)), kept), token, 0.0)
+
+
 def law_of(graph, jump_fn, score, xt, control, unguided_log_score, allowed):
     """Law of one position by the definition: the step's chance to move, then the changed law of the token."""
     others = np.arange(graph.num_states) != xt
@@ -54,13 +60,10 @@ def law_of(graph, jump_fn, score, xt, control, unguided_log_score, allowed):
     token = step.copy()
     if control.guidance != 1:
         token = np.exp(unguided_log_score + control.guidance * (np.log(score) - unguided_log_score))
-    token = np.where(others & allowed, token, 0.0) ** (1 / control.temperature)
+    token = np.where(others, token, 0.0) ** (1 / control.temperature)
+    within = nucleus(token, control.top_p) * allowed
+    token = within if within.any() else nucleus(token * allowed, control.top_p)
     token = token / token.sum()
-    if control.top_p < 1:
-        order = np.argsort(-token)
-        kept = order[: int((np.cumsum(token[order]) < control.top_p).sum()) + 1]
-        token = np.where(np.isin(np.arange(len(token)), kept), token, 0.0)
-        token = token / token.sum()
     law = token * step.sum() / (step.sum() + stay)
     law[xt] = stay / (step.sum() + stay)
     return law
@@ -123,6 +126,24 @@ def test_draws_follow_the_law_written_out(kind, name, restricted, monkeypatch):
         counts = np.bincount(tokens[:, position], minlength=graph.num_states)
         assert not counts[law == 0].any()
         assert oracles.chi_square_p(counts, law) > 1e-4
+
+
+def test_a_pattern_chooses_among_the_likeliest_of_all_tokens():
+    """And only where none of these is left, among the likeliest of its own."""
+    law, is_possible = jnp.log(jnp.array([[0.5, 0.3, 0.14, 0.06]])), jnp.array([[True] * 4])
+    found = lambda *allowed: np.exp(
+        controls.reweigh(controls.Control(top_p=0.79), law, law, None, is_possible, jnp.array([allowed]))
+    )
+    np.testing.assert_allclose(found(False, True, True, False), [[0, 1, 0, 0]])
+    np.testing.assert_allclose(found(True, True, True, True), [[1, 0.6, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(found(False, False, True, True), [[0, 0, 1, 0.06 / 0.14]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("control", [controls.Control(temperature=1e-6), controls.Control(top_p=1e-6)])
+def test_at_the_least_that_is_allowed_only_the_likeliest_token_is_left(control):
+    law = jnp.array([[-3000.0, -jnp.inf, -2.0, -2.5]])
+    found = controls.reweigh(control, law, law, None, jnp.array([[True, True, True, True]]))
+    np.testing.assert_array_equal(np.exp(found), [[0, 0, 1, 0]])
 
 
 def test_what_is_allowed_is_drawn_however_unlikely_it_is(monkeypatch):

@@ -137,7 +137,7 @@ def test_what_cannot_be_asked_is_said(code_run, judge_run):
     ):
         templates.compile_patterns(runs.load(judge_run), [templates.parse(runs.load(judge_run), "a{3:1+}")])
     for wrong, message in (
-        ({"temperature": 0.0}, r"needs temperature > 0, 0 < top_p <= 1 and guidance > 0, not temperature=0\.0"),
+        ({"temperature": 0.0}, r"needs temperature >= 1e-6, 1e-6 <= top_p <= 1 and guidance > 0, not temperature=0\.0"),
         ({"top_p": 1.5}, r"not temperature=1\.0, top_p=1\.5"),
         ({"top_p": 0.5, "draw": "published"}, r"config\.sampling\.top_p is a control of precise draws"),
         ({"guidance": 2.0, "sampler": "theta_trapezoidal"}, r"takes an absorbing run.*sampler=theta_trapezoidal"),

@@ -5,6 +5,7 @@ import io
 import itertools
 import pathlib
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -167,8 +168,11 @@ def test_a_gap_at_the_start_of_a_text_needs_no_space(name, tmp_path):
     assert _accepts(automaton, initial["a b"].first, tokenizer.encode("a b"))
     assert not _accepts(automaton, initial["a b"].within, tokenizer.encode("a b"))
     assert _accepts(automaton, initial[" b"].within, tokenizer.encode("b"))
+    patterns.check(patterns.Gap(1, 1, " b"), automaton, initial)
     with pytest.raises(ValueError, match=r"\{1: b\} cannot be filled"):
-        start((0, 1, " b"))
+        patterns.check(patterns.Gap(0, 1, " b"), automaton, initial)
+    # Who checks one gap of each kind checks both.
+    assert len(patterns.kinds([patterns.Gap(0, 1, " b"), patterns.Gap(1, 1, " b"), patterns.Gap(5, 1, " b")])) == 2
 
 
 def test_patterns_share_one_automaton(tmp_path):
@@ -228,16 +232,31 @@ def test_gaps_that_no_text_fills_name_the_nearest_that_one_does(pattern, length,
     tokenizer = _characters(tmp_path)
     automaton, initial = patterns.compile([pattern], tokenizer, _graph(tokenizer))
     with pytest.raises(ValueError, match=message):
-        patterns.place([patterns.Gap(0, length, pattern)], 128, automaton, initial)
+        patterns.check(patterns.Gap(0, length, pattern), automaton, initial)
 
 
 def test_lengths_count_tokens_not_characters(tmp_path):
     tokenizer = _byte_pairs(tmp_path)
     automaton, initial = patterns.compile(["abb abb"], tokenizer, _graph(tokenizer))
     for length in range(3, 8):
-        patterns.check(patterns.Gap(0, length, "abb abb"), automaton, initial["abb abb"].first)
+        patterns.check(patterns.Gap(0, length, "abb abb"), automaton, initial)
     with pytest.raises(ValueError, match="no text of 2 tokens matches, texts of 3 do"):
-        patterns.check(patterns.Gap(0, 2, "abb abb"), automaton, initial["abb abb"].first)
+        patterns.check(patterns.Gap(0, 2, "abb abb"), automaton, initial)
+
+
+def test_many_patterns_are_checked_in_little_memory(tmp_path):
+    """A list of prompts may have a pattern of its own on each line."""
+    tokenizer = _characters(tmp_path)
+    many = ["[abc]{1,60}" + "".join(word) + "[abc]*" for word in itertools.product("abc", repeat=4)]
+    automaton, initial = patterns.compile(many, tokenizer, _graph(tokenizer))
+    assert len(automaton.next_state) > 10_000
+    tracemalloc.start()
+    for pattern in many:
+        patterns.check(patterns.Gap(3, 30, pattern), automaton, initial)
+    with pytest.raises(ValueError, match="no text of 4 tokens matches, texts of 5 do"):
+        patterns.check(patterns.Gap(3, 4, many[-1]), automaton, initial)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_what_needs_too_much_is_refused(tmp_path, monkeypatch):
@@ -264,4 +283,4 @@ def test_gpt2_spells_a_word_in_few_tokens_or_many():
     assert _accepts(automaton, state, [tokenizer.encode(char)[0] for char in " cat cat"])
     assert not _accepts(automaton, state, [*tokenizer.encode(" cat cat"), tokenizer.eos_id])
     assert automaton.class_of[tokenizer.eos_id] == automaton.class_of[-1]
-    patterns.check(patterns.Gap(0, 2, pattern), automaton, state)
+    patterns.check(patterns.Gap(0, 2, pattern), automaton, initial)

@@ -54,8 +54,8 @@ def test_every_line_is_answered_in_its_order_and_a_stop_loses_nothing(arguments,
     assert sorted(written, key=lambda one: one["index"]) == found
     assert [one["index"] for one in written] != list(range(12))
 
-    # Stopped after five texts, within the sixth line.
-    out.write_text("\n".join(lines[:5]) + "\n" + lines[5][:20], encoding="utf-8")
+    # Stopped after five texts, within a character of the sixth line.
+    out.write_bytes("\n".join([*lines[:5], '{"text": "é']).encode()[:-1])
     asked, draw = [], refill.draw
 
     def recorded(run, params, left, *rest, seed, **how):

@@ -67,6 +67,14 @@ def test_points_that_are_done_are_not_drawn_again(run, judge_run, monkeypatch):
     assert len(list((run / "evaluations").glob("*.png"))) == 2
 
 
+def test_under_a_control_all_draws_are_precise(run, judge_run):
+    settings = {"samplers": ["tweedie"], "num_samples": 4, "batch_size": 4, "temperature": 0.8}
+    found = quality_curves.measure(run, str(judge_run), num_evaluations=[3], **settings)
+    assert [(point["draw"], point["nfe"]) for point in found["points"]] == [("precise", 3)]
+    assert "temperature=0.8" in str(quality_curves.table(found))
+    assert "published draws" not in str(quality_curves.table(found))
+
+
 def test_wrong_curves_are_refused(code_run, judge_run, capsys):
     arguments = ["eval", f"--workdir={code_run}", f"--judge={judge_run}", "--num_processes=1"]
     for wrong, message in (

@@ -60,7 +60,12 @@ def compiled(tmp_path_factory):
 
 def _start(code_run, compiled, *arguments):
     """The process of `sedd serve`, which computes exactly as this one, and the address that it printed."""
-    command = [sys.executable, "-m", "sedd_jax", "serve", f"--workdir={code_run}", "--port=0", *arguments]
+    # Where these tests run in the background SIGINT is ignored, and so it would be there.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from sedd_jax import cli; sys.argv[0] = 'sedd'; cli.run()"
+    )
+    command = [sys.executable, "-c", code, "serve", f"--workdir={code_run}", "--port=0", *arguments]
     environment, here = small_runs.environment(compiled, len(jax.devices())), pathlib.Path(__file__).parent.parent
     process = subprocess.Popen(command, env=environment, cwd=here, stdout=subprocess.PIPE)
     return process, process.stdout.readline().decode().strip()
@@ -176,6 +181,28 @@ def test_a_trajectory_ends_in_what_the_command_draws(server, capsys, sampler, nu
 
 def test_no_text_is_one_gap(server, opened):
     assert len(_ask(server[1])[-1][1]["texts"][0]) == opened.run.config.data.length
+
+
+def _choices(run, **sampling):
+    """What the page offers of a run with other settings of its own."""
+    config = dataclasses.replace(run.config, sampling=dataclasses.replace(run.config.sampling, **sampling))
+    changed = dataclasses.replace(run, config=config)
+    found = {setting.name: setting.choices for setting in serve_requests.settings_of(changed)}
+    own = serve_requests.defaults(changed)
+    query = urllib.parse.urlencode({name: getattr(own, name) for name in found})
+    assert serve_requests.parse(changed, query).settings == own
+    return found
+
+
+def test_the_runs_own_settings_are_offered_and_hide_no_others(opened):
+    usual = _choices(opened.run)
+    assert _choices(opened.run, sampler="first_hitting") == usual
+    assert _choices(opened.run, draw="published") == usual
+    assert _choices(opened.run, grid="cosine") == usual
+    found = _choices(opened.run, temperature=0.85, corrector_steps=3, grid="1,0.5,0", top_p=0.99)
+    for name, own in (("temperature", 0.85), ("corrector_steps", 3), ("grid", "1,0.5,0"), ("top_p", 0.99)):
+        assert found.pop(name) == (*usual.pop(name), own)
+    assert found == usual
 
 
 def test_uniform_states_show_what_changes(uniform):
@@ -384,7 +411,7 @@ def test_what_goes_wrong_is_told_and_the_next_is_served(opened, monkeypatch, cap
         ("template=a%7Bx%7D", 422, "the template has '{x}' at position 1"),
         ("template=%7B33%7D", 422, "the template is 33 tokens long, the model's length is 32"),
         ("template=%7B" + "9" * 5000 + "%7D", 422, "Exceeds the limit"),
-        ("template=%C3%A9", 422, "'é' (U+00E9) at position 0 is not in the alphabet"),
+        ("template=%7B3%7D%C3%A9", 422, "in the text 'é', 'é' (U+00E9) at position 0 is not in the alphabet"),
         ("template=%00", 422, "the template holds the character U+0000"),
         ("template=" + "a" * 2**16, 414, "the request is 65545 bytes long, at most 65536 are read"),
     ],
