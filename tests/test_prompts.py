@@ -144,6 +144,14 @@ def test_the_command_answers_bad_input_with_one_line(code_run, argv, message):
     assert err.count("\n") == 1
 
 
+def test_a_seed_is_no_negative_number(code_run):
+    """NumPy's seeds, which continue a list, cannot be."""
+    status, out, err = call("sample", f"--workdir={code_run}", "--seed=-1")
+    assert (status, out) == (2, "")
+    assert "--seed=-1" in err
+    assert err.count("\n") == 1
+
+
 def test_a_single_template_may_be_fitted(code_run, tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_text("from before\n")
