@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
             raise
         return _fail(f"sedd {name}", _one_line(error), 1)
     except KeyboardInterrupt:
-        goes_on = name in ("train", "eval") or any(argument.startswith("--prompts") for argument in rest)
+        has = lambda flag: any(argument.startswith(flag) for argument in rest)
+        goes_on = name == "eval" or (name == "train" and not has("--step")) or has("--prompts")
         what = ": the same command goes on from what is finished" if goes_on else ""
         return _fail(f"sedd {name}", f"interrupted{what}", 130)
 
@@ -81,7 +82,10 @@ def train(argv: list[str]) -> int:
     print("\n".join(f"{name} {value:.6g}" for name, value in metrics.items()))
     if given["json"]:
         print(json.dumps(metrics))
-    return 0 if metrics["step"] >= given["config"].training.num_steps else TRY_AGAIN
+    if metrics["step"] >= given["config"].training.num_steps:
+        return 0
+    # With --step it would begin there again, and lose what it has done.
+    return TRY_AGAIN if given["step"] is None else 1
 
 
 def prepare(argv: list[str]) -> None:
@@ -160,7 +164,7 @@ def sample(argv: list[str]) -> None:
     )
     flags.DEFINE_string("draw", None, "precise, or published (float32 noise that anneals)", flag_values=values)
     arguments.define_refinements(values)
-    flags.DEFINE_integer("seed", 0, "the same seed draws the same text", 0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "the same seed draws the same text", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_string("prefix", "", "text the samples start with", flag_values=values)
     flags.DEFINE_string("suffix", "", "text the samples end with", flag_values=values)
     flags.DEFINE_string(
@@ -228,7 +232,7 @@ def tune_grid(argv: list[str]) -> None:
     flags.DEFINE_integer("step", None, "checkpoint; the newest if not given", flag_values=values)
     flags.DEFINE_integer("num_sequences", 128, "held-out sequences, half to tune, half to judge", flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "sequences at once", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of sequences and noise", 0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of sequences and noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
     arguments.define_processes(values)
     if arguments.asks_for_help(argv):

@@ -261,6 +261,8 @@ def validate(config: Config) -> None:
     _validate_choice("network.dropout_generator", config.network.dropout_generator, ("threefry", "rbg"))
     _validate_choice("network.attention", config.network.attention, ("auto", *attentions.ATTENTIONS))
     _validate_choice("network.dtype", config.network.dtype, ("float32", "bfloat16"))
+    if config.seed >= 2**32:
+        raise ValueError(f"config.seed={config.seed} is more than keys hold: give one below 2**32")
     for name, value in flatten(to_dict(config)).items():
         at_least = 0 if re.search(_MAY_BE_ZERO, name) else 1
         if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("mesh.") and value < at_least:

@@ -31,7 +31,7 @@ def define(values: flags.FlagValues) -> None:
     number("num_times", None, "draws of time and noise for each sequence", flag_values=values)
     flags.DEFINE_float("target_stderr", 0.01, "else as many as this needs, nats per token", flag_values=values)
     number("batch_size", 32, "sequences at once", flag_values=values)
-    number("seed", 0, "of times, noise, samples and choices", 0, flag_values=values)
+    number("seed", 0, "of times, noise, samples and choices", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_enum(
         "suite",
         None,

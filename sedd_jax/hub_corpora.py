@@ -103,6 +103,8 @@ def read_hf(spec: str) -> documents.Corpus:
 def _column(spec: str, wanted: str, texts: Sequence[str]) -> str:
     """The column that a spec asks for, else `text`, else the only one that holds text."""
     column = wanted or ("text" if "text" in texts or len(texts) != 1 else texts[0])
+    if not texts:
+        raise ValueError(f"{spec} has no column of text: give another dataset")
     if column not in texts:
         raise ValueError(f"{spec} has no text in {column!r}: name one of {', '.join(texts)}, as in #{texts[0]}")
     return column

@@ -157,7 +157,7 @@ def make_held_out(run: runs.Run) -> Callable[[Any], dict[str, float]]:
     per_unit = data.characters_per_token if run.tokenizer.unit == "character" else 1.0
 
     def held_out(params: Any) -> dict[str, float]:
-        size = run.config.training.batch_size
+        size = run.config.training.batch_size // run.config.training.num_micro_batches  # What memory is known to hold.
         drawn = passes(values_fn, params, sequences, batch_size=size, seed=0, is_exact=run.is_autoregressive)
         metrics = {}
         for name, bound in named_bounds(run, combine([next(drawn)])).items():

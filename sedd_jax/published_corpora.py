@@ -62,6 +62,9 @@ def _fetch(address: str, path: pathlib.Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(address, timeout=30) as answer, partial.open("wb") as file:
             shutil.copyfileobj(answer, file)
+            length = int(answer.headers.get("Content-Length", file.tell()))
+            if file.tell() != length:
+                raise OSError(f"it ended after {file.tell()} of {length} bytes")
     except OSError as error:
         raise OSError(
             f"{address} cannot be fetched ({error}): connect to the network, or read your own copy with "

@@ -92,7 +92,7 @@ def write(workdir: storage.Directory) -> pathlib.Path:
     partial = path.with_suffix(".partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
-    storage.upload(run.workdir)
+    storage.upload(run.workdir, NAME)
     return path
 
 

@@ -39,7 +39,7 @@ def keep(run: runs.Run, name: str, result: dict[str, Any]) -> None:
     if processes.is_first():
         content = {"measured": measured, **result, "config": configs.to_dict(run.config)}
         _write(path(run, f"{name}.json"), json.dumps(content, indent=1) + "\n")
-        storage.upload(run.workdir)
+        storage.upload(run.workdir, f"{DIRECTORY}/{name}.*")
 
 
 def load(run: runs.Run) -> dict[str, list[dict[str, Any]]]:
@@ -63,7 +63,7 @@ def write_parts(run: runs.Run, name: str, parts: Sequence[dict[str, Any]]) -> No
     """Writes all finished parts of a result."""
     if processes.is_first():
         _write(path(run, f"{name}.jsonl"), "".join(json.dumps(part) + "\n" for part in parts))
-        storage.upload(run.workdir)
+        storage.upload(run.workdir, f"{DIRECTORY}/{name}.jsonl")
 
 
 def path(run: runs.Run, name: str) -> pathlib.Path:

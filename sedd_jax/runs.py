@@ -113,7 +113,7 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
         if (local / "data").exists():
             shards.verify(local / "data")
         write_json(local / "config.json", configs.to_dict(config))
-        storage.upload(workdir)
+        storage.upload(workdir, "config.json")
         return
     # A start that was killed may have left these in a bucket, where nothing can appear whole.
     ours = {"data", "tokenizer.json", *tokenizers.FILES.values()} if storage.is_remote(workdir) else set()

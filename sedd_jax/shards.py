@@ -180,6 +180,7 @@ def link(directory: pathlib.Path, prepared: storage.Directory) -> None:
     """Makes `directory` stand for prepared text that stays where it is, in the state that it has now."""
     header = read_header(prepared)
     place = prepared if storage.is_remote(prepared) else pathlib.Path(prepared).absolute()
+    place = header["directory"] or place  # What stands for another is not followed twice.
     directory.mkdir(parents=True)
     _write_header(directory, {**header, "directory": str(place)})
 

@@ -77,21 +77,24 @@ def download(place: Directory, *names: str) -> None:
             header = local / name / "header.json"
             if header.exists() and header.read_bytes() == (place / name / "header.json").read_bytes():
                 continue
-            for found in bucket.find(f"{place}/{name}"):
+            for found in sorted(bucket.find(f"{place}/{name}"), key=_is_last):
                 file = local / found.removeprefix(f"{place}/".removeprefix("gs://"))
                 file.parent.mkdir(parents=True, exist_ok=True)
                 bucket.get_file(found, str(file))
                 _sent[file] = _version(file)
 
 
-def upload(place: Directory) -> None:
-    """Brings what has changed in the local copy into the bucket."""
+def upload(place: Directory, *patterns: str) -> None:
+    """Brings files of the local copy that have changed into the bucket: all, or those that match.
+
+    Name what this program has written: the rest of the copy may be older than what the bucket holds.
+    """
     if not is_remote(place):
         return
     local = local_copy(place)
     with _bucket(place) as bucket:
-        files = (path for path in local.rglob("*") if path.is_file())
-        for file in sorted(files, key=lambda file: (*(file.name == name for name in _LAST), file)):
+        files = {path for pattern in patterns or ("**/*",) for path in local.glob(pattern) if path.is_file()}
+        for file in sorted(files, key=lambda file: (*_is_last(str(file)), file)):
             version = _version(file)
             if _sent.get(file) != version:
                 bucket.put_file(str(file), f"{place}/{file.relative_to(local)}")
@@ -134,6 +137,10 @@ def _bucket(place: Directory) -> Iterator[Any]:
         yield fsspec.filesystem("gcs")
     except Exception as error:
         raise OSError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def _is_last(path: str) -> tuple[bool, ...]:
+    return tuple(path.rpartition("/")[2] == name for name in _LAST)
 
 
 def _version(file: pathlib.Path) -> tuple[int, int]:

@@ -68,7 +68,10 @@ def read_parquet(pattern: str) -> documents.Corpus:
 
 def _corpus(pattern: str, reader: Reader) -> documents.Corpus:
     names = _NAMES if "{split}" in pattern else {"train": ("",)}
-    files = {split: [path for name in names[split] for path in _matching(pattern, name)] for split in names}
+    # A name may begin like another: valid, validation.
+    files = {
+        split: list(dict.fromkeys(p for name in names[split] for p in _matching(pattern, name))) for split in names
+    }
     parts = documents.divide({split for split, paths in files.items() if paths})
     if not parts:
         raise FileNotFoundError(f"no file matches {pattern!r} (seen from {pathlib.Path.cwd()}): correct the path")
@@ -85,9 +88,11 @@ def _text(paths: Sequence[str], part: documents.Part) -> Iterator[documents.Docu
     """Documents of the lines that end in a part of all characters; a single line is cut where the part ends."""
     wanted = None
     if not part.is_whole:
-        sizes = [len(line.text) for line in _lines(paths)]
-        wanted = part.indices(sum(sizes))
-        if len(sizes) == 1:
+        number, size = 0, 0
+        for line in _lines(paths):
+            number, size = number + 1, size + len(line.text)
+        wanted = part.indices(size)
+        if number == 1:
             line = next(_lines(paths))
             yield from _joined([line._replace(text=line.text[wanted.start : wanted.stop])], part)
             return

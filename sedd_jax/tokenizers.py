@@ -128,7 +128,10 @@ def _parse(spec: str) -> tuple[str, str]:
 
 
 def _characters(documents: Documents) -> alphabets.Characters:
-    alphabet = "".join(sorted(set().union(*map(set, documents()))))
+    found = set()
+    for text in documents():
+        found.update(text)
+    alphabet = "".join(sorted(found))
     if not alphabet:
         raise ValueError("there is no text to take characters from: give files with text in them")
     return alphabets.Characters(alphabet=alphabet)

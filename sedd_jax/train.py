@@ -33,6 +33,8 @@ from sedd_jax import (
 )
 from sedd_jax import config as configs
 
+# What a run writes beside checkpoints, once it is made.
+_WRITTEN = ("metrics.jsonl", "loss.png", "samples/*", "tensorboard/**/*")
 Metrics = dict[str, Any]
 StepFn = Callable[[train_state.TrainState, Int[Array, "B L"]], tuple[train_state.TrainState, Metrics]]
 
@@ -80,13 +82,15 @@ def train(
     keep = {"keep": config.training.keep_checkpoints, "keep_every": config.training.keep_checkpoints_every}
     saved = checkpoints.Checkpoints(run.checkpoint_dir, **keep)
     try:
-        with contextlib.closing(saved), jax.set_mesh(mesh), processes.told_to_stop() as told_to_stop:
+        # Another SIGTERM must not end a save that is under way.
+        with processes.told_to_stop() as told_to_stop, contextlib.closing(saved), jax.set_mesh(mesh):
             state, step, said = initial_state(run, optimizer, mesh, saved, from_step)
             step_fn = make_step_fn(run, optimizer, mesh, state)
             with _make_writer(run, mesh, step, stream) as writer:
                 if said:
                     writer.say(said)
-                return _loop(run, state, step, step_fn, saved, writer, mesh, told_to_stop)
+                again = "the same command" if from_step is None else "the same command without --step"
+                return _loop(run, state, step, step_fn, saved, writer, mesh, told_to_stop, again)
     except OSError as error:
         raise OSError(f"{error}: {_newest(saved)}; make {workdir} writable, then the same command goes on") from error
 
@@ -205,6 +209,7 @@ def _loop(
     writer: metric_writers.Writer,
     mesh: jax.sharding.Mesh,
     told_to_stop: Callable[[int], bool],
+    again: str,
 ) -> dict[str, Any]:
     settings = run.config.training
     data = run.split("train")
@@ -225,7 +230,7 @@ def _loop(
         if pending is not None:
             _check_finite(*pending, saved)
         pending = (step, metrics)
-        stops = told_to_stop(step)
+        stops = told_to_stop(step) and step < settings.num_steps
         due = functools.partial(_is_due, step, settings.num_steps)
         if due(settings.log_every):
             _check_finite(step, metrics, saved)
@@ -246,10 +251,10 @@ def _loop(
                 _check_finite(step, metrics, saved)
                 if processes.is_first():
                     curves.plot_curves(run.local / "metrics.jsonl", run.local / "loss.png", references)
-                    storage.upload(run.workdir)  # Before the checkpoint, whose steps' metrics must be there.
+                    storage.upload(run.workdir, *_WRITTEN)  # Before the checkpoint, whose steps' metrics must be there.
                 saved.save(step, state)
-        if stops and step < settings.num_steps:
-            writer.say(f"stopped by SIGTERM at step {step}, which is saved: the same command goes on")
+        if stops:
+            writer.say(f"stopped by SIGTERM at step {step}, which is saved: {again} goes on")
             break
     return written
 

@@ -99,6 +99,7 @@ def tune(
     result["num_candidates"] = width
     if processes.is_first():
         runs.write_json(run.local / FILE, {"times": result["times"], "num_steps": num_steps, "step": step})
+        storage.upload(run.workdir, FILE)
     results.keep(run, name, result)
     return result
 

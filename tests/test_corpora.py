@@ -79,9 +79,11 @@ def test_what_the_network_has_is_fetched_once_and_whole(tmp_path, monkeypatch, n
     served.mkdir()
     asked = []
 
+    urlopen = urllib.request.urlopen
+
     def answer(address, timeout):
         asked.append(address)
-        return (served / address.rpartition("/")[2]).open("rb")
+        return urlopen((served / address.rpartition("/")[2]).as_uri(), timeout=timeout)
 
     monkeypatch.setattr(urllib.request, "urlopen", answer)
     with pytest.raises(OSError, match=rf"cannot be fetched .*--data={name}:SOURCE"):
@@ -117,5 +119,17 @@ def test_a_fetch_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path, monke
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Broken())
     with pytest.raises(OSError, match=r"http://here/a.zip cannot be fetched .*reset"):
+        published_corpora._fetch("http://here/a.zip", tmp_path / "a.zip")
+    assert not (tmp_path / "a.zip").exists()
+
+    class Short(io.BytesIO):
+        """The connection is closed in between, of which `read` says nothing."""
+
+        def __init__(self):
+            super().__init__(b"a" * 10)
+            self.headers = {"Content-Length": "1000"}
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Short())
+    with pytest.raises(OSError, match=r"http://here/a.zip cannot be fetched \(it ended after 10 of 1000 bytes\)"):
         published_corpora._fetch("http://here/a.zip", tmp_path / "a.zip")
     assert not (tmp_path / "a.zip").exists()

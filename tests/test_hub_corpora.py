@@ -7,6 +7,9 @@ import sys
 
 import pyarrow
 import pyarrow.parquet
+import pytest
+
+from sedd_jax import hub_corpora
 
 ROWS = {"train": [f"train {number} é" for number in range(40)], "valid": ["one", "two"]}
 # Nothing answers at these addresses.
@@ -89,6 +92,8 @@ def test_hugging_face_datasets_give_their_column(tmp_path):
     assert [rest for _, *rest in test] == [["hf:owner/name train 38", 0.5], ["hf:owner/name train 39", 1]]
     assert same == [train, valid, test]
     assert wrong == "hf:owner/name#number has no text in 'number': name one of body, as in #body"
+    with pytest.raises(ValueError, match="tfds:mnist has no column of text"):
+        hub_corpora._column("tfds:mnist", "", [])
 
 
 def test_hugging_face_datasets_say_at_once_what_is_missing(tmp_path):

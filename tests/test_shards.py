@@ -207,6 +207,8 @@ def test_a_link_reads_what_it_stands_for_until_that_changes(packed, source, tmp_
     monkeypatch.chdir("/")
     assert np.array_equal(_tokens(tmp_path / "run" / "data", "train")[1], _tokens(packed, "train")[1])
     shards.verify(tmp_path / "run" / "data")
+    shards.link(tmp_path / "other" / "data", tmp_path / "run" / "data")
+    assert np.array_equal(_tokens(tmp_path / "other" / "data", "train")[1], _tokens(packed, "train")[1])
     shard = packed / "valid-00000.bin"
     content = shard.read_bytes()
     shard.write_bytes(bytes(len(content)))

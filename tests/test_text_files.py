@@ -43,10 +43,11 @@ def test_split_files_are_read_in_order_through_every_compression(tmp_path, monke
     assert 0 < done[0] < done[-1] <= 1
 
 
-def test_held_out_text_has_the_names_that_people_give_it(tmp_path):
+@pytest.mark.parametrize("pattern", ["{split}.txt", "{split}*.txt"])
+def test_held_out_text_has_the_names_that_people_give_it(tmp_path, pattern):
     for name in ("train", "validation", "test"):
         (tmp_path / f"{name}.txt").write_text(name)
-    corpus = text_files.read_text(f"{tmp_path}/{{split}}.txt")
+    corpus = text_files.read_text(f"{tmp_path}/{pattern}")
     assert {split: _texts(corpus, split) for split in corpus.splits} == {
         "train": ["train"],
         "valid": ["validation"],
