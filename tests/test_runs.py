@@ -164,7 +164,17 @@ def test_samples_follow_the_chain(trained):
     assert surprise < 1.3 * entropy
 
 
-def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path):
+def test_a_stopped_run_is_started_again_but_not_from_an_earlier_step(source, tmp_path, monkeypatch):
+    """Whoever repeats a command with --step would lose what it has done."""
+    monkeypatch.setattr(train, "train", lambda *_, **__: {"step": 3})
+    config = tmp_path / "config.py"
+    config.write_text(f"def get_config():\n    return {settings(source, num_steps=4)!r}\n")
+    command = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}", "--num_processes=1"]
+    assert cli.main(command) == cli.TRY_AGAIN
+    assert cli.main([*command, "--step=2"]) == 1
+
+
+def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path, monkeypatch):
     full, parts = tmp_path / "full", tmp_path / "parts"
     config = one_device_config(settings(source, num_steps=4, log_every=1, eval_every=0, sample_every=0))
     train.train(config, full, stream=io.StringIO())
@@ -178,10 +188,14 @@ def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path
             return super().write(text)
 
     before = signal.getsignal(signal.SIGTERM)
+    closed, close = [], checkpoints.Checkpoints.close
+    is_default = lambda saved: closed.append(signal.getsignal(signal.SIGTERM) == before)
+    monkeypatch.setattr(checkpoints.Checkpoints, "close", lambda saved: (is_default(saved), close(saved)))
     stream = Terminates()
     assert train.train(config, parts, stream=stream)["step"] == 2
     assert stream.getvalue().endswith("stopped by SIGTERM at step 2, which is saved: the same command goes on\n")
     assert signal.getsignal(signal.SIGTERM) == before
+    assert closed == [False]  # So that another SIGTERM waits for the save that is under way.
     stream = io.StringIO()
     assert train.train(config, parts, stream=stream)["step"] == 4
     assert f"resumed {parts} at step 2" in stream.getvalue()
