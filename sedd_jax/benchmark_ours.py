@@ -41,6 +41,7 @@ def main() -> None:
         compile_seconds, step = {"train": train_step, "sample": sampling_step}[job["kind"]](run, mesh)
         jax.block_until_ready(step())
         device = mesh.devices.flat[0]
+        evaluations = generate.per_step(run, config.sampling) if job["kind"] == "sample" else 1
         accelerator = accelerators.find(device.device_kind)
         ready = {
             "compile_seconds": compile_seconds,
@@ -51,7 +52,7 @@ def main() -> None:
             "device": device.device_kind,
             "num_devices": mesh.size,
             "peak_flops": None if accelerator is None else accelerator.peak_flops * mesh.size,
-            "flops_per_token": run.network.flops_per_token(config.data.length),
+            "flops_per_token": evaluations * run.network.flops_per_token(config.data.length),
         }
         print(json.dumps(ready), file=channel, flush=True)
         for line in sys.stdin:

@@ -176,6 +176,11 @@ def _figures(
             )
     for name, bound in bounds.items():
         bits = 1 / (math.log(2) * text.characters_per_token)
+        if not bound.mean < 700:
+            raise ValueError(
+                f"{name} is {bound.mean:.6g} nats per token, of which no perplexity can be written: train "
+                f"{run.workdir} (again)"
+            )
         ppl_bound, nats_per_word = math.exp(bound.mean), bound.mean / text.words_per_token
         # Text almost without spaces has words of a perplexity that no float holds.
         per_word = math.exp(nats_per_word) if nats_per_word < 700 else None

@@ -136,8 +136,13 @@ def num_evaluations(run: runs.Run, settings: configs.SamplingConfig, num_gaps: i
     """
     if run.is_autoregressive:
         return run.config.data.length
-    turns = (1 + settings.corrector_steps) * num_steps_of(run, settings, num_gaps)
-    return per_turn(settings) * turns + (1 if settings.guidance == 1 else 2)
+    steps = per_step(run, settings) * num_steps_of(run, settings, num_gaps)
+    return steps + (1 if settings.guidance == 1 else 2)
+
+
+def per_step(run: runs.Run, settings: configs.SamplingConfig) -> int:
+    """Evaluations of a step but the last: of all its turns, or the one that gives the baseline a token."""
+    return 1 if run.is_autoregressive else per_turn(settings) * (1 + settings.corrector_steps)
 
 
 def per_turn(settings: configs.SamplingConfig) -> int:

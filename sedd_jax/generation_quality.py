@@ -42,6 +42,8 @@ def measure(
     sampling = generate.sampling_of(run, num_samples=batch_size, **settings)
     step, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()), step)
     real, sha256 = held_out(run, num_samples, seed)
+    # Before anything is drawn, in case the judge cannot read this text.
+    of_text = read(run, reader, real)
     samples = draw(run, params, sampling, num_samples, seed)
     result = {
         **results.circumstances(run, step),
@@ -55,7 +57,7 @@ def measure(
         "seed": seed,
     }
     name = results.name("generation", result)
-    result["samples"], result["held_out"] = read(run, reader, samples), read(run, reader, real)
+    result["samples"], result["held_out"] = read(run, reader, samples), of_text
     result["texts"] = [run.tokenizer.decode(row) for row in samples[: results.KEPT_TEXTS]]
     results.keep(run, name, result)
     return result
@@ -157,34 +159,35 @@ def fill(
         return np.concatenate(list(generate.draw_batches(run, params, tokens, is_given, sampling, seed=seed)))
 
 
-def read(run: runs.Run, judge: judges.Judge, tokens: Int[np.ndarray, "S L"]) -> dict[str, Any]:
-    """Figures of sequences.
+def read(run: runs.Run, judge: judges.Judge, tokens: Int[np.ndarray, "S L"], num_draws: int = 1) -> dict[str, Any]:
+    """Figures of sequences; of several draws of each, one after another, standard errors count a sequence once.
 
     Returns:
         `gen_ppl_per_sequence`, the mean of each sequence's perplexity, as published; `gen_ppl_pooled`, over all tokens;
         `unigram_entropy` of a sequence's tokens in nats; `distinct_1` to `distinct_3`, the share of different n-grams.
     """
-    return {**_perplexities(judge.log_likelihoods(judge.tokens(run, tokens))), **_diversity(tokens)}
+    log_likelihoods = judge.log_likelihoods(judge.tokens(run, tokens))
+    return {**_perplexities(log_likelihoods, num_draws), **_diversity(tokens, num_draws)}
 
 
-def _perplexities(log_likelihoods: list[Float[np.ndarray, "_"]]) -> dict[str, Any]:
+def _perplexities(log_likelihoods: list[Float[np.ndarray, "_"]], num_draws: int = 1) -> dict[str, Any]:
     counts = np.array([max(1, len(values)) for values in log_likelihoods])
     total = -np.array([values.sum() for values in log_likelihoods])
     each = np.exp(total / counts)
     return {
         "gen_ppl_per_sequence": float(each.mean()),
-        "gen_ppl_per_sequence_stderr": stderr(each),
+        "gen_ppl_per_sequence_stderr": stderr(each.reshape(num_draws, -1).mean(0)),
         "gen_ppl_pooled": float(np.exp(total.sum() / counts.sum())),
     }
 
 
-def _diversity(tokens: Int[np.ndarray, "S L"]) -> dict[str, Any]:
+def _diversity(tokens: Int[np.ndarray, "S L"], num_draws: int = 1) -> dict[str, Any]:
     entropies = []
     for row in tokens:
         shares = np.unique(row, return_counts=True)[1] / len(row)
         entropies.append(-float((shares * np.log(shares)).sum()))
     found: dict[str, Any] = {"unigram_entropy": float(np.mean(entropies))}
-    found["unigram_entropy_stderr"] = stderr(np.array(entropies))
+    found["unigram_entropy_stderr"] = stderr(np.array(entropies).reshape(num_draws, -1).mean(0))
     for n in (1, 2, 3):
         grams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1).reshape(-1, n)
         found[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / len(grams)

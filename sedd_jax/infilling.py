@@ -72,19 +72,22 @@ def measure(
         "seed": seed,
     }
     name = results.name("infilling", result)
+    # Before anything is drawn, in case the judge cannot read this text.
+    held_out = None if reader is None else generation_quality.read(run, reader, real[:, : len(is_given)])
     known = np.broadcast_to(known, real.shape)
     draws = [
         generation_quality.fill(run, params, sampling, real, known, seed=seed * num_draws + draw)[:, : len(is_given)]
         for draw in range(num_draws)
     ]
     real = real[:, : len(is_given)]
-    matched = np.concatenate([(filled == real)[:, ~is_given] for filled in draws])
-    result |= _share("tokens_matched", matched.mean(axis=1))
+    matched = np.stack([(filled == real)[:, ~is_given] for filled in draws])
+    # Draws of a window are not independent, so that each window counts once.
+    result |= _share("tokens_matched", matched.mean(axis=(0, 2)))
     result["tokens_matched_by_chance"] = float((real == np.roll(real, 1, axis=0))[:, ~is_given].mean())
-    result |= _share("windows_matched", (matched.mean(axis=1) == 1).astype(np.float64))
+    result |= _share("windows_matched", matched.all(axis=2).mean(axis=0))
     if reader is not None:
-        result["refilled"] = generation_quality.read(run, reader, np.concatenate(draws))
-        result["held_out"] = generation_quality.read(run, reader, real)
+        result["refilled"] = generation_quality.read(run, reader, np.concatenate(draws), num_draws)
+        result["held_out"] = held_out
         result |= _mauve(run, reader, real, draws)
     result["texts"] = [_shown(run, row, is_given) for row in draws[0][: results.KEPT_TEXTS]]
     results.keep(run, name, result)

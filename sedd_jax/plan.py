@@ -107,7 +107,7 @@ def table(result: dict[str, Any]) -> str:
         for name, seconds in result["seconds"].items()
     ]
     goal = (
-        f"for samples of {config['sampling']['num_steps']:,} steps"
+        f"for samples of {result['num_steps']:,} steps"
         if result["sample"]
         else f"{result['days']:.1f} days for {config['training']['num_steps']:,} steps"
     )
@@ -167,13 +167,13 @@ def remedies(config: configs.Config, slice_devices: int, num_slices: int) -> Ite
         fields["network.remat"] = "blocks"
         yield dict(fields)
     training, split = config.training, config.mesh.fsdp * config.mesh.tensor
-    # The model is split within a slice, into parts that its arrays' sizes divide.
-    fsdp = math.gcd(config.network.hidden_size, slice_devices)
+    # The model is split within a slice, into parts that divide its arrays' sizes.
+    fsdp = math.gcd(config.network.hidden_size, config.network.cond_dim, slice_devices)
     splitting = {"mesh.data": slice_devices // fsdp * num_slices, "mesh.fsdp": fsdp}
     if split == 1:
         yield fields | splitting
     micro = training.num_micro_batches
-    while training.batch_size % (2 * micro) == 0 and training.batch_size // (2 * micro) >= slice_devices * num_slices:
+    while training.batch_size % (2 * micro * slice_devices * num_slices) == 0:
         micro *= 2
         yield fields | {"training.num_micro_batches": micro}
     if split == 1:
@@ -265,7 +265,9 @@ def _floors(
     batch_devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     # A batch that the devices do not divide is whole on all of them.
     parts = mesh.shape["tensor"] * (1 if sequences % batch_devices else batch_devices)
-    flops = sequences * length * network.flops_per_token(length) / (3 if sample else 1) / parts
+    # A training step is worth three evaluations.
+    share = generate.per_step(run, config.sampling) / 3 if sample else 1
+    flops = sequences * length * network.flops_per_token(length) * share / parts
     head = sequences * length * 6.0 * network.hidden_size * network.num_states / parts
     # Recomputed blocks are another forward pass, without the head.
     work = flops + (flops - head) / 3 if network.remat == "blocks" and not sample else flops
@@ -280,14 +282,14 @@ def _floors(
         # Unknown for v4.
         seconds["between slices"] = sent[True] / accelerator.dcn_bandwidth if accelerator.dcn_bandwidth else None
     step = max(one for one in seconds.values() if one is not None)
-    num_steps = config.sampling.num_steps if sample else 1
+    num_steps = generate.num_steps_of(run, config.sampling, None) if sample else 1
     known = {
         "seconds": seconds,
         "flops_per_device": flops,
         "tokens_per_second": sequences * length / (step * num_steps),
         "utilization": flops / accelerator.peak_flops / step,
     }
-    return known if sample else known | {"days": step * config.training.num_steps / 86_400}
+    return known | {"num_steps": num_steps} if sample else known | {"days": step * config.training.num_steps / 86_400}
 
 
 def _one_line(message: str) -> str:

@@ -75,6 +75,8 @@ def measure(
         "batch_size": batch_size,
         "seed": seed,
         **generation_quality.refinements(common),
+        # Before anything is drawn: of another judge of the same name it is another, and so are the points kept.
+        "held_out": generation_quality.read(run, reader, real),
     }
     is_controlled = any(getattr(common, name) != 1 for name in configs.CONTROLS)
     draws = ["precise"] if is_controlled else list(score_draws.DRAWS)
@@ -101,7 +103,6 @@ def measure(
             )
             results.write_parts(run, parts, done)
     result["points"] = [next(part for part in done if is_of(part, point)) for point in wanted]
-    result["held_out"] = generation_quality.read(run, reader, real)
     result["judge_samples"] = _of_judge(run, reader, num_samples, batch_size, seed)
     result["picture"] = f"{name}.png"
     if processes.is_first():

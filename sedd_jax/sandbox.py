@@ -21,9 +21,9 @@ _MEMORY = 512 * 2**20  # bytes of address space
 _PATIENCE = 30.0  # seconds for the interpreter to start, on a busy machine
 # What programs may import, since afterwards no file can be read.
 _MODULES = (
-    "abc array ast base64 bisect calendar cmath collections collections.abc copy dataclasses datetime decimal enum "
-    "fractions functools hashlib heapq io itertools json math numbers operator queue random re statistics string "
-    "textwrap time traceback types typing unittest"
+    "__future__ _strptime abc array ast base64 bisect calendar cmath collections collections.abc copy dataclasses "
+    "datetime decimal enum fractions functools hashlib heapq io itertools json math numbers operator queue random re "
+    "statistics string textwrap time traceback types typing unicodedata unittest zlib"
 )
 # By machine: read write close fstat lseek, mmap mprotect munmap brk mremap madvise, rt_sigaction rt_sigprocmask
 # rt_sigreturn sigaltstack, getpid gettid futex sched_yield, clock_gettime clock_nanosleep getrandom, exit exit_group.

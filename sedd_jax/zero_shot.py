@@ -1,5 +1,6 @@
 """The paper's zero-shot table (Lou et al. 2023, table 1) with a row of our own: perplexity on text never trained on."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -56,7 +57,11 @@ def evaluate_sets(
         raise ValueError(f"no set of the suite can be read: {reasons}")
     run, step = runs.load(workdir), next(iter(found.values()))["step"]
     result = {**results.circumstances(run, step), "sets": found, "missing": missing}
-    results.keep(run, results.name("zero_shot", {"step": step}), result)
+    texts = {name: one["data_sha256"] for name, one in found.items()}
+    name = results.name(
+        "zero_shot", {"step": step, **dataclasses.asdict(settings or evaluate.Settings()), "data_sha256": texts}
+    )
+    results.keep(run, name, result)
     return result
 
 

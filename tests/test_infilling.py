@@ -45,6 +45,9 @@ def test_what_comes_back_is_counted(code_run, judge_run, monkeypatch):
     result = infilling.measure(code_run, "3{6}1", judge=str(judge_run), num_samples=8, num_draws=2)
     assert result["tokens_matched"] == pytest.approx(1 - 2 / 48)
     assert result["windows_matched"] == pytest.approx(6 / 8)
+    # Of eight windows, however often each is filled.
+    assert result["tokens_matched_stderr"] == pytest.approx(np.std([5 / 6] * 2 + [1] * 6, ddof=1) / 8**0.5)
+    assert result["windows_matched_stderr"] == pytest.approx(np.std([0] * 2 + [1] * 6, ddof=1) / 8**0.5)
     texts = [generation_quality.held_out(runs.load(code_run), 8, 0)[0][:, 3:9][row].tolist() for row in range(8)]
     same = [a == b for row in range(8) for a, b in zip(texts[row], texts[row - 1], strict=True)]
     assert result["tokens_matched_by_chance"] == pytest.approx(np.mean(same))
@@ -52,6 +55,11 @@ def test_what_comes_back_is_counted(code_run, judge_run, monkeypatch):
     judge, run = judges.open_judge(str(judge_run)), runs.load(code_run)
     real, _ = generation_quality.held_out(run, 8, 0)
     assert result["held_out"] == generation_quality.read(run, judge, real[:, :10])
+    refilled = np.concatenate([real[:, :10]] * 2)
+    refilled[[0, 1, 8, 9], 4] = (refilled[[0, 1, 8, 9], 4] + 1) % run.tokenizer.vocab_size
+    alone = generation_quality.read(run, judge, refilled[:8])
+    for name in ("gen_ppl_per_sequence_stderr", "unigram_entropy_stderr"):
+        assert result["refilled"][name] == pytest.approx(alone[name])
     assert result["refilled"]["gen_ppl_pooled"] != result["held_out"]["gen_ppl_pooled"]
     assert result["texts"][7].count("[") == 1
     assert len(result["texts"][7]) == 10 + 2

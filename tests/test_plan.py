@@ -69,7 +69,7 @@ def test_a_step_that_does_not_fit_gets_a_change_that_was_compiled():
     assert "fits with --config.network.remat=blocks" in out
 
 
-@pytest.mark.parametrize(("slice_devices", "num_slices", "fsdp"), [(16, 1, 16), (4, 2, 4), (512, 2, 256)])
+@pytest.mark.parametrize(("slice_devices", "num_slices", "fsdp"), [(16, 1, 16), (4, 2, 4), (512, 2, 128)])
 def test_changes_split_the_model_within_a_slice_into_equal_parts(slice_devices, num_slices, fsdp):
     devices = slice_devices * num_slices
     config = configs.parse(configs.merge({"training": {"batch_size": 4 * devices}}))
@@ -80,6 +80,24 @@ def test_changes_split_the_model_within_a_slice_into_equal_parts(slice_devices, 
         {"network.remat": "blocks", "training.num_micro_batches": 2},
     ]
     assert changes[-1] == changes[1] | {"training.num_micro_batches": 4}
+
+
+@pytest.mark.parametrize("slice_devices", [16, 24])
+def test_changes_leave_every_device_as_much(slice_devices):
+    config = configs.parse(configs.merge({"training": {"batch_size": 3 * slice_devices}}))
+    for change in program.remedies(config, slice_devices, 1):
+        changed = configs.parse(configs.merge(configs.flatten(configs.to_dict(config)) | change))
+        per_micro_batch = changed.training.batch_size // changed.training.num_micro_batches
+        assert per_micro_batch % slice_devices == 0
+        for size in (changed.network.hidden_size, changed.network.cond_dim):
+            assert size % changed.mesh.fsdp == 0
+
+
+def test_a_sample_of_the_baseline_takes_a_step_a_token():
+    flags = ["--config.graph.name=autoregressive", "--config.network.scale_by_sigma=False", "--sample"]
+    status, out, err = plan(*SMALL, "--topology=v5e:2x2", *flags, "--config.sampling.num_samples=4")
+    assert status == 0, err
+    assert "for samples of 255 steps" in out
 
 
 def test_a_sampling_step_on_two_slices():

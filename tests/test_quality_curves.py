@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from sedd_jax import cli, generation_quality, quality_curves
+from sedd_jax import cli, generation_quality, judges, quality_curves
 
 ARGUMENTS = [
     "--curve=steps:2,4",
@@ -65,6 +65,16 @@ def test_points_that_are_done_are_not_drawn_again(run, judge_run, monkeypatch):
     assert drawn == [False, False, True]
     assert [point for point in both["points"] if point["num_steps"] == 2] == first["points"]
     assert len(list((run / "evaluations").glob("*.png"))) == 2
+
+
+def test_points_that_another_judge_has_read_are_not_taken_for_this_ones(run, judge_run, monkeypatch):
+    """A judge that was trained again has the same name."""
+    settings = {"samplers": ["tweedie"], "num_samples": 4, "batch_size": 4, "num_steps": [2]}
+    before = quality_curves.measure(run, str(judge_run), **settings)["points"]
+    read = judges.RunJudge._log_likelihood
+    monkeypatch.setattr(judges.RunJudge, "_log_likelihood", lambda judge, batch: 1.1 * read(judge, batch))
+    for point, old in zip(quality_curves.measure(run, str(judge_run), **settings)["points"], before, strict=True):
+        assert point["gen_ppl_pooled"] == pytest.approx(old["gen_ppl_pooled"] ** 1.1)
 
 
 def test_under_a_control_all_draws_are_precise(run, judge_run):

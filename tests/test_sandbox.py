@@ -38,6 +38,7 @@ def test_programs_can_be_kept_in():
         ("assert False", FAILED),
         ("a = = 1", FAILED),
         ("\0", FAILED),
+        ("from __future__ import annotations\nimport datetime\ndatetime.datetime.strptime('2026', '%Y')", PASSED),
         ("import sys\nsys.exit(0)", FAILED),
         ("import os\nos._exit(0)", FAILED),
         ("import numpy", FAILED),

@@ -40,6 +40,11 @@ def test_the_suite_runs_what_it_finds_and_lists_what_it_does_not(code_run, sets,
     assert [len(re.findall(r"missing|±", row)) for row in rows] == [5, 5]
     assert all(row.count("missing") == 3 for row in rows)
     assert sum(line.startswith("missing: ") for line in printed) == 3
+    # Another protocol is another result.
+    kept = lambda: set((code_run / "evaluations").glob("zero_shot-*.json"))
+    before = kept()
+    assert cli.main(["eval", f"--workdir={code_run}", *arguments, "--protocol=strict"]) == 0
+    assert len(kept()) == len(before) + 1
 
 
 def test_nothing_found_is_a_failure(code_run, tmp_path, monkeypatch, capsys):
