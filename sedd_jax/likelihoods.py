@@ -103,7 +103,8 @@ def passes(
 
     In each of them the times of the S sequences are spread evenly over [T_MIN, 1] in random order. Its variance is that
     of the mean on this text, from differences between neighbours in time (Wolter 2007, Introduction to Variance
-    Estimation, section 8.2), since the spread removes the variation over time that independent times would have.
+    Estimation, section 8.2), since the spread removes the variation over time that independent times would have. It is
+    an upper estimate: neighbours are different sequences, and how these differ changes nothing, as all are read.
 
     Args:
         values_fn: from `make_values_fn`.
