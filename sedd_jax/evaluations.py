@@ -28,7 +28,7 @@ def define(values: flags.FlagValues) -> None:
     text("data", None, "prepared:DIR or another source; the run's own if not given", flag_values=values)
     text("split", None, "train, valid or test; valid of its own text, test of other", flag_values=values)
     text("protocol", "published", "or strict: with prior and reconstruction terms", flag_values=values)
-    number("num_times", None, "draws of time and noise for each sequence", 1, flag_values=values)
+    number("num_times", None, "draws of time and noise for each sequence", flag_values=values)
     flags.DEFINE_float("target_stderr", 0.01, "else as many as this needs, nats per token", flag_values=values)
     number("batch_size", 32, "sequences at once", 1, flag_values=values)
     number("seed", 0, "of times, noise, samples and choices", 0, 2**32 - 1, flag_values=values)
