@@ -136,8 +136,8 @@ def num_evaluations(run: runs.Run, settings: configs.SamplingConfig, num_gaps: i
     """
     if run.is_autoregressive:
         return run.config.data.length
-    steps = per_step(run, settings) * num_steps_of(run, settings, num_gaps)
-    return steps + (1 if settings.guidance == 1 else 2)
+    before_last = per_step(run, settings) * num_steps_of(run, settings, num_gaps)
+    return before_last + (1 if settings.guidance == 1 else 2)
 
 
 def per_step(run: runs.Run, settings: configs.SamplingConfig) -> int:

@@ -106,14 +106,13 @@ def _compile(
         shift = lambda states, offset=offset: np.where(states == regexes.DEAD, states, states + offset)
         blocks.append(shift(table[1:, kinds]))
         accepting.append(automaton.is_accepting[1:])
-        within = int(shift(automaton.initial))
+        start = within = int(shift(automaton.initial))
         offset += len(table) - 1
-        initial[pattern] = Starts(within, within)
         if has_own:
             blocks.append(shift(first)[None])
             accepting.append(automaton.is_accepting[[automaton.initial]])
-            offset += 1
-            initial[pattern] = Starts(within, offset)
+            start = offset = offset + 1
+        initial[pattern] = Starts(within, start)
     automaton = constraints.Automaton(
         class_of=class_of.reshape(-1).astype(np.int32),
         next_state=np.concatenate(blocks).astype(np.int32),
@@ -155,7 +154,10 @@ def check(gap: Gap, automaton: constraints.Automaton, initial: dict[str, Starts]
         if automaton.is_accepting[reached].any():
             if number == gap.length:
                 return
-            shorter, longer = ([number], []) if number < gap.length else (shorter, [number])
+            if number < gap.length:
+                shorter = [number]
+            else:
+                longer = [number]
     known = " or ".join(map(str, shorter + longer))
     raise ValueError(
         f"the gap {{{gap.length}:{gap.pattern}}} cannot be filled: no text of {gap.length} tokens matches, "

@@ -150,9 +150,10 @@ def table(result: dict[str, Any]) -> tables.Table:
     if result["judge_samples"]:
         rows.append(("the judge's own samples", str(result["judge_samples"]["nfe"]), *cells(result["judge_samples"])))
     rows.append(("held-out text", "", *cells(result["held_out"])))
-    notes = ["published draws imitate the float32 noise of the published program, which lowers entropy and flatters"]
-    if all(point["draw"] == "precise" for point in result["points"]):
-        notes = []
+    notes = [f"drawn in {results.DIRECTORY}/{result['picture']} of the run"]
+    if any(point["draw"] == "published" for point in result["points"]):
+        noise = "published draws imitate the float32 noise of the published program, which lowers entropy and flatters"
+        notes.insert(0, noise)
     return tables.Table(
         head=[
             f"{result['workdir']}  step {result['step']}  {result['num_samples']} samples of {result['length']} tokens "
@@ -161,7 +162,7 @@ def table(result: dict[str, Any]) -> tables.Table:
         ],
         columns=("", "nfe", "perplexity of sequences", "pooled", "unigram entropy", "distinct pairs"),
         rows=rows,
-        notes=[*notes, f"drawn in {results.DIRECTORY}/{result['picture']} of the run"],
+        notes=notes,
     )
 
 
