@@ -13,7 +13,9 @@ from jax.experimental import topologies
 from matplotlib import pyplot
 
 from sedd_jax import config as configs
-from sedd_jax import runs, sharding, train
+from sedd_jax import runs
+from sedd_jax.runtime import sharding
+from sedd_jax.training import train
 
 SEQUENCES, GIB = 8, 2**30  # a device
 

@@ -8,7 +8,9 @@ import sys
 
 from matplotlib import pyplot
 
-from sedd_jax import metric_writers, results, runs
+from sedd_jax import runs
+from sedd_jax.evaluation import results
+from sedd_jax.training import metric_writers
 
 COLORS = {"absorb": "#1f5fae", "uniform": "#d9480f", "autoregressive": "#2b8a3e"}
 BOUNDS = ("valid/negative_log_likelihood_bits", "valid/cross_entropy_bits", "valid/score_entropy_bits")

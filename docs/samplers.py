@@ -15,7 +15,7 @@ HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 import oracles  # noqa: E402
 
-from sedd_jax import graphs, noise_schedules, time_grids  # noqa: E402
+from sedd_jax.diffusion import graphs, noise_schedules, time_grids  # noqa: E402
 
 N, LENGTH = 3, 3
 P0 = np.random.default_rng(0).dirichlet(np.full(N**LENGTH, 0.3)).reshape((N,) * LENGTH) * 0.95 + 0.05 / N**LENGTH

@@ -15,8 +15,10 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
 
 import jax
 
-from sedd_jax import accelerators, networks, plan
 from sedd_jax import config as configs
+from sedd_jax.model import networks
+from sedd_jax.performance import plan
+from sedd_jax.runtime import accelerators
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 SHAPES = {"small": (768, 12, 12), "medium": (1024, 24, 16), "1.5k": (1536, 24, 24), "2k": (2048, 24, 32)}

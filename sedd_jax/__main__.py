@@ -1,5 +1,5 @@
 """`python -m sedd_jax` is `sedd`."""
 
-from sedd_jax import cli
+from sedd_jax.cli import main as cli
 
 cli.run()

@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers
 
-from sedd_jax import networks, storage, train_state
+from sedd_jax.model import networks, train_state
+from sedd_jax.runtime import storage
 
 # Saved side by side, so that evaluation and sampling read the moving average alone.
 _TREES = ("params", "ema_params", "opt_state")

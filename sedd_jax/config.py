@@ -9,20 +9,9 @@ from typing import Any
 
 import ml_collections
 
-from sedd_jax import (
-    attentions,
-    controls,
-    first_hitting,
-    graphs,
-    networks,
-    noise_schedules,
-    optimizers,
-    samplers,
-    score_draws,
-    second_order,
-    sharding,
-    time_grids,
-)
+from sedd_jax.diffusion import first_hitting, graphs, noise_schedules, samplers, time_grids, trapezoidal
+from sedd_jax.model import attentions, controls, networks, optimizers, score_draws
+from sedd_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,7 +243,7 @@ def validate(config: Config) -> None:
     """Raises ValueError where values are impossible on their own or together."""
     _validate_choice("graph.name", config.graph.name, (*graphs.GRAPHS, AUTOREGRESSIVE))
     _validate_choice("noise.name", config.noise.name, noise_schedules.SCHEDULES)
-    known = (*samplers.SAMPLERS, second_order.NAME, first_hitting.NAME)
+    known = (*samplers.SAMPLERS, trapezoidal.NAME, first_hitting.NAME)
     _validate_choice("sampling.sampler", config.sampling.sampler, known)
     _validate_choice("sampling.draw", config.sampling.draw, score_draws.DRAWS)
     _validate_choice("network.remat", config.network.remat, ("none", *networks.REMAT_POLICIES))
@@ -324,7 +313,7 @@ def _validate_control(config: Config) -> None:
         raise ValueError(
             f"config.sampling.{changed[0]} is a control of precise draws: set config.sampling.draw=precise"
         )
-    if sampling.guidance != 1 and (config.graph.name != "absorb" or sampling.sampler == second_order.NAME):
+    if sampling.guidance != 1 and (config.graph.name != "absorb" or sampling.sampler == trapezoidal.NAME):
         raise ValueError(
             f"config.sampling.guidance={sampling.guidance} takes an absorbing run, where what is given can be masked, "
             f"and a sampler of one evaluation a step, not graph.name={config.graph.name} with "

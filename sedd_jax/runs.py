@@ -8,20 +8,12 @@ from typing import Any
 
 import jax
 
-from sedd_jax import (
-    alphabets,
-    batches,
-    checkpoints,
-    corpora,
-    graphs,
-    networks,
-    noise_schedules,
-    sharding,
-    shards,
-    storage,
-    tokenizers,
-)
+from sedd_jax import checkpoints
 from sedd_jax import config as configs
+from sedd_jax.data import alphabets, batches, corpora, shards, tokenizers
+from sedd_jax.diffusion import graphs, noise_schedules
+from sedd_jax.model import networks
+from sedd_jax.runtime import sharding, storage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

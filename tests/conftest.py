@@ -32,7 +32,7 @@ def small_disk(tmp_path):
 @pytest.fixture
 def golden():
     """Loads a recorded file by its name."""
-    import goldens  # Not at the top: it imports sedd_jax, which the hook above must see first.
+    from tests.support import goldens  # Not at the top: it imports sedd_jax, which the hook above must see first.
 
     return goldens.load
 
@@ -59,7 +59,7 @@ def judge_run(code_run, tmp_path_factory):
 
 
 def _train_two_steps(workdir, source, **settings):
-    from sedd_jax import cli
+    from sedd_jax.cli import main as cli
 
     settings |= {
         "data.source": source,

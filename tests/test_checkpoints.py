@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax import checkpoints, sharding, train_state
+from sedd_jax import checkpoints
+from sedd_jax.model import train_state
+from sedd_jax.runtime import sharding
 
 # What is left of Orbax's threads when it fails is reported by Python, too.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -1,12 +1,12 @@
 import dataclasses
 import importlib.util
-import pathlib
 
 import pytest
 
 from sedd_jax import config as configs
+from tests.support import places
 
-CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+CONFIGS = sorted((places.REPOSITORY / "configs").glob("*.py"))
 
 
 def load(path):

@@ -2,14 +2,22 @@
 
 import importlib
 
-import goldens
+from tests.support import goldens
 
-TAKERS = ("noise_schedules", "graphs", "losses", "networks", "samplers", "optimizers", "torch_weights")
+TAKERS = (
+    "diffusion.test_noise_schedules",
+    "diffusion.test_graphs",
+    "diffusion.test_losses",
+    "diffusion.test_samplers",
+    "model.test_networks",
+    "model.test_optimizers",
+    "conversion.test_torch_weights",
+)
 
 
 def test_every_recorded_array_is_taken_by_a_test():
     for module in TAKERS:
-        importlib.import_module(f"test_{module}")
+        importlib.import_module(f"tests.{module}")
     wanted = {(entry.file, entry.name) for entry in goldens.entries() if entry.role in ("output", "truth64")}
     assert wanted - goldens.claimed == set()
 

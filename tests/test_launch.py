@@ -18,7 +18,9 @@ import time
 import pytest
 import yaml
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.support import places
+
+ROOT = places.REPOSITORY
 PATH = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
 ODD = "--config.data.source=text:it's a $HOME/*.txt"  # What a shell would change if it read it once more.
 CLOUD = {"PROJECT": "my-project", "ZONE": "us-west4-a", "WORKDIR": "gs://my-bucket/run"}

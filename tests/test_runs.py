@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import pathlib
 import shutil
 import signal
 
@@ -13,8 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from sedd_jax import checkpoints, cli, evaluate, generate, networks, processes, runs, templates, terminals, train
+from sedd_jax import checkpoints, runs
 from sedd_jax import config as configs
+from sedd_jax.cli import main as cli
+from sedd_jax.evaluation import perplexity
+from sedd_jax.model import networks
+from sedd_jax.runtime import processes, terminals
+from sedd_jax.sampling import generate, templates
+from sedd_jax.training import train
+from tests.support import places
 
 ALPHABET = "abcdefgh"
 LENGTH = 32
@@ -111,8 +117,8 @@ def call(*argv):
 def test_the_bound_comes_down_to_the_entropy_and_never_below(trained):
     entropy = markov_chain()[2]
     workdir, _ = trained
-    settings = evaluate.Settings(num_times=4, batch_size=64)
-    result = evaluate.evaluate(workdir, split="test", settings=settings)
+    settings = perplexity.Settings(num_times=4, batch_size=64)
+    result = perplexity.evaluate(workdir, split="test", settings=settings)
     for name in ("score_entropy", "cross_entropy"):
         bound, stderr = result[name]["nats_per_token"], result[name]["nats_per_token_stderr"]
         # The average over t in [1e-3, 1] leaves out about a thousandth of the whole.
@@ -233,7 +239,7 @@ def test_micro_batches_average_their_gradients_and_have_noise_of_their_own(sourc
 def test_two_devices_train_and_evaluate_like_one(trained, source, tmp_path, monkeypatch):
     short = {"num_steps": 2, "log_every": 1, "eval_every": 2, "sample_every": 2}
     one = train.train(one_device_config(settings(source, **short)), tmp_path / "one", stream=io.StringIO())
-    alone = evaluate.evaluate(trained[0], settings=evaluate.Settings(num_times=1, batch_size=64))
+    alone = perplexity.evaluate(trained[0], settings=perplexity.Settings(num_times=1, batch_size=64))
     two_devices = jax.local_devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: two_devices)
     # Three samples cannot be split over two devices; they are drawn all the same.
@@ -241,7 +247,7 @@ def test_two_devices_train_and_evaluate_like_one(trained, source, tmp_path, monk
     two = train.train(one_device_config(partial), tmp_path / "two", stream=io.StringIO())
     for name in ("train/loss", "train/grad_norm", "valid/score_entropy_bits"):
         assert two[name] == pytest.approx(one[name], rel=1e-4)
-    together = evaluate.evaluate(trained[0], settings=evaluate.Settings(num_times=1, batch_size=64))
+    together = perplexity.evaluate(trained[0], settings=perplexity.Settings(num_times=1, batch_size=64))
     assert together["score_entropy"]["nats_per_token"] == pytest.approx(
         alone["score_entropy"]["nats_per_token"], rel=1e-4
     )
@@ -478,7 +484,7 @@ def test_help_lists_every_field_with_its_default():
     assert status == 0
     for name, value in configs.flatten(configs.to_dict(configs.Config())).items():
         assert f"--config.{name}={value!r}" in out
-    quickstart = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
+    quickstart = places.REPOSITORY / "configs" / "quickstart.py"
     assert "--config.data.length=96" in call("train", f"--config={quickstart}", "--help")[1]
     for command in ("eval", "sample", "convert"):
         assert "--json" in call(command, "--help")[1]

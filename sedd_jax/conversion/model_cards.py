@@ -1,0 +1,121 @@
+"""The README of a converted model: what it is, where it comes from, how it is used."""
+
+from typing import Any
+
+from sedd_jax import runs
+from sedd_jax.data import alphabets, subwords
+
+STABLEHLO_EXAMPLE = """\
+# pip install jax flatbuffers safetensors
+import jax.export
+import numpy as np
+from safetensors.numpy import load_file
+
+score = jax.export.deserialize(bytearray(open("score.stablehlo", "rb").read()))
+tensors = load_file("model.safetensors")
+tokens = np.zeros((2, score.in_avals[-2].shape[1]), np.int32)
+log_score = score.call(tensors, tokens, np.float32([0.5, 2.0]))  # sigma, the total noise of each sequence
+print(log_score.shape, np.asarray(log_score)[0, 0, :5])
+"""
+_DECODE = {
+    alphabets.Characters: (
+        "import json\n\n",
+        'alphabet = json.load(open("sedd_tokenizer.json"))["alphabet"]\n'
+        'print("".join(alphabet[token] for token in tokens[0]))',
+    ),
+    alphabets.Bytes: ("", 'print(bytes(tokens[0].tolist()).decode("utf-8", "replace"))'),
+    alphabets.Ids: ("", "print(tokens[0])"),
+    subwords.GPT2: (
+        "import tiktoken  # pip install tiktoken\n",
+        'print(tiktoken.get_encoding("gpt2").decode(tokens[0].tolist()))',
+    ),
+    subwords.WordPiece: (
+        "",
+        'pieces = open("vocab.txt", encoding="utf-8").read().splitlines()\n'
+        'print(" ".join(pieces[token] for token in tokens[0]))',
+    ),
+    subwords.SentencePiece: (
+        "import sentencepiece  # pip install sentencepiece\n",
+        'pieces = sentencepiece.SentencePieceProcessor(model_file="tokenizer.model")\n'
+        "print(pieces.decode(tokens[0].tolist()))",
+    ),
+}
+
+
+def card(run: runs.Run, origin: dict[str, Any], num_parameters: int, dtype: str, *, with_stablehlo: bool) -> str:
+    """Markdown with the front matter that the Hub reads."""
+    config, network = run.config, run.network
+    noise = config.noise
+    schedule = (
+        f"eps {noise.eps:g}" if noise.name == "loglinear" else f"sigma {noise.sigma_min:g} to {noise.sigma_max:g}"
+    )
+    facts = {
+        "graph": {"absorb": "absorbing: tokens turn into the mask", "uniform": "uniform: tokens turn into any token"}[
+            config.graph.name
+        ],
+        "noise": f"{noise.name}, {schedule}",
+        "network": f"{network.num_layers} layers, {network.hidden_size} wide, {network.num_heads} heads, "
+        f"{num_parameters:,} parameters in {dtype}",
+        "length": f"{config.data.length} tokens",
+        "tokenizer": f"{run.tokenizer.to_json()['kind']}, {run.graph.vocab_size} tokens",
+        "trained on": config.data.source or "not known",
+        **{name: str(value) for name, value in origin.items() if value is not None},
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    imports, decode = _DECODE[type(run.tokenizer)]
+    return f"""---
+library_name: sedd_jax
+pipeline_tag: text-generation
+tags:
+- sedd
+- score-entropy
+- discrete-diffusion
+---
+
+# A score entropy discrete diffusion model
+
+It generates text from noise and fills gaps anywhere in a text (Lou, Meng, Ermon 2023, arXiv 2310.16834). Converted by
+sedd_jax.
+
+| | |
+|---|---|
+{table}
+
+## In PyTorch
+
+`torch_model.py` beside this file and torch are all it takes. Run in this directory:
+
+```python
+{imports}import torch
+
+from torch_model import SEDD
+
+model = SEDD.from_pretrained(".")  # .to("cuda")
+tokens = model.sample(2, num_steps=128)
+{decode}
+
+# Infilling: the first and the last four tokens are kept, the rest is drawn anew.
+is_given = torch.zeros_like(tokens, dtype=torch.bool)
+is_given[:, :4] = is_given[:, -4:] = True
+tokens = model.sample(num_steps=128, given=tokens, is_given=is_given)
+```
+
+The published program loads this directory as it is: `SEDD.from_pretrained(DIR)`.
+{_STABLEHLO if with_stablehlo else ""}
+## In JAX
+
+```
+sedd convert --from=DIR --to=RUN
+sedd sample --workdir=RUN
+```
+"""
+
+
+_STABLEHLO = f"""
+## As StableHLO
+
+`score.stablehlo` is the score function for any batch, on CPU, CUDA and TPU, without any model code (`example.py`):
+
+```python
+{STABLEHLO_EXAMPLE}```
+"""

@@ -1,0 +1,46 @@
+"""Where text comes from: a source, KIND:ARGUMENT, names a corpus."""
+
+import difflib
+from collections.abc import Callable
+
+from sedd_jax.data import documents, hub_corpora, published_corpora, python_corpora, text_files
+
+_READERS: dict[str, Callable[[str], documents.Corpus]] = {
+    "text": text_files.read_text,
+    "lines": text_files.read_lines,
+    "jsonl": text_files.read_jsonl,
+    "parquet": text_files.read_parquet,
+    "tfds": hub_corpora.read_tfds,
+    "hf": hub_corpora.read_hf,
+    "python": python_corpora.read,
+}
+FORMS = (
+    "text:GLOB",
+    "lines:GLOB",
+    "jsonl:GLOB#field",
+    "parquet:GLOB#column",
+    "tfds:NAME[/config][#feature]",
+    "hf:OWNER/NAME[/config][#column]",
+    "python:docs",
+    "python:stdlib",
+    *published_corpora.PUBLISHED,
+)
+
+
+def find(source: str) -> documents.Corpus:
+    """The corpus that a source names; what it is had from is fetched where it is not here.
+
+    A name of the paper alone, as in wikitext2, fetches that corpus; NAME:SOURCE takes its rows from a source.
+
+    Raises:
+        ValueError: where the source is of no known kind, or what it names is not as it must be.
+        OSError: where there is nothing there.
+    """
+    kind, _, argument = source.partition(":")
+    if kind in published_corpora.PUBLISHED:
+        return published_corpora.read(kind, find(argument or published_corpora.PUBLISHED[kind].source()))
+    if kind not in _READERS:
+        nearest = difflib.get_close_matches(kind, [*_READERS, *published_corpora.PUBLISHED], n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(f"source={source!r} is of no known kind: {hint}give one of {', '.join(FORMS)}")
+    return _READERS[kind](argument)

@@ -1,0 +1,131 @@
+"""Documents of tensorflow-datasets and of the Hugging Face hub."""
+
+import os
+import pathlib
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from sedd_jax.data import documents
+
+_NAMES = {"validation": "valid", "dev": "valid"}
+_ROWS_AT_ONCE = 1024
+_SECONDS_TO_ANSWER = 10
+_HF = "https://huggingface.co"
+_GENERAL_HOST = "https://storage.googleapis.com"  # where tensorflow-datasets looks when a dataset names no address
+
+
+def read_tfds(spec: str) -> documents.Corpus:
+    """NAME[/config][#feature] of tensorflow-datasets, downloaded where it is not, in array_record, without TensorFlow.
+
+    `text_files` is one of local files, see `tfds_text_files`.
+    """
+    name, _, feature = spec.partition("#")
+    tfds = _import_tfds(spec)
+    try:
+        builder = tfds.builder(name, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"tfds:{spec} is not registered without TensorFlow ({str(error).splitlines()[0]}): correct the name, or "
+            f"export its text and name the files"
+        ) from error
+    texts = [key for key, value in builder.info.features.items() if isinstance(value, tfds.features.Text)]
+    column = _column(f"tfds:{spec}", feature, texts)
+    if not builder.is_prepared():
+        _prepare(spec, tfds, builder)
+    sources = {split: builder.as_data_source(split) for split in builder.info.splits}
+    read_rows = lambda rows, indices: [row[column].decode() for row in rows.__getitems__(indices)]
+    return _corpus(f"tfds:{builder.info.full_name}", sources, read_rows)
+
+
+def _import_tfds(spec: str) -> Any:
+    try:
+        import tensorflow_datasets
+
+        from sedd_jax.data import tfds_text_files  # noqa: F401, which registers itself
+    except ImportError as error:
+        raise ImportError(f"tfds:{spec} needs tensorflow-datasets: pip install tensorflow-datasets") from error
+    return tensorflow_datasets
+
+
+def _prepare(spec: str, tfds: Any, builder: Any) -> None:
+    """Downloads and writes a dataset; where nothing answers, fails at once and not after tensorflow-datasets' tries."""
+    addresses = [url for url in builder.url_infos or () if url.startswith("http")] or [_GENERAL_HOST]
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS is None and not _answers(addresses[0]):
+        raise OSError(
+            f"tfds:{spec} is not in {builder.data_path.parent}, and {addresses[0]} does not answer: connect to the "
+            f"network, or copy the prepared dataset there"
+        )
+    try:
+        builder.download_and_prepare()
+    except (tfds.download.DownloadError, AssertionError, OSError) as error:
+        raise OSError(f"tfds:{spec} cannot be prepared: {' '.join(str(error).split())}") from error
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_SECONDS_TO_ANSWER):
+            return True
+    except urllib.error.HTTPError:
+        return True  # An answer, if not the one hoped for: the download will say more.
+    except OSError:
+        return False
+
+
+def read_hf(spec: str) -> documents.Corpus:
+    """OWNER/NAME[/config][#column] of the Hugging Face hub, or a local directory of that name, in Parquet or JSON."""
+    name, _, column = spec.partition("#")
+    owner, _, rest = name.partition("/")
+    if not rest:
+        raise ValueError(f"hf:{spec} names no owner: give one as in hf:OWNER/NAME")
+    dataset, _, config = rest.partition("/")
+    repository = f"{owner}/{dataset}"
+    if not pathlib.Path(repository).is_dir() and not _answers(os.environ.get("HF_ENDPOINT", _HF)):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # What has been loaded before is found, and the rest fails at once.
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"hf:{spec} needs the package datasets: pip install 'sedd_jax[hf]'") from error
+    try:
+        sources: Any = datasets.load_dataset(repository, config or None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OSError(
+            f"hf:{spec} cannot be loaded ({' '.join(str(error).split())}): check the name and the network; datasets "
+            f"made by a script are no longer loaded, look for one in Parquet"
+        ) from error
+    features = next(iter(sources.values())).features
+    texts = [key for key, value in features.items() if getattr(value, "dtype", None) in ("string", "large_string")]
+    column = _column(f"hf:{spec}", column, texts)
+    return _corpus(f"hf:{name}", sources, lambda rows, indices: rows[indices.start : indices.stop][column])
+
+
+def _column(spec: str, wanted: str, texts: Sequence[str]) -> str:
+    """The column that a spec asks for, else `text`, else the only one that holds text."""
+    column = wanted or ("text" if "text" in texts or len(texts) != 1 else texts[0])
+    if not texts:
+        raise ValueError(f"{spec} has no column of text: give another dataset")
+    if column not in texts:
+        raise ValueError(f"{spec} has no text in {column!r}: name one of {', '.join(texts)}, as in #{texts[0]}")
+    return column
+
+
+def _corpus(
+    spec: str, sources: Mapping[str, Any], read_rows: Callable[[Any, range], Sequence[str]]
+) -> documents.Corpus:
+    native = {_NAMES.get(name, name): name for name in sources}
+    parts = documents.divide(native)
+    if not parts:
+        raise ValueError(f"{spec} has the splits {', '.join(sources)}, none of train, validation and test")
+
+    def read(split: str) -> Iterator[documents.Document]:
+        part = parts[split]
+        name = native[part.native]
+        indices = part.indices(len(sources[name]))
+        for start in range(0, len(indices), _ROWS_AT_ONCE):
+            some = indices[start : start + _ROWS_AT_ONCE]
+            for index, text in zip(some, read_rows(sources[name], some), strict=True):
+                done = part.progress((index + 1) / len(sources[name]))
+                yield documents.Document(text or "", f"{spec} {name} {index}", done)
+
+    return documents.Corpus(splits=tuple(parts), read=read)

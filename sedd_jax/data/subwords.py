@@ -1,0 +1,344 @@
+"""Tokens that are parts of words: GPT-2's byte pairs, BERT's word pieces, SentencePiece."""
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from sedd_jax.data import alphabets
+
+# How GPT-2 cuts text before it merges bytes: contractions, words, numbers and signs with one space before them, space.
+_GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_END_OF_TEXT = "<|endoftext|>"
+_BLOCK = "\u2581"
+_SPECIAL_PIECE = re.compile(r"\[\w+\]")  # [SEP], [unused7], but not the pieces [ and ]
+_LINE = 4096  # characters
+_NUM_LINES = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPT2:
+    """Byte pairs cut by GPT-2's pattern; the end of text is the id after the last rank (50256 for GPT-2's own ranks).
+
+    `path` is a file in tiktoken's format (base64 bytes and rank, one a line), or None for tiktoken's own copy of
+    GPT-2's ranks; `sha256` is that of the ranks written in this format, so that both name the same tokenizer.
+    """
+
+    path: str | None
+    sha256: str
+    unit: ClassVar[str] = "token"
+    mask_id: ClassVar[None] = None
+    unk_id: ClassVar[None] = None
+
+    def __post_init__(self):
+        found = _sha256_of_ranks(self._ranks)
+        if found != self.sha256:
+            raise ValueError(f"the ranks in {self.path} have sha256 {found}, not {self.sha256}: put the same file back")
+
+    @functools.cached_property
+    def _ranks(self) -> dict[bytes, int]:
+        return _read_ranks(self.path)
+
+    @functools.cached_property
+    def _encoding(self):
+        import tiktoken
+
+        return tiktoken.Encoding(
+            name="gpt2",
+            pat_str=_GPT2_PATTERN,
+            mergeable_ranks=self._ranks,
+            special_tokens={_END_OF_TEXT: self.eos_id},
+        )
+
+    @property
+    def eos_id(self) -> int:
+        return len(self._ranks)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset({self.eos_id})
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._ranks) + 1
+
+    def encode(self, text: str) -> Int[np.ndarray, " L"]:
+        """Ids (int32) of a text; a text that spells <|endoftext|> is read as those characters."""
+        return np.array(self._encoding.encode_ordinary(text), np.int32)
+
+    def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
+        """The text that ids stand for; bytes that are no UTF-8 become U+FFFD."""
+        alphabets.check_ids(ids, self.vocab_size)
+        return self._encoding.decode(ids.tolist())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "gpt2", "path": self.path, "sha256": self.sha256}
+
+    def file(self) -> bytes:
+        """Content of a file that `path` may name."""
+        return _file_of_ranks(self._ranks)
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give every text the same ids, wherever their files lie."""
+        return alphabets.fingerprint_of({"kind": "gpt2", "sha256": self.sha256})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WordPiece:
+    """BERT's uncased word pieces; its [MASK] is the absorbing state and so not one of the vocab_size real tokens.
+
+    `path` is a vocabulary, one piece a line (bert-base-uncased: [MASK] is 103 of 30,522 ids); [SEP] ends a document.
+    Decoding gives lower-case text without accents, since that is all the ids know.
+    """
+
+    path: str
+    sha256: str
+    unit: ClassVar[str] = "token"
+
+    def __post_init__(self):
+        found = hashlib.sha256(content(self.path)).hexdigest()
+        if found != self.sha256:
+            raise ValueError(f"{self.path} has sha256 {found}, not {self.sha256}: put the same file back")
+        if missing := {"[MASK]", "[SEP]", "[UNK]"} - self._pieces.keys():
+            raise ValueError(f"{self.path} lacks {', '.join(sorted(missing))}: give BERT's own vocabulary file")
+
+    @functools.cached_property
+    def _pieces(self) -> dict[str, int]:
+        return {piece: id_ for id_, piece in enumerate(content(self.path).decode("utf-8").splitlines())}
+
+    @functools.cached_property
+    def _model(self):
+        try:
+            import tokenizers as hf
+        except ImportError as error:
+            raise ImportError("word pieces need a package that is not installed: pip install tokenizers") from error
+
+        model = hf.Tokenizer(hf.models.WordPiece(self._pieces, unk_token="[UNK]", max_input_chars_per_word=100))
+        model.normalizer = hf.normalizers.BertNormalizer(lowercase=True)
+        model.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
+        model.decoder = hf.decoders.WordPiece()
+        return model
+
+    @property
+    def mask_id(self) -> int:
+        return self._pieces["[MASK]"]
+
+    @property
+    def unk_id(self) -> int:
+        return self._pieces["[UNK]"]
+
+    @property
+    def eos_id(self) -> int:
+        return self._pieces["[SEP]"]
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(id_ for piece, id_ in self._pieces.items() if _SPECIAL_PIECE.fullmatch(piece))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._pieces) - 1
+
+    def encode(self, text: str) -> Int[np.ndarray, " L"]:
+        """Ids (int32) of a text, without BERT's frame of [CLS] and [SEP]."""
+        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
+        """The text that ids stand for, in lower case and with the spaces BERT's pieces imply."""
+        alphabets.check_ids(ids, len(self._pieces))
+        return self._model.decode(ids.tolist(), skip_special_tokens=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "wordpiece", "path": self.path, "sha256": self.sha256}
+
+    def file(self) -> bytes:
+        """Content of a file that `path` may name."""
+        return content(self.path)
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give every text the same ids, wherever their files lie."""
+        return alphabets.fingerprint_of({"kind": "wordpiece", "sha256": self.sha256})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SentencePiece:
+    """A SentencePiece model, which travels with the tokenizer: `model` is its file in base64.
+
+    One that `learn_sentence_piece` made gives every text back as it was. Others may normalise text, or lack characters:
+    these become `unk_id`. A control or user-defined piece [MASK] or <mask> is the absorbing state.
+    """
+
+    model: str = dataclasses.field(repr=False)
+    unit: ClassVar[str] = "token"
+
+    @functools.cached_property
+    def _processor(self):
+        sentencepiece = _import_sentence_piece()
+        try:
+            return sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.model, validate=True))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError("what should be a SentencePiece model is none: give the .model file") from error
+
+    @functools.cached_property
+    def _block_ids(self) -> list[int]:
+        """What stands for U+2581, which SentencePiece itself takes for a space: its bytes, or what is unknown."""
+        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _BLOCK.encode()]
+        return [self.unk_id] if self.unk_id in ids else ids
+
+    @functools.cached_property
+    def mask_id(self) -> int | None:
+        ids = [self._processor.piece_to_id(piece) for piece in ("[MASK]", "<mask>")]
+        return next((id_ for id_ in ids if id_ != self.unk_id), None)
+
+    @property
+    def eos_id(self) -> int | None:
+        id_ = self._processor.eos_id()
+        return None if id_ < 0 else id_
+
+    @property
+    def unk_id(self) -> int:
+        return self._processor.unk_id()
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        ids = range(self._processor.get_piece_size())
+        return frozenset(id_ for id_ in ids if id_ in (self.mask_id, self.unk_id) or self._processor.is_control(id_))
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.get_piece_size() - (self.mask_id is not None)
+
+    def encode(self, text: str) -> Int[np.ndarray, " L"]:
+        """Ids (int32) of a text."""
+        first, *rest = (self._processor.encode(part) for part in text.split(_BLOCK))
+        return np.array(first + [id_ for part in rest for id_ in (*self._block_ids, *part)], np.int32)
+
+    def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
+        """The text that ids stand for; an end of text and other control pieces are written by their names."""
+        alphabets.check_ids(ids, self._processor.get_piece_size())
+        texts, run = [], []
+        for id_ in ids.tolist():
+            if self._processor.is_control(id_):
+                texts += [self._processor.decode(run), self._processor.id_to_piece(id_)]
+                run = []
+            else:
+                run.append(id_)
+        return "".join([*texts, self._processor.decode(run)])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "sentencepiece", "model": self.model}
+
+    def file(self) -> bytes:
+        """The model as SentencePiece itself reads it."""
+        return base64.b64decode(self.model)
+
+    def fingerprint(self) -> str:
+        """Equal for the same model."""
+        return alphabets.fingerprint_of(self.to_json())
+
+
+def learn_sentence_piece(vocab_size: int, documents: Iterable[str]) -> SentencePiece:
+    """`vocab_size` byte pairs of a corpus: all 256 bytes, the newline and </s> are among them, nothing is normalised.
+
+    Learned from at most a million lines drawn from all of them, each cut after 4096 characters.
+    """
+    sentencepiece = _import_sentence_piece()
+    lines = (line for document in documents for line in document.split("\n"))
+    pieces = (line[start : start + _LINE] for line in lines for start in range(0, len(line), _LINE))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=pieces,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            input_sentence_size=_NUM_LINES,
+            max_sentence_length=4 * _LINE,
+            num_threads=os.cpu_count(),
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"SentencePiece cannot make {vocab_size} pieces of this text ({reason}): ask for another number, or give "
+            f"more text"
+        ) from error
+    return SentencePiece(model=base64.b64encode(model.getvalue()).decode())
+
+
+def load_sentence_piece(path: str) -> SentencePiece:
+    """The model in a file."""
+    tokenizer = SentencePiece(model=base64.b64encode(content(path)).decode())
+    if not tokenizer.vocab_size:
+        raise ValueError(f"{path} holds no pieces: give a SentencePiece .model file")
+    return tokenizer
+
+
+def gpt2(path: str | None) -> GPT2:
+    """GPT-2's tokenizer with the ranks in a file, or with tiktoken's own copy."""
+    return GPT2(path=path, sha256=_sha256_of_ranks(_read_ranks(path)))
+
+
+def word_piece(path: str) -> WordPiece:
+    """Word pieces of a vocabulary file."""
+    return WordPiece(path=path, sha256=hashlib.sha256(content(path)).hexdigest())
+
+
+def _import_sentence_piece() -> Any:
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ImportError("sentencepiece is not installed: pip install sentencepiece") from error
+    return sentencepiece
+
+
+def content(path: str) -> bytes:
+    """A file of a tokenizer."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"the tokenizer's file {path} does not exist: put it back, or name where it is now")
+    return pathlib.Path(path).read_bytes()
+
+
+def _read_ranks(path: str | None) -> dict[bytes, int]:
+    """Byte pair ranks of a file in tiktoken's format, or of GPT-2 as tiktoken keeps (or fetches) it."""
+    if path is None:
+        import tiktoken
+
+        return tiktoken.get_encoding("gpt2")._mergeable_ranks
+    lines = [line.split() for line in content(path).splitlines() if line]
+    try:
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of ranks ({error}): each line is base64 bytes and a rank") from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError(f"{path} has {len(ranks)} ranks that lack a number or one of the 256 bytes: give a whole file")
+    return ranks
+
+
+def _file_of_ranks(ranks: dict[bytes, int]) -> bytes:
+    """Ranks in tiktoken's format."""
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
+    return b"".join(lines)
+
+
+def _sha256_of_ranks(ranks: dict[bytes, int]) -> str:
+    return hashlib.sha256(_file_of_ranks(ranks)).hexdigest()

@@ -1,0 +1,39 @@
+"""Local text as a dataset of tensorflow-datasets, for programs that read those.
+
+    tfds.builder("text_files", file_format="array_record").download_and_prepare()
+
+reads train, valid and test (.txt, .txt.gz or .txt.xz, as many as there are) from downloads/manual/text_files in
+tensorflow-datasets' directory; a form feed separates documents. Change the text, and remove text_files/1.0.0 there.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from sedd_jax.data import text_files
+
+
+class TextFiles(tfds.core.GeneratorBasedBuilder):
+    """Documents of local text files, one example each, in their order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "Put train.txt, valid.txt and test.txt (or .txt.gz, .txt.xz) into text_files."
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Documents of local text files.",
+            features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        pattern = pathlib.Path(dl_manager.manual_dir) / "text_files" / "{split}.txt*"
+        corpus = text_files.read_text(str(pattern))
+        return {split: self._generate_examples(corpus, split) for split in corpus.splits}
+
+    def _generate_examples(self, corpus: Any, split: str) -> Iterator[tuple[int, dict[str, str]]]:
+        for index, document in enumerate(corpus.read(split)):
+            yield index, {"text": document.text}

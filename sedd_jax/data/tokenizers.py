@@ -1,0 +1,169 @@
+"""Text to token ids and back; each tokenizer is a frozen value that JSON carries, so that a run directory can hold it.
+
+`vocab_size` is N, the number of real tokens. `mask_id` is None where the diffusion appends its mask as id N, `eos_id`
+where nothing ends a document, `unk_id` where nothing stands for text that has no token: such text is an error then.
+`special_ids` are those that stand for no text: these three, and what else a vocabulary holds for its own use.
+"""
+
+import difflib
+import json
+import pathlib
+import string
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from sedd_jax.data import alphabets, subwords
+
+Tokenizer = (
+    alphabets.Characters | alphabets.Bytes | alphabets.Ids | subwords.GPT2 | subwords.WordPiece | subwords.SentencePiece
+)
+Documents = Callable[[], Iterable[str]]
+
+FORMS = (
+    "characters",
+    "text8",
+    "bytes",
+    "gpt2",
+    "gpt2:FILE",
+    "sentencepiece:N",
+    "sentencepiece:FILE",
+    "wordpiece:FILE",
+    "ids:N",
+)
+# What a kind reads beside its description.
+FILES = {"gpt2": "gpt2.tiktoken", "wordpiece": "vocab.txt"}
+# Tokens of the tokenizers, masks left out; a corpus' own characters are taken to be 100.
+VOCAB_SIZES = {"gpt2": 50_257, "text8": 27, "bytes": 256, "wordpiece": 30_521, "characters": 100}
+
+
+def build(spec: str, documents: Documents) -> Tokenizer:
+    """The tokenizer that a spec names, one of `FORMS`.
+
+    `characters` (the corpus' own, sorted) and `sentencepiece:N` (N pieces) are learned from `documents()`. Give
+    characters those of every split: the set of characters is all that held-out text lends, and no evaluation then
+    meets a character without an id. text8 is a space (0) and a to z.
+    """
+    kind, argument = _parse(spec)
+    return _BUILDERS[kind](argument, documents)
+
+
+def is_learned(spec: str) -> bool:
+    """Whether a spec names a tokenizer that depends on the text."""
+    kind, argument = _parse(spec)
+    return kind == "characters" or (kind == "sentencepiece" and argument.isdecimal())
+
+
+def vocab_size_of(spec: str) -> int:
+    """Tokens that a tokenizer will have, the mask left out, from its spec alone."""
+    kind, argument = _parse(spec)
+    if kind in VOCAB_SIZES:
+        return VOCAB_SIZES[kind]
+    return int(argument) if is_learned(spec) else _BUILDERS[kind](argument, lambda: ()).vocab_size
+
+
+def from_json(description: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `to_json` described; one that reads a file checks that it is the same file."""
+    fields = dict(description)
+    kind = fields.pop("kind")
+    if kind not in _KINDS:
+        raise ValueError(f"tokenizer kind={kind!r} is unknown: this version reads {', '.join(_KINDS)}")
+    return _KINDS[kind](**fields)
+
+
+def write(tokenizer: Tokenizer, path: pathlib.Path) -> None:
+    """Writes what `read` reads: the description in JSON, and beside it the file that it needs, if any (`FILES`)."""
+    description = tokenizer.to_json()
+    if isinstance(tokenizer, subwords.GPT2 | subwords.WordPiece):
+        description["path"] = FILES[description["kind"]]
+        (path.parent / description["path"]).write_bytes(tokenizer.file())
+    path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def read(path: pathlib.Path) -> Tokenizer:
+    """The tokenizer that `write` wrote.
+
+    Raises:
+        ValueError: where the description is damaged, or names a file that is not its own.
+    """
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        name = FILES.get(description["kind"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    if name is not None:
+        if description.get("path") != name:
+            raise ValueError(f"{path} names the file {description.get('path')!r}, but its own is {name}, beside it")
+        description["path"] = str(path.absolute().parent / name)
+    try:
+        return from_json(description)
+    except TypeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def num_ids(tokenizer: Tokenizer) -> int:
+    """How many ids a tokenizer itself can name: its real tokens, and its own mask where it has one."""
+    return tokenizer.vocab_size + (tokenizer.mask_id is not None)
+
+
+def joiner(tokenizer: Tokenizer) -> str:
+    """What stands between documents that no end of text ends: a blank line, or a space where there is no newline."""
+    if isinstance(tokenizer, alphabets.Bytes):
+        return "\n\n"
+    if not isinstance(tokenizer, alphabets.Characters):
+        return ""
+    return next((joiner for joiner in ("\n\n", " ") if joiner[0] in tokenizer.alphabet), "")
+
+
+def _parse(spec: str) -> tuple[str, str]:
+    """Kind and argument of a tokenizer's spec."""
+    kind, colon, argument = spec.partition(":")
+    if kind not in _BUILDERS:
+        nearest = difflib.get_close_matches(kind, _BUILDERS, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(f"tokenizer={spec!r} is of no known kind: {hint}give one of {', '.join(FORMS)}")
+    takes = {":" in form for form in FORMS if form.partition(":")[0] == kind}
+    if bool(argument) not in takes or bool(colon) != bool(argument):
+        raise ValueError(f"tokenizer={spec!r} is not complete, or more than that: give one of {', '.join(FORMS)}")
+    return kind, argument
+
+
+def _characters(documents: Documents) -> alphabets.Characters:
+    found = set()
+    for text in documents():
+        found.update(text)
+    alphabet = "".join(sorted(found))
+    if not alphabet:
+        raise ValueError("there is no text to take characters from: give files with text in them")
+    return alphabets.Characters(alphabet=alphabet)
+
+
+def _sentence_piece(argument: str, documents: Documents) -> subwords.SentencePiece:
+    if argument.isdecimal():
+        return subwords.learn_sentence_piece(int(argument), documents())
+    return subwords.load_sentence_piece(argument)
+
+
+def _ids(count: str) -> alphabets.Ids:
+    if not (count.isascii() and count.isdecimal() and int(count) > 0):
+        raise ValueError(f"tokenizer='ids:{count}' names no number of tokens: give one from 1, as in ids:50257")
+    return alphabets.Ids(vocab_size=int(count))
+
+
+_KINDS = {
+    "characters": alphabets.Characters,
+    "bytes": alphabets.Bytes,
+    "ids": alphabets.Ids,
+    "gpt2": subwords.GPT2,
+    "wordpiece": subwords.WordPiece,
+    "sentencepiece": subwords.SentencePiece,
+}
+_TEXT8 = alphabets.Characters(alphabet=" " + string.ascii_lowercase)
+_BUILDERS: dict[str, Callable[[str, Documents], Tokenizer]] = {
+    "characters": lambda argument, documents: _characters(documents),
+    "text8": lambda argument, documents: _TEXT8,
+    "bytes": lambda argument, documents: alphabets.Bytes(),
+    "gpt2": lambda argument, documents: subwords.gpt2(str(pathlib.Path(argument).absolute()) if argument else None),
+    "wordpiece": lambda argument, documents: subwords.word_piece(str(pathlib.Path(argument).absolute())),
+    "sentencepiece": _sentence_piece,
+    "ids": lambda argument, documents: _ids(argument),
+}

@@ -1,0 +1,1 @@
+"""Measurements of a run: likelihood, quality of samples, infilling, code."""

@@ -1,0 +1,209 @@
+"""pass@k of generated code on problems with tests, in the format of HumanEval (Chen et al. 2021, arXiv 2107.03374)."""
+
+import collections
+import concurrent.futures
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from sedd_jax import runs
+from sedd_jax.evaluation import generation_quality, results, sandbox, tables
+from sedd_jax.runtime import sharding, storage
+from sedd_jax.sampling import generate, templates
+
+_KS = (1, 10, 100)
+# Where a function that follows a prompt is over.
+_STOP = re.compile(r"\n(class|def|#|@|if|print)")
+_FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+
+
+class Problem(NamedTuple):
+    """One line of a file of problems; with a `suffix` the code to write is between it and the prompt."""
+
+    task_id: str
+    prompt: str
+    canonical_solution: str
+    test: str
+    entry_point: str
+    suffix: str | None = None
+
+
+def read(path: str | os.PathLike[str]) -> list[Problem]:
+    """Problems of a JSON lines file.
+
+    Raises:
+        ValueError: names the line that is none.
+    """
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"--problems={path} is no file: give one in the format of HumanEval.jsonl")
+    found = []
+    for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            content = json.loads(line)
+            wanted = {name: content[name] for name in _FIELDS} | {"suffix": content.get("suffix")}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}:{number}: is no problem with {', '.join(_FIELDS)}: {error}") from error
+        if not all(isinstance(value, str) for value in wanted.values() if value is not None):
+            raise ValueError(f"{path}:{number}: {', '.join(_FIELDS)} and suffix must be text")
+        found.append(Problem(**wanted))
+    if not found:
+        raise ValueError(f"--problems={path} has no problem in it")
+    return found
+
+
+def measure(
+    workdir: storage.Directory,
+    problems: str,
+    *,
+    step: int | None = None,
+    num_samples: int = 10,
+    timeout_s: float = 3.0,
+    batch_size: int = 32,
+    seed: int = 0,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Writes code for every problem and runs its tests, in `sandbox`.
+
+    After a prompt the model fills all of its length, of which the text up to the next statement counts. Between a
+    prompt and a suffix it fills as many tokens as the reference solution has.
+
+    Args:
+        workdir: the run directory.
+        problems: the file, see `read`.
+        step: the checkpoint; the newest if None.
+        num_samples: attempts at each problem.
+        timeout_s: seconds for an attempt to pass its tests.
+        batch_size: attempts drawn at once.
+        seed: of all attempts.
+        **settings: fields of `config.SamplingConfig` that differ from the run's: sampler, num_steps, draw.
+
+    Returns:
+        `pass_at_1` and so on with standard errors over problems, how attempts ended, and `left_out`: problems with no
+        room for code in the model's length, or with text that its tokenizer does not know. These count as not passed.
+
+    Raises:
+        ValueError: where programs cannot be run here, or a problem's own solution does not pass its tests.
+    """
+    sandbox.check()
+    found = read(problems)
+    run = runs.load(workdir)
+    sampling = generate.sampling_of(run, num_samples=batch_size, **settings)
+    references = [assemble(problem, problem.canonical_solution) for problem in found]
+    for problem, outcome in zip(found, _run_all(references, timeout_s), strict=True):
+        if outcome != sandbox.Outcome.PASSED:
+            raise ValueError(f"{problems}: the solution that {problem.task_id} comes with {outcome}: mend or remove it")
+    step, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()), step)
+    result = {
+        **results.circumstances(run, step),
+        "problems": str(problems),
+        "data_sha256": hashlib.sha256(pathlib.Path(problems).read_bytes()).hexdigest(),
+        "num_problems": len(found),
+        "num_samples": num_samples,
+        **generation_quality.described(run, sampling),
+        "timeout_s": timeout_s,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    name = results.name("problems", result)
+    asked, left_out = {}, {}
+    for problem in found:
+        try:
+            asked[problem] = _template(run, problem)
+        except ValueError as error:
+            left_out[problem.task_id] = str(error)
+    attempts = _attempt(run, params, sampling, asked, num_samples, seed)
+    outcomes = _run_all([assemble(problem, code) for problem, code in attempts], timeout_s)
+    passed = collections.Counter(
+        problem for (problem, _), outcome in zip(attempts, outcomes, strict=True) if outcome == sandbox.Outcome.PASSED
+    )
+    for k in _KS:
+        if k <= num_samples:
+            each = np.array([pass_at_k(num_samples, passed[problem], k) for problem in found])
+            result |= {f"pass_at_{k}": float(each.mean()), f"pass_at_{k}_stderr": generation_quality.stderr(each)}
+    result["outcomes"] = dict(collections.Counter(outcomes))
+    result["left_out"] = left_out
+    result["passed"] = {problem.task_id: count for problem, count in passed.items()}
+    result["texts"] = [assemble(problem, code) for problem, code in attempts[::num_samples][: results.KEPT_TEXTS]]
+    results.keep(run, name, result)
+    return result
+
+
+def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
+    """Probability that one of k attempts passes, unbiased from `num_samples` >= k (Chen et al. 2021, equation 1)."""
+    return 1.0 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
+
+
+def assemble(problem: Problem, code: str) -> str:
+    """The program that passes where `code` solves the problem."""
+    return f"{problem.prompt}{code}{problem.suffix or ''}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
+
+
+def table(result: dict[str, Any]) -> tables.Table:
+    """What `measure` found."""
+    rows = [
+        (f"pass@{k}", tables.estimate(result[f"pass_at_{k}"], result[f"pass_at_{k}_stderr"]))
+        for k in _KS
+        if f"pass_at_{k}" in result
+    ]
+    ended = ", ".join(f"{count} {outcome}" for outcome, count in sorted(result["outcomes"].items()))
+    notes = [f"attempts: {ended or 'none'}"]
+    if result["left_out"]:
+        name, reason = next(iter(result["left_out"].items()))
+        notes.append(f"{len(result['left_out'])} problems left out and counted as not passed, such as {name}: {reason}")
+    return tables.Table(
+        head=[
+            f"{result['workdir']}  step {result['step']}  {result['num_problems']} problems of {result['problems']}, "
+            f"{result['num_samples']} attempts each, {generation_quality.how(result)}"
+        ],
+        columns=("", "share of problems"),
+        rows=rows,
+        notes=notes,
+    )
+
+
+def _template(run: runs.Run, problem: Problem) -> templates.Template:
+    """What is known of a program.
+
+    Raises:
+        ValueError: where that leaves no room, or has text outside the vocabulary.
+    """
+    prompt = run.tokenizer.encode(problem.prompt)
+    if problem.suffix is None:
+        return templates.assemble(run, [prompt, (max(1, run.config.data.length - len(prompt)), None)])
+    gap = len(run.tokenizer.encode(problem.canonical_solution))
+    return templates.assemble(run, [prompt, (gap, None), run.tokenizer.encode(problem.suffix)])
+
+
+def _attempt(
+    run: runs.Run, params: Any, sampling: Any, asked: dict[Problem, templates.Template], num_samples: int, seed: int
+) -> list[tuple[Problem, str]]:
+    """Every problem's attempts, one after another."""
+    if not asked:
+        return []
+    rows = lambda field: np.repeat(np.stack([getattr(template, field) for template in asked.values()]), num_samples, 0)
+    drawn = generation_quality.fill(run, params, sampling, rows("tokens"), rows("is_given"), seed)
+    problems = [problem for problem in asked for _ in range(num_samples)]
+    return [(problem, _code(run, problem, row, asked[problem])) for problem, row in zip(problems, drawn, strict=True)]
+
+
+def _code(run: runs.Run, problem: Problem, row: Int[np.ndarray, "L"], template: templates.Template) -> str:
+    """What was written into the gap."""
+    start, end = np.flatnonzero(~template.is_given[: template.length])[[0, -1]] + (0, 1)
+    written = row[start:end]
+    if run.tokenizer.eos_id is not None:
+        written = written[: np.argmax(np.append(written, run.tokenizer.eos_id) == run.tokenizer.eos_id)]
+    text = run.tokenizer.decode(written)
+    return text if problem.suffix is not None else _STOP.split(text, maxsplit=1)[0]
+
+
+def _run_all(programs: Sequence[str], timeout_s: float) -> list[sandbox.Outcome]:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda program: sandbox.run(program, timeout_s=timeout_s), programs))

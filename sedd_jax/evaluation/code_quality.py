@@ -1,0 +1,148 @@
+"""Generated Python, measured: the share of samples and of filled gaps that parse."""
+
+import ast
+import math
+import re
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from sedd_jax import runs
+from sedd_jax.diffusion import samplers
+from sedd_jax.evaluation import generation_quality, results, tables
+from sedd_jax.runtime import sharding, storage
+from sedd_jax.sampling import generate
+
+# Lines that go on with a statement although they are not indented.
+_CONTINUES = re.compile(r"[)\]}]|(else|elif|except|finally|case)\b")
+
+
+def whole_statements(window: str) -> str:
+    """The statements that a window of code holds whole, at the least indentation of its lines, with that taken away.
+
+    The first and the last line may be cut, and the last statement may go on after the window, so they are left out.
+    """
+    lines = window.split("\n")[1:-1]
+    indents = [len(line) - len(line.lstrip()) for line in lines]
+    depth = min((indent for line, indent in zip(lines, indents, strict=True) if line.strip()), default=0)
+    starts = [
+        number
+        for number, (line, indent) in enumerate(zip(lines, indents, strict=True))
+        if line.strip() and indent == depth and not _CONTINUES.match(line.strip())
+    ]
+    while starts and lines[starts[-2:][0]].lstrip().startswith("@"):
+        starts.pop()  # A decorator and what it decorates are one statement.
+    return "\n".join(line[depth:] for line in lines[starts[0] : starts[-1]]) if starts else ""
+
+
+def parses(window: str) -> bool:
+    """Whether a window of code holds whole statements, and these are Python; a string that it begins in is left out."""
+    return _is_python(whole_statements(window)) or _is_python(whole_statements(window.partition('"""')[2]))
+
+
+def _is_python(code: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in strings
+            return bool(ast.parse(code).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+def measure(
+    workdir: storage.Directory,
+    *,
+    step: int | None = None,
+    num_samples: int = 64,
+    num_steps: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Shares of windows that parse: held-out ones, samples, and held-out ones with an eighth in their middle refilled.
+
+    Only windows that parse get a gap, so all of the refilled ones could. What parses when the gap is simply closed says
+    how much of that is the gap's doing.
+
+    Args:
+        workdir: the run directory.
+        step: the checkpoint; the newest if None.
+        num_samples: windows of each kind.
+        num_steps: reverse steps; the run's config if None.
+        seed: of samples and choice of windows.
+
+    Raises:
+        ValueError: where the held-out code has too few windows that parse.
+    """
+    run = runs.load(workdir)
+    changed = {} if num_steps is None else {"num_steps": num_steps}
+    sampling = generate.sampling_of(run, num_samples=num_samples, **changed)
+    held_out = run.split("valid")
+    sequences = np.random.default_rng(seed).permutation(held_out.sequences()).astype(np.int32)
+    real = [parses(_text(run, row)) for row in sequences]
+    chosen = sequences[np.flatnonzero(real)[:num_samples]]
+    if len(chosen) < num_samples:
+        raise ValueError(f"only {len(chosen)} held-out windows parse: ask for --num_samples={len(chosen)} at most")
+    length = run.config.data.length
+    gap = slice(length // 2 - length // 16, length // 2 + length // 16)
+    is_given = np.ones(length, bool)
+    is_given[gap] = False
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    step, params = run.ema_params(mesh, step)
+    result = {
+        **results.circumstances(run, step),
+        "data_sha256": held_out.sha256,
+        "length": length,
+        "gap": gap.stop - gap.start,
+        **generation_quality.described(run, sampling),
+        "num_samples": num_samples,
+        "seed": seed,
+    }
+    name = results.name("code", result)
+    nothing = samplers.Given(jnp.zeros(chosen.shape, jnp.int32), jnp.zeros(chosen.shape, bool))
+    around = samplers.Given(jnp.asarray(chosen), jnp.broadcast_to(is_given, chosen.shape))
+    with jax.set_mesh(mesh):
+        samples, filled = (generate.draw_tokens(run, params, given, sampling, seed=seed) for given in (nothing, around))
+    closed = np.delete(chosen, np.r_[gap], axis=1)
+    result["held_out"] = _share(real)
+    for kind, rows in (("samples", samples), ("refilled", filled), ("gap_closed", closed)):
+        result[kind] = _share([parses(_text(run, row)) for row in rows])
+    result["texts"] = [_text(run, row) for row in samples[: results.KEPT_TEXTS]]
+    results.keep(run, name, result)
+    return result
+
+
+def table(result: dict[str, Any]) -> tables.Table:
+    """What `measure` found."""
+    names = {
+        "held_out": "held-out code",
+        "samples": "samples",
+        "refilled": f"held-out code that parses, {result['gap']} tokens refilled",
+        "gap_closed": "the same, those tokens left out",
+    }
+    return tables.Table(
+        head=[
+            f"{result['workdir']}  step {result['step']}  windows of {result['length']} tokens, "
+            f"{generation_quality.how(result)}"
+        ],
+        columns=("windows whose whole statements parse", "share", "windows"),
+        rows=[
+            (title, tables.estimate(result[name]["share"], result[name]["stderr"]), str(result[name]["windows"]))
+            for name, title in names.items()
+        ],
+    )
+
+
+def _text(run: runs.Run, tokens: Int[np.ndarray, " L"]) -> str:
+    """A window's text, with a line's end for each end of a document."""
+    eos_id = run.tokenizer.eos_id
+    ends = [] if eos_id is None else np.flatnonzero(tokens == eos_id)
+    return "\n".join(run.tokenizer.decode(part[part != eos_id]) for part in np.split(tokens, ends))
+
+
+def _share(outcomes: list[bool]) -> dict[str, float]:
+    count = len(outcomes)
+    share = sum(outcomes) / count
+    return {"share": share, "stderr": math.sqrt(share * (1 - share) / count), "windows": count}

@@ -1,0 +1,203 @@
+"""Generated text, measured: perplexity under a judge, never without the entropy that tells how it was bought."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from sedd_jax import config as configs
+from sedd_jax import runs
+from sedd_jax.evaluation import judges, results, tables
+from sedd_jax.model import networks
+from sedd_jax.runtime import sharding, storage
+from sedd_jax.sampling import generate
+
+# Samples whose unigram entropy is this far below that of held-out text, in nats, are called annealed.
+_ANNEALED = 0.15
+
+
+def measure(
+    workdir: storage.Directory,
+    judge: str,
+    *,
+    step: int | None = None,
+    num_samples: int = 64,
+    batch_size: int = 32,
+    seed: int = 0,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Draws samples of a run and has them read by a judge, beside as much held-out text.
+
+    Args:
+        workdir: the run directory.
+        judge: see `judges.open_judge`; its tokenizer may be another.
+        step: the run's checkpoint; the newest if None.
+        num_samples: sequences.
+        batch_size: sequences drawn at once.
+        seed: of the samples and the choice of held-out text.
+        **settings: fields of `config.SamplingConfig` that differ from the run's: sampler, num_steps, draw.
+
+    Returns:
+        For samples and held-out text what `read` finds, and the first samples as text.
+    """
+    run, reader = runs.load(workdir), judges.open_judge(judge)
+    sampling = generate.sampling_of(run, num_samples=batch_size, **settings)
+    step, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()), step)
+    real, sha256 = held_out(run, num_samples, seed)
+    # Before anything is drawn, in case the judge cannot read this text.
+    of_text = read(run, reader, real)
+    samples = draw(run, params, sampling, num_samples, seed)
+    result = {
+        **results.circumstances(run, step),
+        "judge": reader.name,
+        "judge_first": reader.first,
+        "length": run.config.data.length,
+        "data_sha256": sha256,
+        "num_samples": num_samples,
+        **described(run, sampling),
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    name = results.name("generation", result)
+    result["samples"], result["held_out"] = read(run, reader, samples), of_text
+    result["texts"] = [run.tokenizer.decode(row) for row in samples[: results.KEPT_TEXTS]]
+    results.keep(run, name, result)
+    return result
+
+
+def table(result: dict[str, Any]) -> tables.Table:
+    """What `measure` found, with a warning where it flatters."""
+    samples, real = result["samples"], result["held_out"]
+    titles = {
+        "gen_ppl_per_sequence": "perplexity, mean of sequences",
+        "gen_ppl_pooled": "perplexity, pooled over tokens",
+        "unigram_entropy": "unigram entropy, nats",
+        "distinct_1": "distinct tokens",
+        "distinct_2": "distinct pairs",
+        "distinct_3": "distinct triples",
+    }
+    return tables.Table(
+        head=[
+            f"{result['workdir']}  step {result['step']}  {result['num_samples']} samples of {result['length']} "
+            f"tokens, {how(result)}, {result['dtype']}",
+            f"read by {result['judge']}, {('every token', 'every token but the first')[result['judge_first']]}",
+        ],
+        columns=("", "samples", "held-out text"),
+        rows=[(title, cell(samples, name), cell(real, name)) for name, title in titles.items()],
+        notes=annealing(samples, real),
+    )
+
+
+def cell(found: dict[str, Any], name: str) -> str:
+    """A figure of `read` with its standard error, where it has one."""
+    return tables.estimate(found[name], found.get(f"{name}_stderr"))
+
+
+def annealing(samples: dict[str, Any], real: dict[str, Any]) -> list[str]:
+    """A warning where samples have less entropy than text."""
+    if samples["unigram_entropy"] >= real["unigram_entropy"] - _ANNEALED:
+        return []
+    return [
+        "warning: samples have less entropy than text, so their perplexity is bought with repetition (annealing): "
+        "compare at equal entropy only"
+    ]
+
+
+def described(run: runs.Run, sampling: configs.SamplingConfig, num_gaps: int | None = None) -> dict[str, Any]:
+    """How samples with so many tokens to fill (the whole length if None) are drawn, for a result."""
+    return {
+        "sampler": "autoregressive" if run.is_autoregressive else sampling.sampler,
+        "nfe": generate.num_evaluations(run, sampling, num_gaps),
+        "draw": sampling.draw,
+        **refinements(sampling),
+    }
+
+
+def refinements(sampling: configs.SamplingConfig) -> dict[str, Any]:
+    """What may change about any sampler, for a result."""
+    return {name: getattr(sampling, name) for name in configs.REFINEMENTS}
+
+
+def how(result: dict[str, Any]) -> str:
+    """What `described` says, in words."""
+    return ", ".join([result["sampler"], f"nfe {result['nfe']}", f"{result['draw']} draws", *changed(result)])
+
+
+def changed(result: dict[str, Any]) -> list[str]:
+    """Those of `refinements` that change something."""
+    # Results from before there was such a setting do not name it.
+    found = {name: result[name] for name in configs.REFINEMENTS if name in result}
+    kind = lambda name: "annealed, " if name in ("temperature", "top_p") and found[name] < 1 else ""
+    return [f"{kind(name)}{name}={value}" for name, value in found.items() if value != configs.REFINEMENTS[name]]
+
+
+def held_out(run: runs.Run, num_samples: int, seed: int) -> tuple[Int[np.ndarray, "S L"], str]:
+    """Random held-out sequences of the run's own text, as many as asked for and there are, and the text's checksum."""
+    split = run.split("valid")
+    sequences = split.sequences()
+    return sequences[np.random.default_rng(seed).permutation(len(sequences))[:num_samples]].astype(
+        np.int32
+    ), split.sha256
+
+
+def draw(
+    run: runs.Run, params: networks.Params, sampling: configs.SamplingConfig, num_samples: int, seed: int
+) -> Int[np.ndarray, "S L"]:
+    """Samples from nothing, `sampling.num_samples` at once, on the mesh of all devices."""
+    nothing = np.zeros((num_samples, run.config.data.length), np.int32)
+    return fill(run, params, sampling, nothing, nothing.astype(bool), seed)
+
+
+def fill(
+    run: runs.Run,
+    params: networks.Params,
+    sampling: configs.SamplingConfig,
+    tokens: Int[np.ndarray, "S L"],
+    is_given: np.ndarray,
+    seed: int,
+) -> Int[np.ndarray, "S L"]:
+    """Sequences that agree with what is given of each, `sampling.num_samples` at once, on the mesh of all devices."""
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig())):
+        return np.concatenate(list(generate.draw_batches(run, params, tokens, is_given, sampling, seed=seed)))
+
+
+def read(run: runs.Run, judge: judges.Judge, tokens: Int[np.ndarray, "S L"], num_draws: int = 1) -> dict[str, Any]:
+    """Figures of sequences; of several draws of each, one after another, standard errors count a sequence once.
+
+    Returns:
+        `gen_ppl_per_sequence`, the mean of each sequence's perplexity, as published; `gen_ppl_pooled`, over all tokens;
+        `unigram_entropy` of a sequence's tokens in nats; `distinct_1` to `distinct_3`, the share of different n-grams.
+    """
+    log_likelihoods = judge.log_likelihoods(judge.tokens(run, tokens))
+    return {**_perplexities(log_likelihoods, num_draws), **_diversity(tokens, num_draws)}
+
+
+def _perplexities(log_likelihoods: list[Float[np.ndarray, "_"]], num_draws: int = 1) -> dict[str, Any]:
+    counts = np.array([max(1, len(values)) for values in log_likelihoods])
+    total = -np.array([values.sum() for values in log_likelihoods])
+    each = np.exp(total / counts)
+    return {
+        "gen_ppl_per_sequence": float(each.mean()),
+        "gen_ppl_per_sequence_stderr": stderr(each.reshape(num_draws, -1).mean(0)),
+        "gen_ppl_pooled": float(np.exp(total.sum() / counts.sum())),
+    }
+
+
+def _diversity(tokens: Int[np.ndarray, "S L"], num_draws: int = 1) -> dict[str, Any]:
+    entropies = []
+    for row in tokens:
+        shares = np.unique(row, return_counts=True)[1] / len(row)
+        entropies.append(-float((shares * np.log(shares)).sum()))
+    found: dict[str, Any] = {"unigram_entropy": float(np.mean(entropies))}
+    found["unigram_entropy_stderr"] = stderr(np.array(entropies).reshape(num_draws, -1).mean(0))
+    for n in (1, 2, 3):
+        grams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1).reshape(-1, n)
+        found[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / len(grams)
+    return found
+
+
+def stderr(values: Float[np.ndarray, " S"]) -> float | None:
+    """Standard error of a mean; None of a single value."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None

@@ -1,0 +1,185 @@
+"""Who reads generated text: an autoregressive run of ours, or a causal language model of transformers."""
+
+import abc
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from sedd_jax import runs
+from sedd_jax.diffusion import graphs
+from sedd_jax.model import autoregression
+from sedd_jax.runtime import sharding, storage
+
+Rows = Sequence[Int[np.ndarray, "_"]]
+_BATCH_SIZE = 16
+_WIDTH_MULTIPLE = 64  # few shapes are compiled
+
+
+class Judge(abc.ABC):
+    """Gives text a likelihood, in tokens of its own.
+
+    Attributes:
+        name: what it is, for tables.
+        length: tokens that it reads at once.
+        first: 0 where it gives every token a likelihood, 1 where none to the first of a window.
+    """
+
+    name: str
+    length: int
+    first: int
+
+    @abc.abstractmethod
+    def tokens(self, run: runs.Run, rows: Int[np.ndarray, "S L"]) -> Rows:
+        """Sequences of a run in the judge's tokens."""
+
+    @abc.abstractmethod
+    def _log_likelihood(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B _"]:
+        """Of every token from `first` on, in nats."""
+
+    @abc.abstractmethod
+    def _features(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B L D"]:
+        """What the head reads at every position."""
+
+    def log_likelihoods(self, rows: Rows) -> list[Float[np.ndarray, "_"]]:
+        """Of each sequence's tokens in nats, read in windows of the judge's length from its start."""
+        windows = [
+            (number, row[at : at + self.length])
+            for number, row in enumerate(rows)
+            for at in range(0, len(row), self.length)
+        ]
+        found: list[list[Float[np.ndarray, "_"]]] = [[np.zeros(0)] for _ in rows]
+        at = 0
+        for batch, lengths in self._batches([window for _, window in windows]):
+            values = self._log_likelihood(batch)
+            for row, length in zip(values, lengths, strict=False):
+                found[windows[at][0]].append(row[: length - self.first].astype(np.float64))
+                at += 1
+        return [np.concatenate(parts) for parts in found]
+
+    def features(self, rows: Rows) -> Float[np.ndarray, "S D"]:
+        """What the head reads at the last token of each sequence's first window, as MAUVE takes it."""
+        found = []
+        for batch, lengths in self._batches([row[: self.length] for row in rows]):
+            found.append(self._features(batch)[np.arange(len(lengths)), np.maximum(lengths, 1) - 1])
+        return np.concatenate(found)
+
+    def _batches(self, windows: Rows) -> Iterator[tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "_"]]]:
+        """Windows with what follows filled up, which changes nothing before it, and the length of each."""
+        longest = max((len(window) for window in windows), default=0)
+        width = min(self.length, -(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE)
+        for at in range(0, len(windows), _BATCH_SIZE):
+            part = windows[at : at + _BATCH_SIZE]
+            batch = np.zeros((_BATCH_SIZE, width), np.int32)
+            for place, window in zip(batch, part, strict=False):
+                place[: len(window)] = window
+            yield batch, np.array([len(window) for window in part])
+
+
+def open_judge(name: str) -> Judge:
+    """A judge by its directory: a run, or what transformers reads.
+
+    Raises:
+        ValueError: where it is neither, or a run that is no autoregressive one.
+        ImportError: where transformers or torch is needed and missing.
+    """
+    place = storage.directory(name)
+    if not storage.is_remote(place) and (place / "config.json").is_file():
+        try:
+            content = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--judge={name}: config.json is damaged: {error}") from error
+        if "model_type" in content:
+            return TransformersJudge(name)
+    return RunJudge(place)
+
+
+class RunJudge(Judge):
+    """An autoregressive run, on the mesh of all devices."""
+
+    first = 0
+
+    def __init__(self, workdir: storage.Directory):
+        self.run = run = runs.load(workdir)
+        graph, network = run.graph, run.network
+        if not run.is_autoregressive:
+            raise ValueError(
+                f"--judge={workdir} is no autoregressive run: train one with config.graph.name=autoregressive"
+            )
+        assert isinstance(graph, graphs.Absorbing)
+        self._mesh = sharding.make_mesh(sharding.MeshConfig())
+        step, self.params = run.ema_params(self._mesh)
+        self.name, self.length = f"{workdir}  step {step}", run.config.data.length
+        self._read = jax.jit(
+            lambda params, x: sharding.replicate(autoregression.log_likelihood(network, params, x, graph))
+        )
+        self._look = jax.jit(lambda params, x: sharding.replicate(autoregression.features(network, params, x, graph)))
+
+    def tokens(self, run: runs.Run, rows: Int[np.ndarray, "S L"]) -> Rows:
+        if run.tokenizer.fingerprint() == self.run.tokenizer.fingerprint():
+            return list(rows)
+        return [self.run.tokenizer.encode(run.tokenizer.decode(row)) for row in rows]
+
+    def _log_likelihood(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B _"]:
+        with jax.set_mesh(self._mesh):
+            return np.asarray(self._read(self.params, batch))
+
+    def _features(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B L D"]:
+        with jax.set_mesh(self._mesh):
+            return np.asarray(self._look(self.params, batch).astype(jnp.float32))
+
+
+class TransformersJudge(Judge):
+    """A causal language model such as GPT-2 from a local directory.
+
+    It starts from nothing, so that the first token of a window has no likelihood, as in the published figures.
+    """
+
+    first = 1
+
+    def __init__(self, directory: str):
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise ImportError(
+                f"--judge={directory} needs transformers and torch: pip install 'sedd_jax[judge]'"
+            ) from error
+        try:
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, local_files_only=True, dtype=torch.float32
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"--judge={directory} cannot be read by transformers: {error}") from error
+        self._model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.name = f"{directory}  {model.config.model_type}, {model.num_parameters():,} parameters"
+        self.length = int(model.config.max_position_embeddings)
+
+    def tokens(self, run: runs.Run, rows: Int[np.ndarray, "S L"]) -> Rows:
+        texts = [run.tokenizer.decode(row) for row in rows]
+        encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.asarray(row, np.int32) for row in encoded]
+
+    def _log_likelihood(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B _"]:
+        import torch
+
+        tokens = self._tensor(batch)
+        with torch.inference_mode():
+            logits = self._model(tokens).logits[:, :-1].transpose(1, 2)
+            return -torch.nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none").cpu().numpy()
+
+    def _features(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B L D"]:
+        import torch
+
+        with torch.inference_mode():
+            return self._model(self._tensor(batch), output_hidden_states=True).hidden_states[-1].cpu().numpy()
+
+    def _tensor(self, batch: Int[np.ndarray, "B L"]) -> Any:
+        import torch
+
+        return torch.as_tensor(batch, dtype=torch.int64, device=self._model.device)

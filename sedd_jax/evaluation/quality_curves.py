@@ -1,0 +1,217 @@
+"""Quality of samples against network evaluations, for each sampler, with precise draws and with published ones.
+
+The published claims of fewer evaluations were made with float32 noise, which anneals (arXiv 2409.02908), so each point
+is drawn both ways and comes with its entropy.
+"""
+
+import csv
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from sedd_jax import config as configs
+from sedd_jax import runs
+from sedd_jax.evaluation import generation_quality, judges, results, tables
+from sedd_jax.model import score_draws
+from sedd_jax.runtime import processes, sharding, storage
+from sedd_jax.sampling import generate
+
+_FIGURES = ("gen_ppl_per_sequence", "gen_ppl_per_sequence_stderr", "gen_ppl_pooled", "unigram_entropy", "distinct_2")
+_COLORS = ("#1f5fae", "#d9480f", "#2b8a3e", "#862e9c", "#5c940d", "#0b7285")
+
+
+def measure(
+    workdir: storage.Directory,
+    judge: str,
+    *,
+    samplers: list[str],
+    num_steps: Sequence[int] = (),
+    num_evaluations: Sequence[int] = (),
+    step: int | None = None,
+    num_samples: int = 64,
+    batch_size: int = 32,
+    seed: int = 0,
+    **settings: Any,
+) -> dict[str, Any]:
+    """`generation_quality.read` of samples for every number of steps, sampler and draw; the points done are kept.
+
+    Draws are precise and published, or precise alone where tokens are under a control, which published ones know not.
+
+    Args:
+        workdir: the run directory.
+        judge: see `judges.open_judge`.
+        samplers: by name.
+        num_steps: reverse steps, or
+        num_evaluations: of the network, in as many steps as each sampler takes of them.
+        step: the run's checkpoint; the newest if None.
+        num_samples: sequences for each point.
+        batch_size: sequences drawn at once.
+        seed: of the samples of every point.
+        **settings: fields of `config.SamplingConfig` that differ from the run's at every point, `config.REFINEMENTS`.
+
+    Returns:
+        `points`, and the same figures of held-out text and, where the judge is a run with the same tokens and length,
+        of samples of its own. Beside it curve-*.csv and curve-*.png are in RUN/evaluations.
+    """
+    run, reader = runs.load(workdir), judges.open_judge(judge)
+    if run.is_autoregressive:
+        raise ValueError(f"{workdir} is autoregressive, which takes a step for every token: measure it with --generate")
+    common = generate.sampling_of(run, **settings, sampler=samplers[0], draw="precise")
+    step, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()), step)
+    real, sha256 = generation_quality.held_out(run, num_samples, seed)
+    result = {
+        **results.circumstances(run, step),
+        "judge": reader.name,
+        "length": run.config.data.length,
+        "data_sha256": sha256,
+        "num_samples": num_samples,
+        "batch_size": batch_size,
+        "seed": seed,
+        **generation_quality.refinements(common),
+        # Before anything is drawn: of another judge of the same name it is another, and so are the points kept.
+        "held_out": generation_quality.read(run, reader, real),
+    }
+    is_controlled = any(getattr(common, name) != 1 for name in configs.CONTROLS)
+    draws = ["precise"] if is_controlled else list(score_draws.DRAWS)
+    wanted = [
+        {"sampler": name, "draw": draw, "num_steps": steps}
+        for name in samplers
+        for draw in draws
+        for steps in num_steps or [_steps_of(run, name, nfe, settings) for nfe in num_evaluations]
+    ]
+    samplings = [generate.sampling_of(run, num_samples=batch_size, **settings, **point) for point in wanted]
+    parts = results.name("curve_points", result)
+    name = results.name("curve", {**result, "points": wanted})
+    done = results.read_parts(run, parts)
+    is_of = lambda part, point: all(part[key] == value for key, value in point.items())
+    for point, sampling in zip(wanted, samplings, strict=True):
+        if not any(is_of(part, point) for part in done):
+            samples = generation_quality.draw(run, params, sampling, num_samples, seed)
+            done.append(
+                {
+                    **point,
+                    "nfe": generate.num_evaluations(run, sampling),
+                    **generation_quality.read(run, reader, samples),
+                }
+            )
+            results.write_parts(run, parts, done)
+    result["points"] = [next(part for part in done if is_of(part, point)) for point in wanted]
+    result["judge_samples"] = _of_judge(run, reader, num_samples, batch_size, seed)
+    result["picture"] = f"{name}.png"
+    if processes.is_first():
+        _write_csv(result, results.path(run, f"{name}.csv"))
+        plot(result, results.path(run, result["picture"]))
+    results.keep(run, name, result)
+    return result
+
+
+def _steps_of(run: runs.Run, sampler: str, nfe: int, settings: dict[str, Any]) -> int:
+    """The steps that a sampler takes with so many evaluations; ValueError where it takes none."""
+    nfe_of = lambda steps: generate.num_evaluations(
+        run, generate.sampling_of(run, **settings, sampler=sampler, draw="precise", num_steps=steps)
+    )
+    first, each = nfe_of(1), nfe_of(2) - nfe_of(1)
+    if nfe < first:
+        raise ValueError(f"nfe={nfe} is too few for {sampler}, which takes {first} for a step: give more")
+    return 1 + (nfe - first) // each
+
+
+def _of_judge(
+    run: runs.Run, judge: judges.Judge, num_samples: int, batch_size: int, seed: int
+) -> dict[str, Any] | None:
+    """Figures of the judge's own samples, which it draws from what it thinks likely, so that they are a fair mark."""
+    if not isinstance(judge, judges.RunJudge) or judge.run.config.data.length != run.config.data.length:
+        return None
+    if judge.run.tokenizer.fingerprint() != run.tokenizer.fingerprint():
+        return None
+    sampling = generate.sampling_of(judge.run, num_samples=batch_size, draw="precise")
+    drawn = generation_quality.draw(judge.run, judge.params, sampling, num_samples, seed)
+    return {"nfe": run.config.data.length, **generation_quality.read(run, judge, drawn)}
+
+
+def table(result: dict[str, Any]) -> tables.Table:
+    """Every point of the curves."""
+    rows = []
+    cells = lambda found: (
+        tables.estimate(found["gen_ppl_per_sequence"], found["gen_ppl_per_sequence_stderr"], 2),
+        f"{found['gen_ppl_pooled']:.2f}",
+        tables.estimate(found["unigram_entropy"], found["unigram_entropy_stderr"]),
+        f"{found['distinct_2']:.3f}",
+    )
+    for point in result["points"]:
+        rows.append((f"{point['sampler']}, {point['draw']} draws", str(point["nfe"]), *cells(point)))
+    if result["judge_samples"]:
+        rows.append(("the judge's own samples", str(result["judge_samples"]["nfe"]), *cells(result["judge_samples"])))
+    rows.append(("held-out text", "", *cells(result["held_out"])))
+    notes = [f"drawn in {results.DIRECTORY}/{result['picture']} of the run"]
+    if any(point["draw"] == "published" for point in result["points"]):
+        noise = "published draws imitate the float32 noise of the published program, which lowers entropy and flatters"
+        notes.insert(0, noise)
+    return tables.Table(
+        head=[
+            f"{result['workdir']}  step {result['step']}  {result['num_samples']} samples of {result['length']} tokens "
+            f"a point, {', '.join([result['dtype'], *generation_quality.changed(result)])}",
+            f"read by {result['judge']}",
+        ],
+        columns=("", "nfe", "perplexity of sequences", "pooled", "unigram entropy", "distinct pairs"),
+        rows=rows,
+        notes=notes,
+    )
+
+
+def plot(result: dict[str, Any], path: pathlib.Path) -> None:
+    """Perplexity, and below it entropy, against network evaluations."""
+    from matplotlib import figure, ticker
+
+    picture = figure.Figure(figsize=(9, 8), dpi=150, layout="constrained")
+    quality, entropy = picture.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for point in result["points"]:
+        curves.setdefault((point["sampler"], point["draw"]), []).append(point)
+    names = list(dict.fromkeys(sampler for sampler, _ in curves))
+    for (sampler, draw), points in curves.items():
+        points = sorted(points, key=lambda point: point["nfe"])
+        is_precise = draw == "precise"
+        style = {
+            "color": _COLORS[names.index(sampler) % len(_COLORS)],
+            "linestyle": "solid" if is_precise else "dashed",
+            "marker": "o" if is_precise else "x",
+            "linewidth": 1.8,
+            "capsize": 3,
+        }
+        nfe = [point["nfe"] for point in points]
+        for axes, name in ((quality, "gen_ppl_per_sequence"), (entropy, "unigram_entropy")):
+            errors = [point[f"{name}_stderr"] or 0.0 for point in points]
+            label = f"{sampler}, {draw} draws" if axes is quality else None
+            axes.errorbar(nfe, [point[name] for point in points], yerr=errors, label=label, **style)
+    for label, found, color in (
+        ("held-out text", result["held_out"], "#667085"),
+        ("the judge's own samples", result["judge_samples"], "#111827"),
+    ):
+        if found:
+            quality.axhline(found["gen_ppl_per_sequence"], color=color, linestyle="dotted", label=label)
+            entropy.axhline(found["unigram_entropy"], color=color, linestyle="dotted")
+    quality.set(xscale="log", yscale="log", ylabel="perplexity, mean of sequences", title="Quality against compute")
+    entropy.set(xlabel="network evaluations of a sequence", ylabel="unigram entropy, nats")
+    nfes = sorted({point["nfe"] for point in result["points"]})
+    quality.xaxis.set_major_locator(ticker.FixedLocator(nfes))
+    quality.xaxis.set_minor_locator(ticker.NullLocator())
+    quality.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    for axes in (quality.xaxis, quality.yaxis):
+        axes.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    quality.yaxis.set_minor_formatter(ticker.NullFormatter())
+    for axes in (quality, entropy):
+        axes.grid(color="#e4e7ec", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    picture.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    partial = path.with_suffix(".png.partial")
+    picture.savefig(partial, format="png")
+    partial.replace(path)
+
+
+def _write_csv(result: dict[str, Any], path: pathlib.Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ("sampler", "draw", "num_steps", "nfe", *_FIGURES), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(result["points"])

@@ -1,0 +1,174 @@
+"""Held-out text with gaps, refilled: exact match, perplexity under a judge, and MAUVE (Lou et al. 2023, table 5)."""
+
+import re
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from sedd_jax import runs
+from sedd_jax.evaluation import generation_quality, judges, results, tables
+from sedd_jax.runtime import sharding, storage
+from sedd_jax.sampling import generate
+
+# The paper's: the first and the last 25 of 100 tokens are given, or, as usual for prompts, the first 50.
+PRESETS = {"paper": "25{50}25", "prompt": "50{50}"}
+_PART = re.compile(r"\{(\d+)\}|(\d+)")
+_WINDOWS_FOR_MAUVE = 1000  # as published; of some hundred it finds all text alike
+
+
+def measure(
+    workdir: storage.Directory,
+    pattern: str,
+    *,
+    judge: str | None = None,
+    step: int | None = None,
+    num_samples: int = 64,
+    num_draws: int = 1,
+    batch_size: int = 32,
+    seed: int = 0,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Takes gaps out of held-out windows and fills them again.
+
+    Args:
+        workdir: the run directory.
+        pattern: one of `PRESETS`, or how many tokens are known and {missing} by turns, such as 25{50}25.
+        judge: see `judges.open_judge`; without one there is neither perplexity nor MAUVE.
+        step: the run's checkpoint; the newest if None.
+        num_samples: windows.
+        num_draws: how often each is refilled; the paper does so 5 times for 1000 windows.
+        batch_size: windows refilled at once.
+        seed: of the choice of windows and of what fills them.
+        **settings: fields of `config.SamplingConfig` that differ from the run's: sampler, num_steps, draw.
+
+    Returns:
+        `tokens_matched`, the share of missing tokens that come back, `tokens_matched_by_chance`, the share that is the
+        same in another window, and `windows_matched`; with a judge what `generation_quality.read` finds for `refilled`
+        and `held_out` windows, and `mauve`, or `without_mauve`, which says why there is none.
+
+    Raises:
+        ValueError: where the pattern is none, or longer than the run's sequences.
+    """
+    run = runs.load(workdir)
+    is_given = parse(pattern)
+    length = run.config.data.length
+    if len(is_given) > length:
+        raise ValueError(
+            f"--infill={pattern} takes {len(is_given)} tokens, the run's sequences have {length}: give another pattern"
+        )
+    reader = None if judge is None else judges.open_judge(judge)
+    sampling = generate.sampling_of(run, num_samples=batch_size, **settings)
+    step, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()), step)
+    real, sha256 = generation_quality.held_out(run, num_samples, seed)
+    # The model knows only its full length, so what follows the window is a gap, too, and cut.
+    known = np.pad(is_given, (0, length - len(is_given)))
+    result = {
+        **results.circumstances(run, step),
+        "judge": None if reader is None else reader.name,
+        "pattern": PRESETS.get(pattern, pattern),
+        "data_sha256": sha256,
+        "num_samples": len(real),
+        "num_draws": num_draws,
+        **generation_quality.described(run, sampling, int((~known).sum())),
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    name = results.name("infilling", result)
+    # Before anything is drawn, in case the judge cannot read this text.
+    held_out = None if reader is None else generation_quality.read(run, reader, real[:, : len(is_given)])
+    known = np.broadcast_to(known, real.shape)
+    draws = [
+        generation_quality.fill(run, params, sampling, real, known, seed=seed * num_draws + draw)[:, : len(is_given)]
+        for draw in range(num_draws)
+    ]
+    real = real[:, : len(is_given)]
+    matched = np.stack([(filled == real)[:, ~is_given] for filled in draws])
+    # Draws of a window are not independent, so that each window counts once.
+    result |= _share("tokens_matched", matched.mean(axis=(0, 2)))
+    result["tokens_matched_by_chance"] = float((real == np.roll(real, 1, axis=0))[:, ~is_given].mean())
+    result |= _share("windows_matched", matched.all(axis=2).mean(axis=0))
+    if reader is not None:
+        result["refilled"] = generation_quality.read(run, reader, np.concatenate(draws), num_draws)
+        result["held_out"] = held_out
+        result |= _mauve(run, reader, real, draws)
+    result["texts"] = [_shown(run, row, is_given) for row in draws[0][: results.KEPT_TEXTS]]
+    results.keep(run, name, result)
+    return result
+
+
+def parse(pattern: str) -> Bool[np.ndarray, "W"]:
+    """Which tokens of a window a pattern gives.
+
+    Raises:
+        ValueError: where it is none, or nothing is missing.
+    """
+    text = PRESETS.get(pattern, pattern)
+    parts = [(not gap, int(gap or given)) for gap, given in _PART.findall(text)]
+    if _PART.sub("", text) or all(is_given or not count for is_given, count in parts):
+        raise ValueError(
+            f"--infill={pattern} is no pattern: give numbers of known and {{missing}} tokens, such as 25{{50}}25, or "
+            f"one of {', '.join(PRESETS)}"
+        )
+    return np.concatenate([np.full(count, is_given) for is_given, count in parts])
+
+
+def table(result: dict[str, Any]) -> tables.Table:
+    """What `measure` found."""
+    times = f", {result['num_draws']} times each" if result["num_draws"] > 1 else ""
+    head = [
+        f"{result['workdir']}  step {result['step']}  {result['num_samples']} windows {result['pattern']}{times}, "
+        f"{generation_quality.how(result)}, {result['dtype']}"
+    ]
+    rows = [
+        ("missing tokens that come back", generation_quality.cell(result, "tokens_matched"), ""),
+        ("the same in another window", generation_quality.cell(result, "tokens_matched_by_chance"), ""),
+        ("windows that come back whole", generation_quality.cell(result, "windows_matched"), ""),
+    ]
+    notes = []
+    if result["judge"] is not None:
+        head.append(f"read by {result['judge']}")
+        refilled, real = result["refilled"], result["held_out"]
+        rows += [
+            (title, generation_quality.cell(refilled, name), generation_quality.cell(real, name))
+            for name, title in (
+                ("gen_ppl_per_sequence", "perplexity of the whole, mean of windows"),
+                ("gen_ppl_pooled", "perplexity of the whole, pooled over tokens"),
+                ("unigram_entropy", "unigram entropy, nats"),
+            )
+        ]
+        if "mauve" in result:
+            rows.append(("MAUVE", generation_quality.cell(result, "mauve"), ""))
+        else:
+            notes.append(f"no MAUVE: {result['without_mauve']}")
+        notes += generation_quality.annealing(refilled, real)
+    return tables.Table(head=head, columns=("", "refilled", "held-out text"), rows=rows, notes=notes)
+
+
+def _mauve(
+    run: runs.Run, judge: judges.Judge, real: Int[np.ndarray, "S W"], draws: list[Int[np.ndarray, "S W"]]
+) -> dict[str, Any]:
+    """MAUVE (Pillutla et al. 2021) of the windows in each draw against the real ones, from the judge's features."""
+    try:
+        import mauve
+    except ImportError:
+        return {"without_mauve": "mauve-text is missing: pip install 'sedd_jax[mauve]'"}
+    if len(real) < _WINDOWS_FOR_MAUVE:
+        return {"without_mauve": f"it takes {_WINDOWS_FOR_MAUVE} windows (--num_samples)"}
+    features = lambda rows: judge.features(judge.tokens(run, rows))
+    of_real = features(real)
+    found = [mauve.compute_mauve(p_features=of_real, q_features=features(filled)).mauve for filled in draws]
+    return _share("mauve", np.array(found, np.float64))
+
+
+def _share(name: str, values: Float[np.ndarray, "S"]) -> dict[str, Any]:
+    return {name: float(values.mean()), f"{name}_stderr": generation_quality.stderr(values)}
+
+
+def _shown(run: runs.Run, row: Int[np.ndarray, "W"], is_given: Bool[np.ndarray, "W"]) -> str:
+    """A window's text, what was filled in brackets."""
+    edges = np.flatnonzero(np.diff(is_given)) + 1
+    pieces = zip(np.split(row, edges), np.split(is_given, edges), strict=True)
+    return "".join(
+        run.tokenizer.decode(part) if known[0] else f"[{run.tokenizer.decode(part)}]" for part, known in pieces
+    )

@@ -1,0 +1,121 @@
+"""One page with everything that was measured of a run: RUN/report.html, which needs no other file."""
+
+import base64
+import html
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from sedd_jax import config as configs
+from sedd_jax import runs
+from sedd_jax.evaluation import (
+    code_problems,
+    code_quality,
+    generation_quality,
+    perplexity,
+    quality_curves,
+    refilling,
+    results,
+    tables,
+    zero_shot,
+)
+from sedd_jax.runtime import storage
+
+NAME = "report.html"
+_SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], tables.Table]]] = {
+    "likelihood": ("Likelihood", perplexity.table),
+    "zero_shot": ("Zero-shot suite", zero_shot.table),
+    "generation": ("Generated text", generation_quality.table),
+    "curve": ("Quality against compute", quality_curves.table),
+    "infilling": ("Infilling", refilling.table),
+    "code": ("Generated code that parses", code_quality.table),
+    "problems": ("Code that passes tests", code_problems.table),
+}
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f27; --faint: #5b6472; --line: #dfe3ea; --back: #ffffff; --soft: #f5f7fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ef; --faint: #9aa4b2; --line: #333a46; --back: #14171c; --soft: #1c2027; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); margin: 0 auto;
+  padding: 2rem 1rem; max-width: 62rem; }
+h1 { font-size: 1.7rem; margin: 0; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--line); }
+nav a { margin-right: 1rem; } a { color: inherit; }
+p { margin: .2rem 0; } p.head, p.note { color: var(--faint); font-size: .9rem; overflow-wrap: anywhere; }
+article { margin: 1rem 0 2rem; }
+.wide { overflow-x: auto; margin: .6rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .9rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
+img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+pre { background: var(--soft); padding: .7rem; border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: .85rem/1.45 ui-monospace, monospace; }
+summary { cursor: pointer; color: var(--faint); font-size: .9rem; }
+"""
+
+
+def write(workdir: storage.Directory) -> pathlib.Path:
+    """Writes the page from what RUN/evaluations holds, the newest results first, and returns where it is.
+
+    Raises:
+        ValueError: where nothing has been measured yet, or by another version.
+    """
+    run = runs.load(workdir)
+    found = results.load(run)
+    kinds = [kind for kind in _SECTIONS if kind in found]
+    if not kinds:
+        raise ValueError(f"{workdir} has no results yet: measure it with sedd eval first")
+    storage.download(run.workdir, "loss.png")
+    sections = []
+    for kind in kinds:
+        title, table = _SECTIONS[kind]
+        articles = "".join(_article(run, result, table) for result in reversed(found[kind]))
+        sections.append(f'<h2 id="{kind}">{html.escape(title)}</h2>{articles}')
+    if (run.local / "loss.png").exists():
+        sections.append(f'<h2 id="training">Training</h2>{_image(run.local / "loss.png", "Bits over training")}')
+    links = "".join(f'<a href="#{kind}">{html.escape(_SECTIONS[kind][0])}</a>' for kind in kinds)
+    config = configs.to_dict(run.config)
+    title = html.escape(f"{pathlib.PurePath(str(workdir)).name}: {config['graph']['name']}")
+    network, data = config["network"], config["data"]
+    about = (
+        f"{data['source']}, {data['tokenizer']}, length {data['length']}; {network['num_layers']} layers of "
+        f"{network['hidden_size']}, {network['num_heads']} heads; batch {config['training']['batch_size']}"
+    )
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
+        f'<h1>{title}</h1><p class="head">{html.escape(about)}</p><nav>{links}</nav>{"".join(sections)}'
+        f"<h2>Config</h2><pre>{html.escape(json.dumps(config, indent=1))}</pre></body></html>\n"
+    )
+    path = run.local / NAME
+    partial = path.with_suffix(".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+    storage.upload(run.workdir, NAME)
+    return path
+
+
+def _article(run: runs.Run, result: dict[str, Any], table: Callable[[dict[str, Any]], tables.Table]) -> str:
+    try:
+        parts = [table(result).as_html()]
+    except KeyError as error:
+        file = run.local / results.DIRECTORY / f"{result['name']}.json"
+        raise ValueError(f"{file} has no {error}: another version kept it, so remove it and measure again") from error
+    if "picture" in result:
+        parts.append(_image(run.local / results.DIRECTORY / result["picture"], "Perplexity and entropy against nfe"))
+    if result.get("texts"):
+        first, *others = (f"<pre>{html.escape(text)}</pre>" for text in result["texts"])
+        parts.append(f"{first}<details><summary>{len(others)} more samples</summary>{''.join(others)}</details>")
+    hidden = ("texts", "config", "points", "sets", "samples", "held_out", "refilled")
+    facts = {name: value for name, value in result.items() if name not in hidden}
+    parts.append(
+        f"<details><summary>what this was measured with</summary><pre>{html.escape(json.dumps(facts, indent=1))}</pre>"
+        "</details>"
+    )
+    return f"<article>{''.join(parts)}</article>"
+
+
+def _image(path: pathlib.Path, description: str) -> str:
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<p><img alt="{html.escape(description)}" src="data:image/png;base64,{content}"></p>'

@@ -1,0 +1,79 @@
+"""What was measured of a run, kept in RUN/evaluations: a result as KIND-HASH.json, complete enough to be repeated."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from sedd_jax import config as configs
+from sedd_jax import runs
+from sedd_jax.runtime import processes, storage
+
+DIRECTORY = "evaluations"
+KEPT_TEXTS = 8  # samples that a result shows
+
+
+def circumstances(run: runs.Run, step: int) -> dict[str, Any]:
+    """What the figures of a checkpoint come with, whatever is measured."""
+    return {
+        "workdir": str(run.workdir),
+        "step": step,
+        "dtype": run.config.network.dtype,
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in ("sedd_jax", "jax", "numpy")},
+    }
+
+
+def name(kind: str, settings: dict[str, Any]) -> str:
+    """The name under which a result is kept; `settings` is all that it is a function of."""
+    return f"{kind}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
+
+
+def keep(run: runs.Run, name: str, result: dict[str, Any]) -> None:
+    """Writes a result with the time and the run's config, replacing one of the same name."""
+    measured = datetime.datetime.now(datetime.UTC).isoformat()
+    if processes.is_first():
+        content = {"measured": measured, **result, "config": configs.to_dict(run.config)}
+        _write(path(run, f"{name}.json"), json.dumps(content, indent=1) + "\n")
+        storage.upload(run.workdir, f"{DIRECTORY}/{name}.*")
+
+
+def load(run: runs.Run) -> dict[str, list[dict[str, Any]]]:
+    """All results of each kind with their names, the oldest first."""
+    storage.download(run.workdir, DIRECTORY)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in (run.local / DIRECTORY).glob("*.json"):
+        result = {"name": file.stem, **json.loads(file.read_text(encoding="utf-8"))}
+        found.setdefault(file.stem.rpartition("-")[0], []).append(result)
+    return {kind: sorted(kept, key=lambda result: result.get("measured", "")) for kind, kept in found.items()}
+
+
+def read_parts(run: runs.Run, name: str) -> list[dict[str, Any]]:
+    """The finished parts of a result that takes long, from which it goes on after a stop."""
+    storage.download(run.workdir, DIRECTORY)
+    file = run.local / DIRECTORY / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def write_parts(run: runs.Run, name: str, parts: Sequence[dict[str, Any]]) -> None:
+    """Writes all finished parts of a result."""
+    if processes.is_first():
+        _write(path(run, f"{name}.jsonl"), "".join(json.dumps(part) + "\n" for part in parts))
+        storage.upload(run.workdir, f"{DIRECTORY}/{name}.jsonl")
+
+
+def path(run: runs.Run, name: str) -> pathlib.Path:
+    """Where a file of a result is, in a directory that exists."""
+    (run.local / DIRECTORY).mkdir(exist_ok=True)
+    return run.local / DIRECTORY / name
+
+
+def _write(file: pathlib.Path, text: str) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

@@ -1,0 +1,1 @@
+"""The network, its streamed head, what is drawn from it, and its optimizer."""

@@ -1,0 +1,175 @@
+"""What a user asks of the tokens drawn beyond the model's own law: annealing, guidance, allowed sets.
+
+Whether a position moves is left to the sampler; here is which token it gets. All of it changes the law of samples on
+purpose, and results name it. Rows over the whole vocabulary are held for a few positions at a time.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sedd_jax.model import categoricals, networks, score_draws, tiles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Control:
+    """How the law of a token is changed.
+
+    Attributes:
+        temperature: below 1 likely tokens are drawn more often still (annealing).
+        top_p: only the likeliest tokens, which have this share together, are drawn (annealing; Holtzman et al. 2020).
+        guidance: how often the law counts against the one without what is given: 1 is the model's own, more follows
+            the given tokens more closely (Ho and Salimans 2022; of masked models Nie et al. 2024).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    guidance: float = 1.0
+
+
+def reweigh(
+    control: Control,
+    log_weights: Float[Array, "r v"],
+    logits: Float[Array, "r v"],
+    unguided: Float[Array, "r v"] | None,
+    is_possible: Bool[Array, "r v"],
+    is_allowed: Bool[Array, "r v"] | None = None,
+) -> Float[Array, "r v"]:
+    """Log weights of tokens, the highest 0.
+
+    Args:
+        control: what changes.
+        log_weights: of the sampler's step, up to a constant.
+        logits: of the network, which order tokens that are too unlikely for the step's weights.
+        unguided: logits without what is given; None where there is no guidance.
+        is_possible: which tokens may be drawn.
+        is_allowed: which of these a pattern leaves; None where it leaves all. Of the likeliest `top_p` of all tokens
+            those that it leaves are drawn, and only where there is none, the likeliest of those that it leaves.
+    """
+    if unguided is not None:
+        log_weights = logits = unguided + control.guidance * (logits - unguided)
+
+    def law(is_possible: Bool[Array, "r v"]) -> Float[Array, "r v"]:
+        found = jnp.where(is_possible, log_weights, -jnp.inf)
+        is_lost = ~jnp.isfinite(found.max(-1, keepdims=True))
+        found = categoricals.relative(jnp.where(is_possible & is_lost, logits, found)) / control.temperature
+        return found if control.top_p == 1 else _likeliest(found, control.top_p)
+
+    if is_allowed is None:
+        return law(is_possible)
+    alone = law(is_possible & is_allowed)
+    if control.top_p == 1:
+        return alone
+    of_all = jnp.where(is_allowed, law(is_possible), -jnp.inf)
+    return jnp.where(jnp.isfinite(of_all).any(-1, keepdims=True), categoricals.relative(of_all), alone)
+
+
+def _likeliest(log_weights: Float[Array, "r v"], top_p: float) -> Float[Array, "r v"]:
+    """Log weights of the likeliest tokens, which have the share `top_p` together; minus infinity of others."""
+    shares = jax.nn.softmax(log_weights, axis=-1)
+    ranked = jnp.sort(shares, axis=-1, descending=True)
+    is_kept = jnp.cumsum(ranked, axis=-1) - ranked < top_p
+    least = jnp.where(is_kept, ranked, jnp.inf).min(-1, keepdims=True)
+    return jnp.where(shares >= least, log_weights, -jnp.inf)
+
+
+def choice(
+    control: Control,
+    unguided: Float[Array, "B L D"] | None = None,
+    class_of: Int[Array, "V"] | None = None,
+    classes: Int[Array, "B L"] | None = None,
+) -> score_draws.Choice:
+    """Draws tokens under control.
+
+    Args:
+        control: how the law is changed.
+        unguided: features without what is given; None where there is no guidance.
+        class_of: the class of every state; None where every token is allowed.
+        classes: the class that each position's token is to be of; -1 for any.
+    """
+
+    def draw(vocabulary: tiles.Vocabulary, features, xt, log_scale, is_movable, slope, offset, keys, moves, *arrays):
+        del is_movable
+
+        def of_rows(states: tiles.States, row_keys: Any, *inputs: Any) -> Int[Array, " r"]:
+            weights = jnp.exp(_of_rows(control, class_of, states, *inputs))
+            return states.ids[jax.vmap(categoricals.draw)(jax.random.wrap_key_data(row_keys), weights)]
+
+        return _visit_whole_rows(
+            vocabulary, moves, (keys, features, xt, log_scale, slope, offset, *arrays), of_rows, xt
+        )
+
+    return score_draws.Choice(draw, (unguided, classes))
+
+
+def class_log_weights(
+    control: Control,
+    config: networks.NetworkConfig,
+    params: networks.Params,
+    features: Float[Array, "B L D"],
+    unguided: Float[Array, "B L D"] | None,
+    class_of: Int[Array, "V"],
+    num_classes: int,
+    xt: Int[Array, "B L"],
+    is_needed: Bool[Array, "B L"],
+) -> Float[Array, "B L C"]:
+    """Log of the share that each class of tokens has under control, above minus infinity, where needed; 0 elsewhere."""
+
+    def of_rows(states: tiles.States, *inputs: Any) -> Float[Array, "r C"]:
+        weights = jnp.exp(_of_rows(control, None, states, *inputs, classes=None))
+        shares = jnp.matmul(weights, jax.nn.one_hot(class_of[states.ids], num_classes), precision="highest")
+        return jnp.log(jnp.maximum(shares / weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny))
+
+    def over_rows(vocabulary: tiles.Vocabulary, features, xt, log_scale, is_needed, *arrays):
+        zeros = jnp.zeros((*xt.shape, num_classes))
+        return _visit_whole_rows(vocabulary, is_needed, (features, xt, log_scale, *arrays), of_rows, zeros)
+
+    one = jnp.ones((*xt.shape, 1))
+    return score_draws.over_head(
+        config, params, features[:, :, None], xt, 0 * one, is_needed, over_rows, one, None, unguided
+    )
+
+
+def _of_rows(
+    control: Control,
+    class_of: Int[Array, "V"] | None,
+    states: tiles.States,
+    features: Float[Array, "r E D"],
+    xt: Int[Array, " r"],
+    log_scale: Float[Array, "r E"],
+    slope: Float[Array, "r E"],
+    offset: Float[Array, " r"] | None,
+    unguided: Float[Array, "r D"] | None,
+    classes: Int[Array, " r"] | None,
+) -> Float[Array, "r v"]:
+    """`reweigh` of the weights that `score_draws` draws from."""
+    weights = score_draws.weights(states, features, xt, log_scale, slope, offset)
+    is_allowed = None
+    if class_of is not None and classes is not None:
+        is_allowed = (class_of[states.ids][None] == classes[:, None]) | (classes < 0)[:, None]
+    of_step = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
+    without = None if unguided is None else states.logits(unguided)
+    return reweigh(control, of_step, states.logits(features[:, 0]), without, states.other_than(xt), is_allowed)
+
+
+def _visit_whole_rows(
+    vocabulary: tiles.Vocabulary,
+    chosen: Bool[Array, "B L"],
+    inputs: tuple[Any, ...],
+    of_rows: Callable[..., Any],
+    out: Any,
+) -> Any:
+    """`out` with of_rows(all states, *rows of the inputs) written at the chosen positions, some at a time."""
+    states = vocabulary._replace(width=len(vocabulary.bias)).block(jnp.asarray(0))
+    rows = tiles.choose(chosen, min(chosen.size, score_draws.DRAWN_ROWS))
+
+    def visit(i: Int[Array, ""], flat: Any) -> Any:
+        chunk = tiles.Rows(rows.chunk(rows.order, i), rows.count, rows.size)
+        values = of_rows(states, *score_draws.gather(chunk, inputs))
+        return flat.at[chunk.order].set(values.astype(flat.dtype), mode="drop")
+
+    return rows.visit(visit, out.reshape(-1, *out.shape[2:])).reshape(out.shape)

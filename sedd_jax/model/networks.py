@@ -1,0 +1,282 @@
+"""The score network: the diffusion transformer of Lou et al. 2023 (section 5.1), as a pure function of its parameters.
+
+`ScoreNetwork(config).apply({"params": params}, xt, sigma)` gives features; `score_heads` turns them into scores, so
+that the array over the vocabulary need not exist.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+
+from sedd_jax.model import attentions
+from sedd_jax.runtime import sharding
+
+Params = dict[str, Any]
+VOCAB_MULTIPLE = 128
+_policies = jax.checkpoint_policies
+REMAT_POLICIES = {
+    "elementwise": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(attentions.RESIDUALS)
+    ),
+    "blocks": _policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Sizes of the network.
+
+    Attributes:
+        num_states: tokens, and the mask where the graph has one.
+        hidden_size: width D of the residual stream.
+        num_layers: number of blocks.
+        num_heads: attention heads; hidden_size / num_heads must be even.
+        cond_dim: width of the embedding of sigma.
+        mlp_ratio: width of the MLP over hidden_size.
+        dropout: probability of dropping a branch's output, while training.
+        dropout_generator: threefry (the same on every mesh), or rbg (cheaper, but another on another mesh).
+        scale_by_sigma: whether the head's output is divided by (e^sigma - 1) N (absorbing graph only).
+        normalize: whether scores are scaled to the sum 1 / (e^sigma - 1) that true ones have: the softmax of the output
+            is the law of x0 then, and score entropy is cross-entropy (the mean parameterisation, MDLM's SUBS).
+        dtype: dtype of the matrix products, "float32" or "bfloat16"; everything else is float32.
+        remat: what the backward pass computes again instead of keeping it: none, all but matrix products (elementwise),
+            or everything between blocks (blocks).
+        attention: auto (the fastest that the platform has), plain, cudnn (NVIDIA) or splash (TPU).
+        causal: whether a position sees only those before it, as the autoregressive baseline's do.
+    """
+
+    num_states: int
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    cond_dim: int = 128
+    mlp_ratio: int = 4
+    dropout: float = 0.1
+    dropout_generator: str = "threefry"
+    scale_by_sigma: bool = True
+    normalize: bool = False
+    dtype: str = "bfloat16"
+    remat: str = "elementwise"
+    attention: str = "auto"
+    causal: bool = False
+
+    @property
+    def padded_states(self) -> int:
+        """num_states rounded up, so that the vocabulary axis shards and fills matrix units."""
+        return -(-self.num_states // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def flops_per_token(self, length: int) -> float:
+        """Floating-point operations of a training step per token: 6 a weight in a product, 12 N D L for attention.
+
+        The head counts at every position and recomputation does not count, so that utilisation compares across
+        programs.
+        """
+        d = self.hidden_size
+        weights = self.num_layers * (4 + 2 * self.mlp_ratio) * d * d + d * self.num_states
+        return 6.0 * weights + 12.0 * self.num_layers * d * length
+
+
+class ScoreNetwork(nn.Module):
+    """Tokens and noise level in, features out."""
+
+    config: NetworkConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        xt: Int[Array, "B L"],
+        sigma: Float[Array, "B"],
+        dropout_key: Key[Array, ""] | None = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Computes features of noised tokens.
+
+        Args:
+            xt: noised tokens.
+            sigma: total noise of each sequence.
+            dropout_key: key of this call's dropout; None turns dropout off.
+            lengths: tokens of each sequence, at least 1, whose features are those of the sequence without the padding
+                that follows; all are tokens if None.
+
+        Returns:
+            Features in the compute dtype, the input of the head's matrix product.
+        """
+        config = self.config
+        embedding = self.param(
+            "embedding", _uniform_init(config.hidden_size), (config.padded_states, config.hidden_size)
+        )
+        # A gather from a table sharded on its features makes XLA rematerialise the result: gather the table first.
+        x = sharding.constrain(sharding.replicate(embedding)[xt], "batch", None, None)
+        condition = nn.silu(SigmaEmbedding(config.cond_dim, name="sigma_embedding")(sigma))
+        keys = None
+        if dropout_key is not None and config.dropout > 0:
+            keys = jax.random.split(_generator_key(dropout_key, config.dropout_generator), config.num_layers)
+        block = Block
+        if config.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=config.num_layers,
+            in_axes=(nn.broadcast, 0, nn.broadcast),
+            unroll=_scan_unroll(config),
+        )
+        x, _ = blocks(config, name="blocks")(x, condition, keys, lengths)
+        shift, scale = jnp.split(_modulation(2, config, "final_modulation", condition), 2, axis=-1)
+        x = _layer_norm(self, "final_norm", x) * (1 + scale) + shift
+        # The head's weights live here with the others; `score_heads` applies them.
+        self.param("head_kernel", nn.initializers.zeros, (config.hidden_size, config.padded_states))
+        self.param("head_bias", nn.initializers.zeros, (config.padded_states,))
+        return x.astype(config.dtype)
+
+
+class SigmaEmbedding(nn.Module):
+    """Embeds the noise level: 256 sinusoids (cosines first), then a two-layer MLP."""
+
+    cond_dim: int
+
+    @nn.compact
+    def __call__(self, sigma: Float[Array, "B"]) -> Float[Array, "B C"]:
+        half = 128
+        frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
+        angles = sigma[:, None] * frequencies[None]
+        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        x = nn.silu(_pinned(_dense(self.cond_dim, 2 * half, "float32", "in")(x)))
+        return _pinned(_dense(self.cond_dim, self.cond_dim, "float32", "out")(x))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with adaptive LayerNorm and a gate driven by the noise level."""
+
+    config: NetworkConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        condition: Float[Array, "B C"],
+        key: Key[Array, ""] | None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], None]:
+        config = self.config
+        key_attention, key_mlp = (None, None) if key is None else jax.random.split(key)
+        modulation = _modulation(6, config, "modulation", condition)
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = jnp.split(
+            modulation, 6, axis=-1
+        )
+
+        h = _layer_norm(self, "attention_norm", x) * (1 + scale_attention) + shift_attention
+        qkv = _dense(3 * config.hidden_size, config.hidden_size, config.dtype, "qkv", use_bias=False)(h)
+        h = attentions.attend(qkv, config.num_heads, config.attention, causal=config.causal, lengths=lengths)
+        h = _dense(config.hidden_size, config.hidden_size, config.dtype, "attention_out", use_bias=False)(h)
+        x = x + gate_attention * _dropout(key_attention, config.dropout, h)
+
+        h = _layer_norm(self, "mlp_norm", x) * (1 + scale_mlp) + shift_mlp
+        h = _dense(config.mlp_ratio * config.hidden_size, config.hidden_size, config.dtype, "mlp_in")(h)
+        h = nn.gelu(h, approximate=True)
+        h = _dense(config.hidden_size, config.mlp_ratio * config.hidden_size, config.dtype, "mlp_out")(h)
+        x = x + gate_mlp * _dropout(key_mlp, config.dropout, h)
+        return sharding.constrain(x, "batch", None, None), None
+
+
+def init(key: PRNGKeyArray, config: NetworkConfig) -> Params:
+    """Fresh parameters: linear layers as PyTorch initialises them, modulations, head and padding zero."""
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    # Some kernels of attention take no text as short as this.
+    module = ScoreNetwork(dataclasses.replace(config, attention="plain"))
+    params: Params = dict(module.init(key, tokens, jnp.ones((1,)))["params"])
+    return {**params, "embedding": params["embedding"].at[config.num_states :].set(0.0)}
+
+
+def apply(
+    config: NetworkConfig,
+    params: Params,
+    xt: Int[Array, "B L"],
+    sigma: Float[Array, "B"],
+    dropout_key: Key[Array, ""] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+) -> Float[Array, "B L D"]:
+    """Features of noised tokens, see `ScoreNetwork`."""
+    return ScoreNetwork(config).apply({"params": params}, xt, sigma, dropout_key, lengths)  # pyrefly: ignore[bad-return]
+
+
+def _dense(features: int, fan_in: int, dtype: str, name: str, *, use_bias: bool = True) -> nn.Dense:
+    init = _uniform_init(fan_in)
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, bias_init=init, name=name)
+
+
+def _modulation(chunks: int, config: NetworkConfig, name: str, condition: Float[Array, "B C"]) -> Float[Array, "B 1 E"]:
+    zeros = nn.initializers.zeros
+    dense = nn.Dense(chunks * config.hidden_size, dtype=jnp.float32, kernel_init=zeros, bias_init=zeros, name=name)
+    return _pinned(dense(condition))[:, None]
+
+
+def _pinned(x: Float[Array, "B C"]) -> Float[Array, "B C"]:
+    """Split by sequences only: a kernel that is split by columns would pull the gradient along, and its batch apart."""
+    return sharding.constrain(x, "batch", None)
+
+
+def _uniform_init(fan_in: int):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear layers, and the published embedding's."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _layer_norm(module: nn.Module, name: str, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    return normalize(x) * module.param(name, nn.initializers.ones, (x.shape[-1],))[None, None]
+
+
+@jax.custom_vjp
+def normalize(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """Zero mean and unit variance over features (eps 1e-5), in float32.
+
+    The gradient is written out because XLA's CPU backend recomputes the means of the traced one for every feature: it
+    made the step of a small network 1.6 times slower.
+    """
+    return _normalize_forward(x)[0]
+
+
+def _normalize_forward(x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], Any]:
+    centred = x - x.mean(-1, keepdims=True)
+    inverse_std = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+    normalized = centred * inverse_std
+    return normalized, (normalized, inverse_std)
+
+
+def _normalize_backward(residuals: Any, gradient: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"]]:
+    normalized, inverse_std = residuals
+    along = normalized * (gradient * normalized).mean(-1, keepdims=True)
+    return (inverse_std * (gradient - gradient.mean(-1, keepdims=True) - along),)
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _generator_key(key: Key[Array, ""], generator: str) -> Key[Array, ""]:
+    """A key of the named generator, from a threefry key."""
+    if generator == "threefry":
+        return key
+    return jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl=generator)
+
+
+def _dropout(key: Key[Array, ""] | None, rate: float, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """Inverted dropout, back in float32 for the residual stream."""
+    x = x.astype(jnp.float32)
+    if key is None:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0.0)
+
+
+def _scan_unroll(config: NetworkConfig) -> int:
+    # XLA's CPU backend runs a scan's body slower than the same layers unrolled, and unrolled it recomputes nothing.
+    return config.num_layers if sharding.platform() == "cpu" and config.remat == "none" else 1

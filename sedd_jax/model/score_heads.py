@@ -1,0 +1,225 @@
+"""The score head: from features to the few numbers per position that losses and samplers need.
+
+The head's product is taken in tiles of some positions by some states, and each tile is reduced at once, so that memory
+does not grow with length times vocabulary. Only the positions asked for are visited, however many they are: their rows
+are gathered first, and a loop over them ends where they end.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from sedd_jax.diffusion import graphs
+from sedd_jax.model import networks, tiles
+from sedd_jax.runtime import sharding
+
+# Logits in one tile: on a CPU what its caches hold, elsewhere what keeps matrix units busy (256 MiB in float32).
+TILE_LOGITS = {"cpu": 1 << 18, "gpu": 1 << 26, "tpu": 1 << 26}
+TILE_ROWS = {"cpu": 512, "gpu": 8192, "tpu": 8192}
+_NEVER = -1e30  # A logit that no state has; finite, so that differences of it are.
+
+
+def logits(params: networks.Params, features: Float[Array, "*B D"]) -> Float[Array, "*B P"]:
+    """The head's raw output z over the padded vocabulary, accumulated in float32."""
+    return tiles.head_product(features, params["head_kernel"].astype(features.dtype), params["head_bias"])
+
+
+def log_score(
+    config: networks.NetworkConfig,
+    params: networks.Params,
+    features: Float[Array, "B L D"],
+    xt: Int[Array, "B L"],
+    sigma: Float[Array, "B"],
+) -> Float[Array, "B L V"]:
+    """log of the score s(xt, sigma)_y for every state y, 0 at the current token: the whole array, for inspection."""
+    z = logits(params, features)[..., : config.num_states]
+    current = xt[..., None] == jnp.arange(config.num_states)[None, None]
+    logsumexp = jax.nn.logsumexp(jnp.where(current, -jnp.inf, z), axis=-1)
+    return jnp.where(current, 0.0, z + log_scale(config, sigma, logsumexp)[..., None])
+
+
+def summarize(
+    config: networks.NetworkConfig,
+    params: networks.Params,
+    features: Float[Array, "B L D"],
+    xt: Int[Array, "B L"],
+    x0: Int[Array, "B L"],
+    sigma: Float[Array, "B"],
+    is_needed: Bool[Array, "B L"],
+) -> graphs.ScoreSummary:
+    """`graphs.summarize(log_score(...), xt, x0)` where `is_needed`, 0 elsewhere, without the array over states.
+
+    Differentiable in parameters and features; the backward pass computes the logits of each tile again.
+    """
+    raw = _summarize(config.num_states, params["head_kernel"], params["head_bias"], features, xt, x0, is_needed)
+    scale = log_scale(config, sigma, raw.logsumexp)
+    needed = lambda x: jnp.where(is_needed, x, 0.0)
+    return graphs.ScoreSummary(
+        logsumexp=needed(raw.logsumexp + scale),
+        mean=needed((raw.mean + (config.num_states - 1) * scale) / config.num_states),
+        at_x0=needed(jnp.where(xt == x0, 0.0, raw.at_x0 + scale)),
+    )
+
+
+def scale_needed(
+    config: networks.NetworkConfig,
+    params: networks.Params,
+    features: Float[Array, "B L D"],
+    xt: Int[Array, "B L"],
+    sigma: Float[Array, "B"],
+    is_needed: Bool[Array, "B L"],
+) -> Float[Array, "B L"]:
+    """`log_scale` where `is_needed`, without the array over states; the head runs only where scores are normalised."""
+    if not config.normalize:
+        return log_scale(config, sigma, jnp.zeros(xt.shape))
+    raw = _summarize(config.num_states, params["head_kernel"], params["head_bias"], features, xt, xt, is_needed)
+    return log_scale(config, sigma, raw.logsumexp)
+
+
+def log_scale(
+    config: networks.NetworkConfig, sigma: Float[Array, "B"], logsumexp: Float[Array, "B L"]
+) -> Float[Array, "B L"]:
+    """What is added to z to make it log score.
+
+    -log((e^sigma - 1) N) with N real tokens, or nothing; where scores are normalised, what makes them sum to
+    1 / (e^sigma - 1).
+
+    Args:
+        config: which of the three.
+        sigma: total noise of each sequence.
+        logsumexp: of z over all y != xt.
+    """
+    if not config.scale_by_sigma:
+        return jnp.zeros_like(logsumexp)
+    log_num = logsumexp if config.normalize else jnp.full_like(logsumexp, jnp.log(jnp.float32(config.num_states - 1)))
+    return -jnp.log(jnp.expm1(sigma))[:, None] - log_num
+
+
+def _make_tiles(
+    num_states: int, tensor: tuple[str, ...], kernel: Any, bias: Any, is_needed: Bool[Array, "B L"]
+) -> tuple[tiles.Rows, tiles.Vocabulary]:
+    """What one device's loss runs over."""
+    size = tiles.chunk_size(is_needed.size, TILE_ROWS[sharding.platform()])
+    width = min(len(bias), max(128, TILE_LOGITS[sharding.platform()] // size))
+    first = jax.lax.axis_index(tensor) * len(bias) if tensor else 0
+    return tiles.choose(is_needed, size), tiles.Vocabulary(kernel, bias, first, num_states, width)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summarize(
+    num_states: int, kernel: Array, bias: Array, features: Array, xt: Array, x0: Array, is_needed: Array
+) -> graphs.ScoreSummary:
+    """Of the logits z over y != xt: logsumexp, sum (as `mean`), and z at x0; 0 where not needed."""
+    batch, tensor = sharding.mapped_axes(len(xt))
+    run = functools.partial(_summarize_part, num_states, tensor)
+    tokens = PartitionSpec(batch)
+    in_specs = (PartitionSpec(None, tensor), PartitionSpec(tensor), *(tokens,) * 4)
+    return sharding.per_device(run, in_specs, tokens)(kernel.astype(features.dtype), bias, features, xt, x0, is_needed)
+
+
+def _summarize_forward(num_states: int, *inputs: Array) -> tuple[graphs.ScoreSummary, Any]:
+    raw = _summarize(num_states, *inputs)
+    return raw, (inputs, raw.logsumexp)
+
+
+def _summarize_backward(num_states: int, residuals: Any, gradient: graphs.ScoreSummary) -> tuple[Any, ...]:
+    (kernel, bias, features, xt, x0, is_needed), logsumexp = residuals
+    batch, tensor = sharding.mapped_axes(len(xt))
+    run = functools.partial(_gradient_part, num_states, batch, tensor)
+    tokens = PartitionSpec(batch)
+    in_specs = (PartitionSpec(None, tensor), PartitionSpec(tensor), *(tokens,) * 6)
+    out_specs = (PartitionSpec("fsdp" if "fsdp" in batch else None, tensor), PartitionSpec(tensor), tokens)
+    of_kernel, of_bias, of_features = sharding.per_device(run, in_specs, out_specs)(
+        kernel.astype(features.dtype), bias, features, xt, x0, is_needed, logsumexp, gradient
+    )
+    return of_kernel, of_bias, of_features, None, None, None
+
+
+_summarize.defvjp(_summarize_forward, _summarize_backward)
+
+
+def _summarize_part(
+    num_states: int, tensor: tuple[str, ...], kernel: Any, bias: Any, features: Any, xt: Any, x0: Any, is_needed: Any
+) -> graphs.ScoreSummary:
+    """`_summarize` of one device's positions, with the other devices' parts of the vocabulary."""
+    rows, vocabulary = _make_tiles(num_states, tensor, kernel, bias, is_needed)
+    features, xt, x0 = rows.gather(features), rows.gather(xt), rows.gather(x0)
+
+    def visit_block(k: Int[Array, ""], sums: Any) -> Any:
+        states = vocabulary.block(k)
+
+        def visit(i: Int[Array, ""], sums: Any) -> Any:
+            top, mass, total, at_x0 = (rows.chunk(x, i) for x in sums)
+            z = states.logits(rows.chunk(features, i))
+            others = states.other_than(rows.chunk(xt, i))
+            new_top = jnp.maximum(top, jnp.where(others, z, _NEVER).max(-1))
+            mass = mass * jnp.exp(top - new_top) + jnp.where(others, jnp.exp(z - new_top[:, None]), 0.0).sum(-1)
+            total += jnp.where(others, z, 0.0).sum(-1)
+            at_x0 += jnp.where(states.equal_to(rows.chunk(x0, i)), z, 0.0).sum(-1)
+            return jax.tree.map(lambda x, new: tiles.put(x, new, i), sums, (new_top, mass, total, at_x0))
+
+        return rows.visit(visit, sums)
+
+    zeros = jnp.zeros(len(rows.order))
+    start = (zeros + _NEVER, zeros, zeros, zeros)
+    top, mass, total, at_x0 = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, start)
+    largest = jax.lax.pmax(top, tensor)
+    mass, total, at_x0 = jax.lax.psum((mass * jnp.exp(top - largest), total, at_x0), tensor)
+    logsumexp = jnp.where(mass > 0, largest + jnp.log(jnp.where(mass > 0, mass, 1.0)), 0.0)
+    return graphs.ScoreSummary(*(rows.scatter(x, is_needed.shape) for x in (logsumexp, total, at_x0)))
+
+
+def _gradient_part(
+    num_states: int,
+    batch: tuple[str, ...],
+    tensor: tuple[str, ...],
+    kernel: Any,
+    bias: Any,
+    features: Any,
+    xt: Any,
+    x0: Any,
+    is_needed: Any,
+    logsumexp: Any,
+    gradient: graphs.ScoreSummary,
+) -> tuple[Any, Any, Any]:
+    """Gradients of kernel, bias and features from those of one device's summary; the logits are computed again."""
+    rows, vocabulary = _make_tiles(num_states, tensor, kernel, bias, is_needed)
+    f, xt, x0, logsumexp = (rows.gather(x) for x in (features, xt, x0, logsumexp))
+    by_logsumexp, by_total, by_x0 = (rows.gather(x) for x in gradient)
+    product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+
+    def visit_block(k: Int[Array, ""], sums: Any) -> Any:
+        of_kernel, of_bias, of_f = sums
+        states = vocabulary.block(k)
+
+        def visit(i: Int[Array, ""], sums: Any) -> Any:
+            of_block, of_block_bias, of_f = sums
+            column = lambda x: rows.chunk(x, i)[:, None]
+            f_chunk = rows.chunk(f, i)
+            share = jnp.exp(states.logits(f_chunk) - column(logsumexp))
+            others, at_x0 = states.other_than(rows.chunk(xt, i)), states.equal_to(rows.chunk(x0, i))
+            of_z = jnp.where(others, column(by_logsumexp) * share + column(by_total), 0.0)
+            of_z += jnp.where(at_x0, column(by_x0), 0.0)
+            narrow = of_z.astype(f.dtype)
+            of_f = tiles.put(of_f, rows.chunk(of_f, i) + product(narrow, states.kernel.T), i)
+            return of_block + product(f_chunk.T, narrow), of_block_bias + of_z.sum(0), of_f
+
+        start = (jnp.zeros(states.kernel.shape), jnp.zeros(states.bias.shape), of_f)
+        of_block, of_block_bias, of_f = rows.visit(visit, start)
+        # Added, because the last block reaches back over states that are done and has zeros for them.
+        before = jax.lax.dynamic_slice_in_dim(of_kernel, states.start, vocabulary.width, axis=1)
+        of_kernel = jax.lax.dynamic_update_slice_in_dim(of_kernel, before + of_block, states.start, axis=1)
+        before = jax.lax.dynamic_slice_in_dim(of_bias, states.start, vocabulary.width)
+        return of_kernel, tiles.put(of_bias, before + of_block_bias, states.start), of_f
+
+    start = (jnp.zeros(kernel.shape), jnp.zeros(bias.shape), jnp.zeros(f.shape))
+    of_kernel, of_bias, of_f = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, start)
+    if "fsdp" in batch:
+        of_kernel = jax.lax.psum_scatter(of_kernel, "fsdp", scatter_dimension=0, tiled=True)
+    of_kernel = jax.lax.psum(of_kernel, tuple(axis for axis in batch if axis != "fsdp"))
+    of_features = rows.scatter(jax.lax.psum(of_f, tensor).astype(features.dtype), is_needed.shape)
+    return of_kernel, jax.lax.psum(of_bias, batch), of_features

@@ -1,0 +1,1 @@
+"""Benchmarks, and plans for devices that are not here."""

@@ -1,0 +1,112 @@
+"""One side of `sedd bench`: our own steps, in a process of their own. Run by `benchmark.Worker`.
+
+Reads a job (a line of JSON), compiles, says so, and then for every line with a number takes that many steps.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sedd_jax import config as configs
+from sedd_jax import runs
+from sedd_jax.diffusion import samplers
+from sedd_jax.model import attentions, networks, optimizers
+from sedd_jax.runtime import accelerators, sharding
+from sedd_jax.sampling import generate
+from sedd_jax.training import train
+
+
+def main() -> None:
+    channel, sys.stdout = sys.stdout, sys.stderr
+    job = json.loads(sys.stdin.readline())
+    # Seconds to compile are those of a machine that has not seen the program.
+    jax.config.update("jax_enable_compilation_cache", False)
+    config = configs.parse(job["config"])
+    run = runs.unsaved(config, job["vocab_size"])
+    mesh = sharding.make_mesh(config.mesh)
+    train.check_batch(config, mesh)
+    with jax.set_mesh(mesh):
+        compile_seconds, step = {"train": train_step, "sample": sampling_step}[job["kind"]](run, mesh)
+        jax.block_until_ready(step())
+        device = mesh.devices.flat[0]
+        evaluations = generate.per_step(run, config.sampling) if job["kind"] == "sample" else 1
+        accelerator = accelerators.find(device.device_kind)
+        ready = {
+            "compile_seconds": compile_seconds,
+            "versions": f"jax {jax.__version__}, Python {sys.version.split()[0]}",
+            "attention": attentions.resolve(
+                config.network.attention, config.data.length, jnp.dtype(config.network.dtype)
+            ),
+            "device": device.device_kind,
+            "num_devices": mesh.size,
+            "peak_flops": None if accelerator is None else accelerator.peak_flops * mesh.size,
+            "flops_per_token": evaluations * run.network.flops_per_token(config.data.length),
+        }
+        print(json.dumps(ready), file=channel, flush=True)
+        for line in sys.stdin:
+            started = time.perf_counter()
+            results = [step() for _ in range(int(line))]
+            jax.block_until_ready(results)
+            seconds = time.perf_counter() - started
+            print(json.dumps({"seconds": seconds, "peak_bytes": _peak_bytes(device)}), file=channel, flush=True)
+
+
+def train_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[[], Any]]:
+    """Seconds to compile, and a function that takes one optimizer step on a batch of random tokens."""
+    shape = (run.config.training.batch_size, run.config.data.length)
+    x0 = np.random.default_rng(0).integers(run.tokenizer.vocab_size, size=shape, dtype=np.int32)
+    # Compiled before the state is made, so that peak memory is the step's.
+    compile_seconds, compiled = _compile(lambda: train.lower_step(run, mesh)[1])
+    state = train.make_state_fn(run, optimizers.make_optimizer(run.config.optimizer), mesh)()
+
+    def step() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, jax.device_put(x0, sharding.batch_sharding(mesh)))
+        return metrics
+
+    return compile_seconds, step
+
+
+def sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[[], Any]]:
+    """Seconds to compile, and a function that takes the step at t = 1/2 of a trajectory, half of the tokens noise."""
+    settings = run.config.sampling
+    create = lambda: networks.init(jax.random.key(run.config.seed), run.network)
+    params = jax.jit(create, out_shardings=sharding.tree_shardings(mesh, jax.eval_shape(create)))()
+    shape = (settings.num_samples, run.config.data.length)
+    tokens = np.random.default_rng(0).integers(run.tokenizer.vocab_size, size=shape, dtype=np.int32)
+    limit = run.graph.sample_limit(jax.random.key(0), shape)
+    xt = jnp.where(jnp.arange(shape[1])[None] % 2 == 0, limit, tokens)
+    reverse_steps, _ = generate.make_sampling_fns(run.network, run.graph, run.noise, settings)
+    half = settings.num_steps // 2
+    inputs = (params, jax.random.key(0), samplers.nothing_given(shape), xt, half, half + 1, settings.num_steps)
+    compile_seconds, compiled = _compile(lambda: reverse_steps.lower(*inputs))
+    return compile_seconds, lambda: compiled(*inputs)
+
+
+def _compile(lower: Callable[[], jax.stages.Lowered]) -> tuple[float, jax.stages.Compiled]:
+    """Seconds to trace and compile a program, and the program."""
+    started = time.perf_counter()
+    compiled = lower().compile()
+    return time.perf_counter() - started, compiled
+
+
+def _peak_bytes(device: jax.Device) -> int:
+    """Most memory that was in use: of the device, or of this process where the device is the CPU."""
+    if device.platform == "cpu":
+        # Linux counts in KiB, macOS in bytes.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return device.memory_stats()["peak_bytes_in_use"]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        sys.exit(" ".join(str(error).split()))

@@ -1,0 +1,1 @@
+"""Text from a run: templates, patterns, prompts, and the loops that fill them."""

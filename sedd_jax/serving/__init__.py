@@ -1,0 +1,1 @@
+"""The local page of `sedd serve`."""

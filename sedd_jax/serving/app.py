@@ -1,0 +1,247 @@
+"""A local page to play with a run: text with gaps is filled in step by step, and samplers stand side by side.
+
+The page is one file, page.html. It reads `/api/run` once, and `/api/draw` as server-sent events for every column.
+"""
+
+import base64
+import contextlib
+import functools
+import hashlib
+import ipaddress
+import json
+import pathlib
+import re
+import socket
+import sys
+import webbrowser
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from sedd_jax.runtime import storage
+from sedd_jax.serving import queue, requests
+
+try:
+    import uvicorn
+    from starlette import applications, concurrency, datastructures, exceptions, responses, routing, types
+    from starlette import requests as http
+except ImportError as error:
+    raise ImportError("the page needs packages that are not installed: pip install 'sedd_jax[serve]'") from error
+
+PAGE = pathlib.Path(__file__).with_name("page.html")
+MAX_OPEN = 128  # requests that wait, are drawn or are read, at once
+_SECONDS_TO_CLOSE = 2
+_BUFFER = 2**20  # bytes of a request's head that are read at all: what is too long gets an answer up to here
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+def serve(
+    workdir: storage.Directory,
+    *,
+    step: int | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    opens: bool = False,
+) -> None:
+    """Serves the page of a run until interrupted; its address is printed once it answers.
+
+    Args:
+        workdir: the run directory.
+        step: the checkpoint; the newest if None.
+        host: where to listen; other machines reach the page only where this is not the local host.
+        port: the port, 0 for any that is free.
+        opens: whether to open the page in the browser.
+
+    Raises:
+        ValueError: where the run has no checkpoint, or the address cannot be listened at.
+    """
+    with contextlib.closing(_listen(host, port)) as listener:
+        opened = requests.open_run(workdir, step)
+        name = f"{opened.run.config.sampling.sampler}, " if not opened.run.is_autoregressive else ""
+        print(f"compiling the program that draws ({name}1 sample)", file=sys.stderr, flush=True)
+        requests.draw(opened, requests.parse(opened.run, ""), lambda name, content: None)
+        if host not in _LOCAL:
+            print(f"--host={host}: whoever reaches this machine can draw from the run", file=sys.stderr)
+        shown = "127.0.0.1" if _is_any(host) else f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{listener.getsockname()[1]}"
+        print(url, flush=True)
+        if opens:
+            webbrowser.open(url)
+        config = uvicorn.Config(
+            app(opened, host=host),
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=_BUFFER,
+            timeout_graceful_shutdown=_SECONDS_TO_CLOSE,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def app(opened: requests.Opened, *, host: str = "127.0.0.1", max_open: int = MAX_OPEN) -> types.ASGIApp:
+    """The page and its API for a run, as an ASGI app; `host` is the name it is reached by beside the local ones."""
+    page = PAGE.read_text(encoding="utf-8")
+    about = requests.describe(opened)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(application: applications.Starlette) -> AsyncIterator[None]:
+        application.state.line = queue.Line(max_open)
+        yield
+        application.state.line.close()
+
+    async def show_page(request: http.Request) -> responses.Response:
+        return responses.HTMLResponse(page)
+
+    async def show_run(request: http.Request) -> responses.Response:
+        return responses.JSONResponse(about)
+
+    async def draw(request: http.Request) -> responses.Response:
+        # In a thread, since a pattern may take seconds.
+        wanted = await concurrency.run_in_threadpool(requests.parse, opened.run, request.url.query)
+        line = request.app.state.line
+        try:
+            place = line.enter(functools.partial(requests.draw, opened, wanted))
+        except queue.FullError:
+            raise exceptions.HTTPException(
+                503, f"{max_open} requests are open already: try again in a moment", {"Retry-After": "2"}
+            ) from None
+        return Events(line, place)
+
+    routes = [
+        routing.Route("/", show_page),
+        routing.Route("/api/run", show_run),
+        routing.Route("/api/draw", _only_get(draw)),
+    ]
+    handlers = {requests.RefusedError: _refused, exceptions.HTTPException: _refused_by_http}
+    return _guarded(applications.Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), page, host)
+
+
+class Events(responses.StreamingResponse):
+    """What is emitted for a place in the line, as server-sent events; however the reading ends, the place is left."""
+
+    def __init__(self, line: queue.Line, place: queue.Place):
+        super().__init__(_as_text(line.read(place)), media_type="text/event-stream")
+        self._leave = functools.partial(line.leave, place)
+
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
+
+
+async def _as_text(events: AsyncIterator[queue.Event]) -> AsyncIterator[str]:
+    async for name, content in events:
+        yield f"event: {name}\ndata: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _refused(request: http.Request, error: Exception) -> responses.Response:
+    assert isinstance(error, requests.RefusedError)
+    return responses.JSONResponse({"error": str(error)}, error.status)
+
+
+def _refused_by_http(request: http.Request, error: Exception) -> responses.Response:
+    assert isinstance(error, exceptions.HTTPException)
+    known = {404: "there is nothing at this address: the page is at /", 405: "only GET is answered here"}
+    message = known.get(error.status_code, error.detail)
+    return responses.JSONResponse({"error": message}, error.status_code, headers=error.headers)
+
+
+def _only_get(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """An endpoint that does no work for HEAD, which Starlette lets GET answer."""
+
+    async def answer(request: http.Request) -> responses.Response:
+        if request.method != "GET":
+            raise exceptions.HTTPException(405, headers={"Allow": "GET"})
+        return await endpoint(request)
+
+    return answer
+
+
+def _guarded(inner: types.ASGIApp, page: str, host: str) -> types.ASGIApp:
+    """Refuses what other sites could make a browser ask for, and forbids the page all but itself.
+
+    A name in the Host header must be this server's own, or any address where it listens at all of them: a foreign name
+    that resolves to this machine is how another site would get in (DNS rebinding).
+    """
+    headers = {
+        "Content-Security-Policy": _policy(page),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }
+    own = {*_LOCAL, host.lower()}
+    if _is_any(host):
+        own |= {socket.gethostname().lower(), socket.getfqdn().lower()}
+
+    async def guarded(scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
+        if scope["type"] != "http":
+            await inner(scope, receive, send)
+            return
+
+        async def send_with_headers(message: types.Message) -> None:
+            if message["type"] == "http.response.start":
+                datastructures.MutableHeaders(scope=message).update(headers)
+            await send(message)
+
+        asked = datastructures.Headers(scope=scope)
+        refused = None
+        name = re.sub(r":[0-9]*$", "", asked.get("host", "")).removeprefix("[").removesuffix("]").lower()
+        if name not in own and not (_is_any(host) and _is_address(name)):
+            refused = f"the page is not served under {asked.get('host', '')!r}: use its own address, or give --host"
+        elif scope["path"].startswith("/api/") and asked.get("sec-fetch-site") in ("cross-site", "same-site"):
+            refused = "another site may not ask for this: open the page itself"
+        if refused is None:
+            await inner(scope, receive, send_with_headers)
+        else:
+            await responses.JSONResponse({"error": refused}, 403)(scope, receive, send_with_headers)
+
+    return guarded
+
+
+def _policy(page: str) -> str:
+    """A Content-Security-Policy for the page's own script and style, by their digests, and requests to its server."""
+
+    def digests(tag: str) -> str:
+        bodies = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        found = (base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() for body in bodies)
+        return " ".join(f"'sha256-{digest}'" for digest in found)
+
+    return (
+        f"default-src 'none'; script-src {digests('script')}; style-src {digests('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _is_any(host: str) -> bool:
+    return _is_address(host) and ipaddress.ip_address(host).is_unspecified
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens already, so that a port in use is known before anything is compiled."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port={port} is none: give one from 1 to 65535, or 0 for any that is free")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host={host} is no address of this machine: give one, or a name of it") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        remedy = "give another --port, or 0 for any that is free"
+        raise ValueError(f"cannot listen at --host={host} --port={port}, {error.strerror}: {remedy}") from error
+    return listener

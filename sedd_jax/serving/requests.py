@@ -1,0 +1,319 @@
+"""What the page of `sedd serve` may ask of a run, and what it gets: a trajectory, and the command that repeats it."""
+
+import dataclasses
+import math
+import pathlib
+import re
+import shlex
+import time
+import urllib.parse
+from typing import Any
+
+import jax
+import numpy as np
+
+from sedd_jax import config as configs
+from sedd_jax import runs
+from sedd_jax.diffusion import first_hitting, samplers, time_grids, trapezoidal
+from sedd_jax.model import autoregression, networks, score_draws
+from sedd_jax.runtime import sharding, storage
+from sedd_jax.sampling import generate, templates
+from sedd_jax.serving import pieces, queue
+
+MAX_QUERY = 2**16  # bytes of a URL's query
+MAX_SEED = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A field of `config.SamplingConfig` that a request may set; `sedd sample` has a flag of the same name.
+
+    Attributes:
+        name: of the field.
+        label: on the page.
+        choices: its values, or none where it is a number between `least` and `most`.
+        is_shared: whether the columns that the page compares have it in common.
+    """
+
+    name: str
+    label: str
+    choices: tuple[Any, ...] = ()
+    least: int | float = 0
+    most: int | float = 0
+    is_shared: bool = False
+
+
+# Choices are few, since all but the number of steps make a program of its own, which is compiled once.
+SETTINGS = (
+    Setting(name="sampler", label="Sampler", choices=(*samplers.SAMPLERS, trapezoidal.NAME, first_hitting.NAME)),
+    Setting(name="num_steps", label="Steps", least=1, most=4096),
+    Setting(name="draw", label="Draws", choices=tuple(score_draws.DRAWS)),
+    Setting(name="grid", label="Time grid", choices=time_grids.NAMES),
+    Setting(name="corrector_steps", label="Corrections", choices=(0, 1, 2, 4)),
+    Setting(name="temperature", label="Temperature", choices=(0.7, 0.8, 0.9, 1.0)),
+    Setting(name="top_p", label="Top-p", choices=(0.8, 0.9, 0.95, 1.0)),
+    Setting(name="num_samples", label="Samples", choices=(1, 2, 4, 8), is_shared=True),
+)
+_OF_DIFFUSION = ("sampler", "num_steps", "grid", "corrector_steps")
+_TYPES: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(configs.SamplingConfig)}
+
+
+class RefusedError(Exception):
+    """A request that cannot be: the HTTP status and one sentence that says why."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Opened:
+    """A run with the weights of one checkpoint on the devices.
+
+    Attributes:
+        run: the run.
+        step: the checkpoint.
+        params: its moving average.
+        mesh: where it is.
+        compiled: the settings, but for the number of steps, that something was drawn with.
+    """
+
+    run: runs.Run
+    step: int
+    params: networks.Params
+    mesh: jax.sharding.Mesh
+    compiled: set[configs.SamplingConfig] = dataclasses.field(default_factory=set)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A valid request: the template as written and as read, and how to draw."""
+
+    template: str
+    parsed: templates.Template
+    settings: configs.SamplingConfig
+    seed: int
+
+
+def open_run(workdir: storage.Directory, step: int | None) -> Opened:
+    """A run's moving average at a step (the newest if None), laid out as `generate.generate` does."""
+    run = runs.load(workdir)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    step, params = run.ema_params(mesh, step)
+    return Opened(run=run, step=step, params=params, mesh=mesh)
+
+
+def settings_of(run: runs.Run) -> list[Setting]:
+    """The settings that a run takes, each with the choices it takes; a baseline has neither sampler nor steps.
+
+    What the run itself is set to is among them. Choices that do not go together are refused when they are asked for.
+    """
+    own = defaults(run)
+
+    def choices(setting: Setting) -> tuple[Any, ...]:
+        taken = [value for value in setting.choices if _takes(run, setting, value)]
+        return tuple(dict.fromkeys([*taken, getattr(own, setting.name)])) if taken else ()
+
+    return [
+        dataclasses.replace(setting, choices=choices(setting))
+        for setting in SETTINGS
+        if not (run.is_autoregressive and setting.name in _OF_DIFFUSION)
+    ]
+
+
+def defaults(run: runs.Run) -> configs.SamplingConfig:
+    """The run's settings within what a request may ask, and one sample."""
+    own, numbers = run.config.sampling, [setting for setting in SETTINGS if not setting.choices]
+    within: dict[str, Any] = {
+        setting.name: min(max(getattr(own, setting.name), setting.least), setting.most) for setting in numbers
+    }
+    return dataclasses.replace(own, **within, num_samples=1)
+
+
+def describe(opened: Opened) -> dict[str, Any]:
+    """What the page must know of a run, for JSON."""
+    run, values = opened.run, dataclasses.asdict(defaults(opened.run))
+    meanings = {name: meaning for name, _, meaning in configs.describe(configs.to_dict(run.config))}
+    return {
+        "name": pathlib.PurePath(str(run.workdir)).name,
+        "workdir": str(run.workdir),
+        "step": opened.step,
+        "graph": run.config.graph.name,
+        "source": run.config.data.source,
+        "tokenizer": run.config.data.tokenizer,
+        "unit": run.tokenizer.unit,
+        "length": run.config.data.length,
+        "example": _example(run),
+        "settings": [
+            dataclasses.asdict(setting)
+            | {
+                "type": _TYPES[setting.name].__name__,
+                "default": values[setting.name],
+                "meaning": meanings[f"sampling.{setting.name}"],
+            }
+            for setting in settings_of(run)
+        ],
+        "limits": {"query": MAX_QUERY, "seed": MAX_SEED},
+    }
+
+
+def parse(run: runs.Run, query: str) -> Request:
+    """Reads a URL's query.
+
+    Raises:
+        RefusedError: 414 where it is too long, 400 for what no parameter can be, 422 for a template that does not fit.
+    """
+    if len(query) > MAX_QUERY:
+        raise RefusedError(
+            414, f"the request is {len(query)} bytes long, at most {MAX_QUERY} are read: shorten the template"
+        )
+    given = _parameters(query)
+    known = {setting.name: setting for setting in settings_of(run)}
+    for name in given:
+        if name in known or name in ("template", "seed"):
+            continue
+        if name in _OF_DIFFUSION:
+            raise RefusedError(400, f"an autoregressive run draws a token a step: leave {name} out")
+        raise RefusedError(400, f"{name!r} is no parameter: give some of template, seed, {', '.join(known)}")
+    changed = {name: _value(known[name], given[name]) for name in known if name in given}
+    seed = _value(Setting(name="seed", label="", most=MAX_SEED), given.get("seed", "0"), int)
+    template = given.get("template", "")
+    try:
+        settings = generate.sampling_of(run, **dataclasses.asdict(defaults(run)) | changed)
+    except ValueError as error:
+        raise RefusedError(400, str(error).replace("config.sampling.", "")) from error
+    try:
+        if "\0" in template:
+            raise ValueError("the template holds the character U+0000, which no command line can: remove it")
+        parsed = templates.parse(run, template)
+        templates.compile_patterns(run, [parsed])
+        if run.is_autoregressive:
+            autoregression.refuse_text_after_gaps(parsed.is_given)
+    except ValueError as error:
+        raise RefusedError(422, str(error).replace("--template", "the template")) from error
+    return Request(template=template, parsed=parsed, settings=settings, seed=seed)
+
+
+def command(opened: Opened, request: Request) -> str:
+    """The `sedd sample` that draws the same texts."""
+    values = {"workdir": opened.run.workdir, "step": opened.step, "template": request.template}
+    own = opened.run.config.sampling
+    for setting in settings_of(opened.run):
+        value = getattr(request.settings, setting.name)
+        if setting.name not in configs.REFINEMENTS or value != getattr(own, setting.name):
+            values[setting.name] = value
+    values |= {"seed": request.seed}
+    return " ".join(["sedd sample", *(f"--{name}={shlex.quote(str(value))}" for name, value in values.items())])
+
+
+def draw(opened: Opened, request: Request, emit: queue.Emit) -> None:
+    """Draws what a request asks for: emits `started`, `step` for each state of the trajectory, at last `done`."""
+    run, parsed = opened.run, request.parsed
+    program = dataclasses.replace(request.settings, num_steps=1)
+    emit("started", {"is_first": program not in opened.compiled})
+    begun = time.monotonic()
+    is_given = parsed.is_given[: parsed.length]
+    before = None
+    if (mask_id := getattr(run.graph, "mask_id", None)) is not None:
+        start = np.where(is_given, parsed.tokens[: parsed.length], mask_id)
+        before = np.broadcast_to(start, (request.settings.num_samples, parsed.length))
+        samples = [pieces.pieces(run, row, is_given, row) for row in before]
+        emit("step", {"taken": 0, "total": None, "samples": samples})
+
+    def watch(taken: int, total: int, tokens: Any) -> None:
+        nonlocal before
+        rows = np.asarray(tokens)[:, : parsed.length]
+        last = rows if before is None else before
+        samples = [pieces.pieces(run, row, is_given, old) for row, old in zip(rows, last, strict=True)]
+        before = rows
+        emit("step", {"taken": taken, "total": total, "samples": samples})
+
+    with jax.set_mesh(opened.mesh):
+        drawn = generate.draw_samples(
+            run,
+            opened.params,
+            parsed,
+            request.settings,
+            seed=request.seed,
+            step=opened.step,
+            watch_tokens=watch,
+        )
+    opened.compiled.add(program)
+    facts = {name: getattr(drawn[0], name) for name in ("sampler", "num_steps", "nfe", "draw", "seed", "step")}
+    texts = [sample.text for sample in drawn]
+    seconds = time.monotonic() - begun
+    emit("done", {"texts": texts, **facts, "seconds": seconds, "command": command(opened, request)})
+
+
+def _takes(run: runs.Run, setting: Setting, value: Any) -> bool:
+    usual = configs.SamplingConfig()
+    try:
+        generate.sampling_of(
+            run, **{other.name: getattr(usual, other.name) for other in SETTINGS} | {setting.name: value}
+        )
+    except ValueError:
+        return False
+    return True
+
+
+def _parameters(query: str) -> dict[str, str]:
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict")
+    except UnicodeDecodeError as error:
+        raise RefusedError(400, "the request is no UTF-8: encode it as browsers do") from error
+    except ValueError as error:
+        raise RefusedError(400, f"the request cannot be read, {error}: give NAME=VALUE with & between") from error
+    names = [name for name, _ in pairs]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise RefusedError(400, f"{repeated[0]} is given twice: give it once")
+    return dict(pairs)
+
+
+def _value(setting: Setting, text: str, kind: Any = None) -> Any:
+    """A parameter's value from its text; `kind` for one that is no field of the config."""
+    kind = kind or _TYPES[setting.name]
+    value = _number(text, kind)
+    if setting.choices:
+        wanted = f"one of {', '.join(str(choice) for choice in setting.choices)}"
+        is_fine = value in setting.choices
+    else:
+        wanted = f"{'a whole number' if kind is int else 'a number'} from {setting.least} to {setting.most}"
+        is_fine = value is not text and setting.least <= value <= setting.most
+    if not is_fine:
+        raise RefusedError(400, f"{setting.name}={_shown(text)} must be {wanted}")
+    return value
+
+
+def _number(text: str, kind: Any) -> Any:
+    """The number that a text is, where `kind` is one of them; else the text."""
+    if kind is int and re.fullmatch(r"[0-9]{1,18}", text):
+        return int(text)
+    if kind is float and re.fullmatch(r"[0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18}", text):
+        return float(text)
+    return text
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+def _example(run: runs.Run) -> str:
+    """A template from the run's held-out text whose middle half is a gap, or all that follows; "" where it has none."""
+    try:
+        split = run.split("valid")
+    except (ValueError, OSError):
+        return ""
+    length = min(run.config.data.length, split.num_tokens, 96)
+    row = split.tokens.read(0, length).astype(np.int32)
+    quarter = math.ceil(length / 4)
+    start, end = run.tokenizer.decode(row[:quarter]), run.tokenizer.decode(row[length - quarter :])
+    # Whole words, where there are any.
+    start, end = start[: start.rfind(" ") + 1] or start, "" if run.is_autoregressive else end[max(end.find(" "), 0) :]
+    gap = length - len(run.tokenizer.encode(start)) - len(run.tokenizer.encode(end))
+    start, end = (text.replace("{", "{{").replace("}", "}}") for text in (start, end))
+    template = f"{start}{{{gap}}}{end}"
+    try:
+        templates.parse(run, template)
+    except ValueError:
+        return ""
+    return template

@@ -1,0 +1,333 @@
+"""Training: from a config and a directory to a run that has learned."""
+
+import contextlib
+import functools
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from sedd_jax import checkpoints, runs
+from sedd_jax import config as configs
+from sedd_jax.data import batches
+from sedd_jax.diffusion import losses
+from sedd_jax.evaluation import likelihoods
+from sedd_jax.model import optimizers, train_state
+from sedd_jax.runtime import accelerators, processes, sharding, storage
+from sedd_jax.sampling import generate, templates
+from sedd_jax.training import curves, initial_weights, metric_writers
+
+# What a run writes beside checkpoints, once it is made.
+_WRITTEN = ("metrics.jsonl", "loss.png", "samples/*", "tensorboard/**/*")
+Metrics = dict[str, Any]
+StepFn = Callable[[train_state.TrainState, Int[Array, "B L"]], tuple[train_state.TrainState, Metrics]]
+
+
+class NonFiniteLossError(ValueError):
+    """The loss stopped being a number."""
+
+
+def train(
+    config: configs.Config,
+    workdir: storage.Directory,
+    *,
+    from_step: int | None = None,
+    stream: io.TextIOBase | None = None,
+) -> dict[str, Any]:
+    """Trains until config.training.num_steps, going on from the newest checkpoint where the directory has one.
+
+    On SIGTERM (to any of its processes) it saves the step that it is at and returns early.
+
+    Args:
+        config: a validated config.
+        workdir: run directory, local or gs://, made if it does not exist; every process must see it.
+        from_step: the checkpoint to go on from if not the newest; newer ones are removed.
+        stream: where progress goes; standard error if None.
+
+    Returns:
+        The step reached and the last value of every metric written.
+
+    Raises:
+        ValueError: where config, corpus or directory do not allow a run, or the checkpoint is damaged.
+        OSError: where the directory cannot be written any more; names the newest checkpoint.
+        NonFiniteLossError: names the step and the newest checkpoint.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    check_batch(config, mesh)
+    if config.init_from and not storage.holds(workdir, "config.json"):
+        initial_weights.check(config)
+    processes.first_then_all("start", lambda: runs.start(workdir, config))
+    if not storage.holds(workdir, "config.json"):
+        raise ValueError(
+            f"{workdir} is not there for {processes.describe()}: give a directory that all share, or gs://"
+        )
+    run = runs.load(workdir)
+    optimizer = optimizers.make_optimizer(config.optimizer)
+    keep = {"keep": config.training.keep_checkpoints, "keep_every": config.training.keep_checkpoints_every}
+    saved = checkpoints.Checkpoints(run.checkpoint_dir, **keep)
+    try:
+        # Another SIGTERM must not end a save that is under way.
+        with processes.told_to_stop() as told_to_stop, contextlib.closing(saved), jax.set_mesh(mesh):
+            state, step, said = initial_state(run, optimizer, mesh, saved, from_step)
+            step_fn = make_step_fn(run, optimizer, mesh, state)
+            with _make_writer(run, mesh, step, stream) as writer:
+                if said:
+                    writer.say(said)
+                again = "the same command" if from_step is None else "the same command without --step"
+                return _loop(run, state, step, step_fn, saved, writer, mesh, told_to_stop, again)
+    except OSError as error:
+        raise OSError(f"{error}: {_newest(saved)}; make {workdir} writable, then the same command goes on") from error
+
+
+def train_step(
+    state: train_state.TrainState,
+    x0: Int[Array, "B L"],
+    *,
+    run: runs.Run,
+    optimizer: optax.GradientTransformation,
+) -> tuple[train_state.TrainState, Metrics]:
+    """One optimizer step on a batch.
+
+    Times are spread evenly over the whole batch; each micro-batch has noise and dropout of its own, and their gradients
+    are averaged. Loss is the mean over sequences of the bound in nats (equation 10), as published; metrics are per
+    token.
+    """
+    num_micro = run.config.training.num_micro_batches
+    base_key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
+    key_times, key_micro = jax.random.split(jax.random.fold_in(base_key, state.step))
+    t = losses.sample_times(key_times, x0.shape[0])
+
+    def loss_fn(params: Any, key: Any, x0: Int[Array, "b L"], t: Float[Array, "b"]):
+        key_noise, key_dropout = jax.random.split(key)
+        bounds = likelihoods.sequence_bounds(params, key_noise, x0, t, run=run, dropout_key=key_dropout)
+        return bounds.score_entropy.mean(), bounds.cross_entropy.mean()
+
+    def micro_batch(total: Any, inputs: Any):
+        (loss, cross_entropy), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *inputs)
+        return jax.tree.map(lambda a, b: a + b / num_micro, total, (loss, cross_entropy, grads)), None
+
+    # Sequence i goes to micro-batch i % num_micro, so each has times from the whole interval and no device gives rows
+    # away.
+    deal = lambda x: jnp.moveaxis(x.reshape(-1, num_micro, *x.shape[1:]), 1, 0)
+    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    parts = (jax.random.split(key_micro, num_micro), deal(x0), deal(t))
+    (loss, cross_entropy, grads), _ = jax.lax.scan(micro_batch, zeros, parts)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    ema_params = optimizers.update_ema(state.ema_params, params, state.step + 1, run.config.optimizer.ema_decay)
+    metrics = {
+        "train/loss": loss / x0.shape[1],
+        "train/grad_norm": optax.tree.norm(grads),
+        "train/learning_rate": optimizers.learning_rate(run.config.optimizer, state.step),
+    }
+    if run.config.graph.name == "absorb":
+        metrics["train/cross_entropy"] = cross_entropy / x0.shape[1]
+    return train_state.TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+
+def initial_state(
+    run: runs.Run,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    saved: checkpoints.Checkpoints,
+    from_step: int | None = None,
+) -> tuple[train_state.TrainState, int, str]:
+    """A checkpoint (the newest if None), or a fresh state, laid out on the mesh; its step, and what to tell the user.
+
+    With `from_step`, newer checkpoints are removed once it is read.
+    """
+    create = make_state_fn(run, optimizer, mesh)
+    step = saved.find(from_step)
+    if step is None:
+        state, said = create(), ""
+        if run.config.init_from:
+            state, said = initial_weights.take(run, state, mesh)
+        return state, 0, said
+    state = saved.restore(step, sharding.shapes_on(mesh, jax.eval_shape(create)))
+    if from_step is not None:
+        saved.remove_after(from_step)
+    return state, step, ""
+
+
+def make_state_fn(
+    run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> Callable[[], train_state.TrainState]:
+    """A function that makes the fresh state of a run, compiled for the mesh."""
+
+    def create() -> train_state.TrainState:
+        return train_state.create(jax.random.key(run.config.seed), run.network, optimizer)
+
+    return jax.jit(create, out_shardings=sharding.tree_shardings(mesh, jax.eval_shape(create)))
+
+
+def make_step_fn(
+    run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, state: train_state.TrainState
+) -> StepFn:
+    """`train_step` compiled for the mesh, the state donated."""
+    shardings = sharding.tree_shardings(mesh, state)
+    return jax.jit(
+        functools.partial(train_step, run=run, optimizer=optimizer),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+
+
+def lower_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[train_state.TrainState, jax.stages.Lowered]:
+    """The state's shapes, and `train_step` traced for the mesh's devices, which need not be here."""
+    optimizer = optimizers.make_optimizer(run.config.optimizer)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(make_state_fn(run, optimizer, mesh))
+        x0 = jax.ShapeDtypeStruct((run.config.training.batch_size, run.config.data.length), jnp.int32)
+        step_fn: Any = make_step_fn(run, optimizer, mesh, state)
+        return state, step_fn.lower(state, x0)
+
+
+def _loop(
+    run: runs.Run,
+    state: train_state.TrainState,
+    step: int,
+    step_fn: StepFn,
+    saved: checkpoints.Checkpoints,
+    writer: metric_writers.Writer,
+    mesh: jax.sharding.Mesh,
+    told_to_stop: Callable[[int], bool],
+    again: str,
+) -> dict[str, Any]:
+    settings = run.config.training
+    data = run.split("train")
+    held_out = likelihoods.make_held_out(run)
+    references = _reference_entropies(run)
+    written: dict[str, Any] = {"step": step}
+    pending: tuple[int, Metrics] | None = None
+    if step:
+        nothing = (
+            "" if step < settings.num_steps else f", config.training.num_steps={settings.num_steps}: nothing to do"
+        )
+        writer.say(f"resumed {run.workdir} at step {step}{nothing}")
+    while step < settings.num_steps:
+        state, metrics = step_fn(state, _batch(run, data, step, mesh))
+        step += 1
+        written["step"] = step
+        # The step before is read only now, when the device already has the next one to do.
+        if pending is not None:
+            _check_finite(*pending, saved)
+        pending = (step, metrics)
+        stops = told_to_stop(step) and step < settings.num_steps
+        due = functools.partial(_is_due, step, settings.num_steps)
+        if due(settings.log_every):
+            _check_finite(step, metrics, saved)
+            saved.check()
+            train_metrics = _train_metrics(run, data, metrics)
+            written |= train_metrics
+            writer.write(step, train_metrics)
+        if due(settings.eval_every) and not stops:
+            with writer.pause():
+                held_out_metrics = held_out(state.ema_params)
+            written |= held_out_metrics
+            writer.write(step, held_out_metrics)
+        if due(settings.sample_every) and not stops:
+            with writer.pause():
+                writer.say(_write_samples(run, state.ema_params, step))
+        if due(settings.checkpoint_every) or stops:
+            with writer.pause():
+                _check_finite(step, metrics, saved)
+                if processes.is_first():
+                    curves.plot_curves(run.local / "metrics.jsonl", run.local / "loss.png", references)
+                    storage.upload(run.workdir, *_WRITTEN)  # Before the checkpoint, whose steps' metrics must be there.
+                saved.save(step, state)
+        if stops:
+            writer.say(f"stopped by SIGTERM at step {step}, which is saved: {again} goes on")
+            break
+    return written
+
+
+def _batch(run: runs.Run, data: batches.PackedSplit, step: int, mesh: jax.sharding.Mesh) -> Int[Array, "B L"]:
+    """The batch of a step, of which each process reads what its devices hold."""
+    size = run.config.training.batch_size
+    read = lambda index: data.batch(step, batch_size=size, seed=run.config.seed, rows=index[0])
+    return jax.make_array_from_callback((size, data.length), sharding.batch_sharding(mesh), read)
+
+
+def _make_writer(
+    run: runs.Run, mesh: jax.sharding.Mesh, step: int, stream: io.TextIOBase | None
+) -> metric_writers.Writer:
+    if not processes.is_first():
+        return metric_writers.NoWriter()
+    config, accelerator = run.config, accelerators.find(jax.devices()[0].device_kind)
+    return metric_writers.MetricWriter(
+        run.local,
+        num_steps=config.training.num_steps,
+        start_step=step,
+        unit=run.tokenizer.unit,
+        tokens_per_step=config.training.batch_size * config.data.length,
+        flops_per_token=run.network.flops_per_token(config.data.length),
+        peak_flops=None if accelerator is None else accelerator.peak_flops * mesh.size,
+        stream=stream,
+    )
+
+
+def _is_due(step: int, num_steps: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) and after the last one is to be done now."""
+    return every > 0 and (step % every == 0 or step == num_steps)
+
+
+def _train_metrics(run: runs.Run, data: batches.PackedSplit, metrics: Metrics) -> dict[str, float]:
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    per_unit = data.characters_per_token if run.tokenizer.unit == "character" else 1.0
+    values[f"train/bits_per_{run.tokenizer.unit}"] = values["train/loss"] / (math.log(2) * per_unit)
+    return values
+
+
+def _reference_entropies(run: runs.Run) -> dict[str, float]:
+    """What a table of the held-out text's own counts achieves, to be drawn beside the curves of a character model."""
+    if run.tokenizer.unit != "character":
+        return {}
+    valid = run.split("valid")
+    known = batches.entropies(valid.tokens.read(0, valid.num_tokens), run.graph.num_states)
+    return {"unigram entropy": known.unigram, "bigram entropy": known.bigram}
+
+
+def _write_samples(run: runs.Run, params: Any, step: int) -> str:
+    whole = templates.parse(run, "")
+    samples = generate.draw_samples(run, params, whole, run.config.sampling, seed=step, step=step)
+    text = "\n".join(f"--- sample {sample.index + 1} at step {step}\n{sample.text}" for sample in samples)
+    if not processes.is_first():
+        return text
+    directory = run.local / "samples"
+    directory.mkdir(exist_ok=True)
+    (directory / f"{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def check_batch(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError where the mesh does not divide the sequences of a micro-batch."""
+    devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    per_micro_batch = config.training.batch_size // config.training.num_micro_batches
+    if per_micro_batch % devices:
+        raise ValueError(
+            f"config.training.batch_size={config.training.batch_size} in config.training.num_micro_batches="
+            f"{config.training.num_micro_batches} leaves {per_micro_batch} sequences for {devices} devices: make it "
+            "divisible"
+        )
+
+
+def _check_finite(step: int, metrics: Metrics, saved: checkpoints.Checkpoints) -> None:
+    for name in ("train/loss", "train/grad_norm"):
+        if not np.isfinite(metrics[name]):
+            saved.wait()
+            raise NonFiniteLossError(
+                f"{name} is {float(metrics[name])} at step {step}: {_newest(saved)}; lower the learning rate"
+            )
+
+
+def _newest(saved: checkpoints.Checkpoints) -> str:
+    newest = saved.find(None)
+    return "there is no checkpoint yet" if newest is None else f"the newest checkpoint is of step {newest}"

@@ -1,0 +1,135 @@
+"""A source names a corpus of any kind, or what is wrong with it."""
+
+import io
+import json
+import urllib.error
+import urllib.request
+import zipfile
+
+import pytest
+
+from sedd_jax.data import corpora, published_corpora
+
+
+def _texts(source, split):
+    return [document.text for document in corpora.find(source).read(split)]
+
+
+def test_every_kind_of_file_is_found(tmp_path):
+    (tmp_path / "test.txt").write_text("one\ftwo")
+    (tmp_path / "test.jsonl").write_text('{"text": "three"}')
+    assert _texts(f"text:{tmp_path}/{{split}}.txt", "test") == ["one", "two"]
+    assert _texts(f"lines:{tmp_path}/{{split}}.txt", "test") == ["one", "two"]
+    assert _texts(f"jsonl:{tmp_path}/{{split}}.jsonl", "test") == ["three"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("pyhton:docs", r"'pyhton:docs'.*did you mean 'python'\?.*text:GLOB.*lambada"),
+        ("wikitex2", r"'wikitex2'.*did you mean 'wikitext2'\?"),
+        ("python:tests", "'python:tests' does not exist"),
+        ("hf:lm1b", r"hf:lm1b names no owner: give one as in hf:OWNER/NAME"),
+    ],
+)
+def test_unknown_sources_name_the_known(source, message):
+    with pytest.raises(ValueError, match=message):
+        corpora.find(source)
+
+
+def test_test_sets_keep_every_row_and_detokenize_it(tmp_path):
+    (tmp_path / "wiki.test.tokens").write_text(" \n = Title = \n \n It 's here , N km . \n")
+    found = corpora.find(f"wikitext103:lines:{tmp_path}/wiki.{{split}}.tokens")
+    assert found.keeps_empty
+    assert found.splits == ("test",)
+    rows = [document.text for document in found.read("test")]
+    assert rows == ["", " = Title =\n", "", " It's here, 1 km.\n"]
+    (tmp_path / "test.txt").write_text(" the <unk> says N \n it 's\n")
+    assert _texts(f"ptb:lines:{tmp_path}/{{split}}.txt", "test") == ["the ? says N", "it's"]
+    assert _texts(f"lm1b:lines:{tmp_path}/{{split}}.txt", "test") == ["the <unk> says N", "it's"]
+    (tmp_path / "lambada.test.jsonl").write_text(json.dumps({"text": "“ so ” it\nis "}))
+    assert _texts(f"lambada:jsonl:{tmp_path}/lambada.{{split}}.jsonl", "test") == ['\n" so " it\nis']
+
+
+def test_training_corpora_are_read_as_they_are(tmp_path):
+    (tmp_path / "text8").write_text("ab " * 100)
+    assert [len(_texts(f"text8:text:{tmp_path}/text8", split)[0]) for split in ("train", "valid", "test")] == [
+        270,
+        15,
+        15,
+    ]
+    (tmp_path / "owt.jsonl").write_text("\n".join(json.dumps({"text": f"a , b {number}"}) for number in range(20)))
+    found = corpora.find(f"openwebtext:jsonl:{tmp_path}/owt.jsonl")
+    assert not found.keeps_empty
+    assert next(found.read("train")).text == "a , b 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("text8", {"text8.zip"}),
+        ("ptb", {"ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"}),
+        ("lambada", {"lambada_test.jsonl"}),
+    ],
+)
+def test_what_the_network_has_is_fetched_once_and_whole(tmp_path, monkeypatch, name, files):
+    """The addresses are answered here, by files; whether they still hold the corpora is not tested."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    served = tmp_path / "served"
+    served.mkdir()
+    asked = []
+
+    urlopen = urllib.request.urlopen
+
+    def answer(address, timeout):
+        asked.append(address)
+        return urlopen((served / address.rpartition("/")[2]).as_uri(), timeout=timeout)
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    with pytest.raises(OSError, match=rf"cannot be fetched .*--data={name}:SOURCE"):
+        corpora.find(name)
+    content = {"text8.zip": _zipped("ab" * 100), "lambada_test.jsonl": b'{"text": "row"}'}
+    for file in files:
+        (served / file).write_bytes(content.get(file, f"row of {file}\n".encode()))
+    assert _texts(name, "test")
+    assert {address.rpartition("/")[2] for address in asked} == files
+    times = len(asked)
+    corpora.find(name)
+    assert len(asked) == times
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def _zipped(text):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("text8", text)
+    return content.getvalue()
+
+
+def test_a_fetch_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    class Broken:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read(self, _):
+            raise urllib.error.URLError("reset")
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Broken())
+    with pytest.raises(OSError, match=r"http://here/a.zip cannot be fetched .*reset"):
+        published_corpora._fetch("http://here/a.zip", tmp_path / "a.zip")
+    assert not (tmp_path / "a.zip").exists()
+
+    class Short(io.BytesIO):
+        """The connection is closed in between, of which `read` says nothing."""
+
+        def __init__(self):
+            super().__init__(b"a" * 10)
+            self.headers = {"Content-Length": "1000"}
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Short())
+    with pytest.raises(OSError, match=r"http://here/a.zip cannot be fetched \(it ended after 10 of 1000 bytes\)"):
+        published_corpora._fetch("http://here/a.zip", tmp_path / "a.zip")
+    assert not (tmp_path / "a.zip").exists()

@@ -1,0 +1,296 @@
+"""Every tokenizer gives back the text it was given, describes itself, and says what it cannot do."""
+
+import base64
+import io
+import json
+import string
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from sedd_jax.data import alphabets, tokenizers
+from tests.support import places
+
+SHARED_RANKS = places.SHARED / "tokenizers" / "gpt2.tiktoken"
+
+
+@pytest.fixture
+def ranks_file(tmp_path):
+    """All single bytes and three merges, in tiktoken's format."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"he", b"hel", b" w"]
+    path = tmp_path / "small.tiktoken"
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
+    return path
+
+
+@pytest.fixture
+def vocabulary_file(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##able", "to", "!", "cafe"]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    text = "def f(x):\n    return x + 1  # naïve\n\n\n" * 50 + "".join(map(str, range(500)))
+    return tokenizers.build("sentencepiece:300", lambda: [text, "class A:\n\tpass\n" * 50])
+
+
+def _build(spec, *documents):
+    return tokenizers.build(spec, lambda: documents)
+
+
+def test_characters_take_the_sorted_alphabet_of_all_documents():
+    tokenizer = _build("characters", "ba\n", "é𝄞")
+    assert tokenizer == alphabets.Characters(alphabet="\nabé𝄞")
+    assert (tokenizer.vocab_size, tokenizers.num_ids(tokenizer)) == (5, 5)
+    assert (tokenizer.unit, tokenizer.mask_id, tokenizer.eos_id) == ("character", None, None)
+    ids = tokenizer.encode("𝄞ab\né")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [4, 1, 2, 0, 3]
+    assert tokenizer.decode(ids) == "𝄞ab\né"
+    assert tokenizer.encode("").shape == (0,)
+
+
+def test_text8_is_a_space_and_the_letters():
+    tokenizer = _build("text8")
+    assert tokenizer.vocab_size == 27
+    assert tokenizer.encode(" az").tolist() == [0, 1, 26]
+    assert tokenizer.decode(np.arange(27, dtype=np.uint16)) == " " + string.ascii_lowercase
+
+
+def test_unknown_characters_are_named_with_their_position():
+    with pytest.raises(ValueError, match=r"'É' \(U\+00C9\) at position 2 is not in the alphabet of 27.*remove it"):
+        _build("text8").encode("abÉcÉ")
+
+
+def test_ids_outside_the_vocabulary_are_named():
+    with pytest.raises(ValueError, match=r"id 27 at position 1 is outside \[0, 27\)"):
+        _build("text8").decode(np.array([0, 27]))
+    with pytest.raises(ValueError, match=r"id -1 at position 0"):
+        _build("text8").decode(np.array([-1]))
+
+
+def test_ids_are_numbers_below_their_count():
+    tokenizer = _build("ids:30")
+    assert (tokenizer.vocab_size, tokenizer.mask_id, tokenizer.eos_id, tokenizer.unit) == (30, None, None, "token")
+    ids = tokenizer.encode("3 29\n0")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [3, 29, 0]
+    assert tokenizer.decode(ids) == "3 29 0"
+    assert tokenizer.encode("").shape == (0,)
+    for wrong in ("30", "-1", "three", "٣"):
+        with pytest.raises(ValueError, match=f"'{wrong}' is no id: give numbers from 0 to 29"):
+            tokenizer.encode(f"3 {wrong}")
+    with pytest.raises(ValueError, match=r"id 30 at position 0 is outside \[0, 30\)"):
+        tokenizer.decode(np.array([30]))
+
+
+@pytest.mark.parametrize("alphabet", ["", "aba"])
+def test_alphabets_name_each_character_once(alphabet):
+    with pytest.raises(ValueError, match="is empty or repeats"):
+        alphabets.Characters(alphabet=alphabet)
+
+
+def test_byte_pairs_merge_by_rank_and_round_trip(ranks_file):
+    tokenizer = _build(f"gpt2:{ranks_file}")
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.mask_id, tokenizer.unit) == (260, 259, None, "token")
+    ids = tokenizer.encode("hello world")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [257, *b"lo", 258, *b"orld"]
+    assert tokenizer.encode("a  world").tolist() == [*b"a ", 258, *b"orld"]
+    for text in ("hello <|endoftext|> wörld 𝄞\n\n  it's 42!", ""):
+        ids = tokenizer.encode(text)
+        assert tokenizer.eos_id not in ids
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(np.array([259])) == "<|endoftext|>"
+    with pytest.raises(ValueError, match=r"id 260 at position 0 is outside \[0, 260\)"):
+        tokenizer.decode(np.array([260]))
+
+
+def test_byte_pairs_say_when_their_file_is_gone_changed_or_broken(ranks_file, tmp_path):
+    description = _build(f"gpt2:{ranks_file}").to_json()
+    lines = ranks_file.read_bytes().splitlines(keepends=True)
+    ranks_file.write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"small.tiktoken have sha256 .*, not .*put the same file back"):
+        tokenizers.from_json(description)
+    for broken in (lines[:-2] + lines[-1:], [b"eno= 0\n", *lines[1:]]):  # without rank 257, without byte 0
+        ranks_file.write_bytes(b"".join(broken))
+        with pytest.raises(ValueError, match="lack a number or one of the 256 bytes"):
+            tokenizers.from_json(description)
+    ranks_file.write_bytes(b"not ranks at all\n")
+    with pytest.raises(ValueError, match="is no file of ranks"):
+        tokenizers.from_json(description)
+    ranks_file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"small.tiktoken does not exist"):
+        tokenizers.from_json(description)
+
+
+def test_fingerprints_follow_the_content_not_the_place(ranks_file, tmp_path):
+    copy = tmp_path / "copy.tiktoken"
+    copy.write_bytes(ranks_file.read_bytes())
+    here, there = _build(f"gpt2:{ranks_file}"), _build(f"gpt2:{copy}")
+    assert here != there
+    assert here.fingerprint() == there.fingerprint()
+    assert _build("text8").fingerprint() != _build("characters", "ab").fingerprint()
+
+
+def test_every_kind_survives_json(ranks_file, vocabulary_file, pieces):
+    specs = ("characters", "text8", "bytes", "ids:7", f"gpt2:{ranks_file}", f"wordpiece:{vocabulary_file}")
+    for tokenizer in (pieces, *(_build(spec, "some text") for spec in specs)):
+        stored = tokenizers.from_json(json.loads(json.dumps(tokenizer.to_json())))
+        assert stored == tokenizer
+        assert stored.fingerprint() == tokenizer.fingerprint()
+    with pytest.raises(ValueError, match=r"kind='morse' is unknown.*characters"):
+        tokenizers.from_json({"kind": "morse"})
+
+
+def test_relative_paths_are_stored_whole(ranks_file, monkeypatch, tmp_path):
+    monkeypatch.chdir(ranks_file.parent)
+    description = _build(f"gpt2:{ranks_file.name}").to_json()
+    monkeypatch.chdir(tmp_path.parent)
+    assert tokenizers.from_json(description).vocab_size == 260
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("charcters", r"'charcters'.*did you mean 'characters'\?.*wordpiece:FILE"),
+        ("wordpiece", "'wordpiece' is not complete"),
+        ("text8:file", "'text8:file' is not complete, or more"),
+        ("gpt2:", "'gpt2:' is not complete"),
+        ("ids:0", "'ids:0' names no number of tokens"),
+        ("ids:many", "'ids:many' names no number of tokens"),
+    ],
+)
+def test_wrong_specs_list_the_right_ones(spec, message):
+    with pytest.raises(ValueError, match=message):
+        _build(spec, "text")
+
+
+def test_word_pieces_count_the_mask_apart(vocabulary_file):
+    tokenizer = _build(f"wordpiece:{vocabulary_file}")
+    assert (tokenizer.vocab_size, tokenizers.num_ids(tokenizer)) == (9, 10)
+    assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.unit) == (4, 3, "token")
+    description = tokenizer.to_json()
+    vocabulary_file.write_text("[UNK]\n[SEP]\n")
+    with pytest.raises(ValueError, match=r"vocab.txt has sha256"):
+        tokenizers.from_json(description)
+    with pytest.raises(ValueError, match=r"vocab.txt lacks \[MASK\]"):
+        _build(f"wordpiece:{vocabulary_file}")
+
+
+def test_word_pieces_encode_and_decode(vocabulary_file):
+    pytest.importorskip("tokenizers", reason="word pieces need pip install tokenizers")
+    tokenizer = _build(f"wordpiece:{vocabulary_file}")
+    ids = tokenizer.encode("Unable to CAFÉ! zebra")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [5, 6, 7, 9, 8, 1]
+    assert tokenizer.decode(ids[:5]) == "unable to cafe!"
+
+
+@pytest.mark.skipif(not SHARED_RANKS.exists(), reason="GPT-2's ranks lie in ../shared, which is absent")
+def test_gpt2_ranks_give_the_known_ids():
+    tokenizer = _build(f"gpt2:{SHARED_RANKS}")
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (50257, 50256)
+    assert tokenizer.encode("Hello world, it's 2023!\n\n").tolist() == [15496, 995, 11, 340, 338, 1160, 1954, 0, 628]
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        ("gpt2", 50257),
+        ("wordpiece:vocab.txt", 30521),
+        ("ids:77", 77),
+        ("bytes", 256),
+        ("sentencepiece:8000", 8000),
+    ],
+)
+def test_vocabulary_of_a_tokenizer_needs_no_file(spec, size):
+    assert tokenizers.vocab_size_of(spec) == size
+
+
+def test_bytes_are_utf8():
+    tokenizer = _build("bytes")
+    assert (tokenizer.vocab_size, tokenizer.unit, tokenizer.mask_id, tokenizer.eos_id) == (256, "byte", None, None)
+    ids = tokenizer.encode("é\0𝄞")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == list("é\0𝄞".encode())
+    assert tokenizer.decode(ids) == "é\0𝄞"
+    assert tokenizer.decode(ids[1:].astype(np.uint16)) == "\ufffd\0𝄞"
+    with pytest.raises(ValueError, match=r"id 256 at position 0 is outside \[0, 256\)"):
+        tokenizer.decode(np.array([256]))
+
+
+def test_learned_pieces_give_every_text_back(pieces):
+    assert (pieces.vocab_size, pieces.mask_id, pieces.eos_id, pieces.unk_id) == (300, None, 1, 0)
+    assert len(pieces.encode("    return x")) < len("    return x")
+    known = [
+        "  a",
+        " a  b ",
+        "\n\n\tx\r\n",
+        "a\0b",
+        "é𝄞\u2028",
+        "▁▂▃ ▁",
+        "</s><unk><0x0A>",
+        "\ufeff",
+        "",
+        " ",
+        "\u200b",
+    ]
+    random = np.random.default_rng(0)
+    kinds = ([32, 10, 9], range(1, 0x300), range(0x2000, 0x3000), range(0x1F600, 0x1F650), range(32, 127))
+    drawn = ["".join(chr(random.choice(kinds[kind])) for kind in random.integers(0, 5, 20)) for _ in range(300)]
+    for text in known + drawn:
+        ids = pieces.encode(text)
+        assert ids.dtype == np.int32
+        assert not {pieces.eos_id, pieces.unk_id} & set(ids.tolist())
+        assert pieces.decode(ids) == text
+
+
+def test_pieces_write_the_end_of_a_text_by_its_name(pieces):
+    ids = [*pieces.encode("  a"), pieces.eos_id, *pieces.encode(" b"), pieces.eos_id]
+    assert pieces.decode(np.array(ids)) == "  a</s> b</s>"
+    with pytest.raises(ValueError, match=r"id 300 at position 0 is outside \[0, 300\)"):
+        pieces.decode(np.array([300]))
+
+
+def test_pieces_of_a_file_keep_their_unknown_and_their_mask(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b ab ba " * 20]),
+        model_writer=model,
+        vocab_size=12,
+        hard_vocab_limit=False,
+        control_symbols=["[MASK]"],
+        minloglevel=2,
+    )
+    path = tmp_path / "other.model"
+    path.write_bytes(model.getvalue())
+    tokenizer = _build(f"sentencepiece:{path}")
+    names = [tokenizer._processor.id_to_piece(id_) for id_ in range(tokenizers.num_ids(tokenizer))]
+    assert names[tokenizer.mask_id] == "[MASK]"
+    assert tokenizer.vocab_size == len(names) - 1
+    assert tokenizer.decode(np.array([tokenizer.mask_id])) == "[MASK]"
+    for unknown in ("aza", "a▁a"):
+        assert tokenizer.encode(unknown).tolist().count(tokenizer.unk_id) == 1
+    path.write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"should be a SentencePiece model is none: give the \.model file"):
+        _build(f"sentencepiece:{path}")
+
+
+def test_rare_characters_take_no_piece_but_come_back():
+    text = "".join(map(chr, range(0x4E00, 0x5E00)))
+    tokenizer = _build("sentencepiece:300", "".join(f"a common line {number}\n" for number in range(1_000_000)), text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_pieces_that_a_text_has_not_are_an_error():
+    with pytest.raises(ValueError, match=r"SentencePiece cannot make 5000 pieces of this text .*give more text"):
+        _build("sentencepiece:5000", "a little text")
+
+
+def test_only_some_tokenizers_depend_on_the_text():
+    specs = ("characters", "sentencepiece:300", "sentencepiece:a.model", "bytes", "gpt2", "text8")
+    assert [tokenizers.is_learned(spec) for spec in specs] == [True, True, False, False, False, False]

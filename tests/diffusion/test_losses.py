@@ -1,0 +1,192 @@
+"""Losses: recorded values and gradients, closed forms, and exact expectations on problems small enough to enumerate."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sedd_jax.conversion import torch_weights
+from sedd_jax.diffusion import graphs, losses, noise_schedules
+from sedd_jax.model import networks, score_heads
+from tests.support import goldens, oracles
+
+
+@functools.cache
+def recorded_loss(name: str, noise: str) -> dict[str, np.ndarray]:
+    """Ours for what loss.npz holds of one network and schedule, and the gradient in the published layout."""
+    config, graph, params = goldens.model(name)
+    arrays = {key: jnp.asarray(goldens.load("loss.npz")[f"{name}.{noise}.{key}"]) for key in ("t", "x0", "xt")}
+    loss = jax.jit(jax.value_and_grad(functools.partial(goldens.mean_loss, name, noise), has_aux=True))
+    (_, bounds), gradient = loss(params, arrays["x0"], arrays["xt"], arrays["t"])
+
+    @jax.jit
+    def score_entropy(xt, x0, t):
+        sigma = goldens.NOISES[noise].sigma(t)
+        summary = graphs.summarize(goldens.log_score(name, params, xt, sigma), xt, x0)
+        return graph.score_entropy(summary, sigma, xt, x0)
+
+    return {
+        "loss": bounds.score_entropy,
+        "cross_entropy": bounds.cross_entropy,
+        "score_entropy": score_entropy(arrays["xt"], arrays["x0"], arrays["t"]),
+        "gradient": torch_weights.to_torch(gradient, config),
+    }
+
+
+@goldens.cases("loss.npz", r"\.(loss|score_entropy)(_true|__f64)?$")
+def test_recorded(entry):
+    name, noise, quantity = entry.name.split(".")
+    entry.check(recorded_loss(name, noise)[quantity.removesuffix("_true").removesuffix("__f64")])
+
+
+@goldens.cases("loss_grads/.*")
+def test_recorded_gradients(entry):
+    name, noise = entry.file.removeprefix("loss_grads/").split(".")[:2]
+    entry.check(recorded_loss(name, noise)["gradient"])
+
+
+@pytest.mark.parametrize("noise", ["loglinear", "geo"])
+def test_cross_entropy_bound_is_the_tighter(noise):
+    ours = recorded_loss("absorb_a", noise)
+    noised = (goldens.load("loss.npz")[f"absorb_a.{noise}.xt"] == 26).any(-1)
+    assert (ours["cross_entropy"][noised] < ours["loss"][noised]).all()
+    assert (ours["cross_entropy"][noised] > 0).all()
+    assert not ours["cross_entropy"][~noised].any()
+
+
+def zero_head(graph: graphs.Graph) -> losses.SummaryFn:
+    """What a fresh network gives: logits of 0, divided by (e^sigma - 1) N."""
+
+    def summary_fn(xt, x0, sigma):
+        scale = -jnp.log(jnp.expm1(sigma) * graph.vocab_size)[:, None]
+        mean = scale * graph.vocab_size / graph.num_states + 0.0 * xt
+        return graphs.ScoreSummary(scale + jnp.log(jnp.float32(graph.vocab_size)) + 0.0 * xt, mean, scale + 0.0 * xt)
+
+    return summary_fn
+
+
+@goldens.cases("init.npz")
+def test_fresh_network_loss_of_a_masked_token(entry, golden):
+    size = int(entry.name.split(".")[1][1:])
+    graph = graphs.Absorbing(vocab_size=size, mask_id=size)
+    t = jnp.asarray(golden("init.npz")[f"absorb.n{size}.t"])
+    masked = jnp.full((len(t), 1), size)
+    bounds = losses.bounds(zero_head(graph), graph, goldens.NOISES["loglinear"], jnp.zeros_like(masked), masked, t)
+    entry.check(bounds.score_entropy)
+    entry.check(bounds.cross_entropy)
+
+
+def test_fresh_network_loses_log_of_the_vocabulary_a_token():
+    """The whole path, from initialisation through noise and times to the loss of a sequence."""
+    length, batch = 16, 256
+    graph = graphs.Absorbing(vocab_size=26, mask_id=26)
+    config = networks.NetworkConfig(
+        num_states=27, hidden_size=16, num_layers=1, num_heads=2, cond_dim=8, dtype="float32", dropout=0.0
+    )
+    params = jax.jit(lambda key: networks.init(key, config))(jax.random.key(0))
+    summary_fn = lambda xt, x0, sigma: score_heads.summarize(
+        config, params, networks.apply(config, params, xt, sigma), xt, x0, sigma, graph.is_noise(xt)
+    )
+
+    @jax.jit
+    def loss(key):
+        key_t, key_xt = jax.random.split(key)
+        x0 = jnp.zeros((batch, length), jnp.int32)
+        noise = noise_schedules.LogLinear()
+        t = losses.sample_times(key_t, batch)
+        return losses.denoising_score_entropy(key_xt, summary_fn, graph, noise, x0, t).score_entropy
+
+    values = np.asarray(loss(jax.random.key(1)))
+    expected = (1 - 1e-3) * length * np.log(26)
+    assert abs(values.mean() - expected) < 4 * values.std() / np.sqrt(batch)
+
+
+def exact_loss(kind: str, noise: noise_schedules.NoiseSchedule, p0: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Expected loss of the exact score at each time, enumerating clean and noised sequences, in float64."""
+    graph = exact_graph(kind, p0)
+    xs = oracles.states(graph, p0.ndim)
+    clean = xs[(xs < p0.shape[0]).all(-1)]
+    x0, xt = jnp.asarray(np.repeat(clean, len(xs), 0)), jnp.asarray(np.tile(xs, (len(clean), 1)))
+    score_fn = oracles.exact_score_fn(graph, p0)
+    summary_fn = lambda xt, x0, sigma: graphs.summarize(jnp.log(score_fn(xt, sigma)), xt, x0)
+
+    @jax.jit
+    def expected(t):
+        times = jnp.full(len(xt), t)
+        kernel = jnp.take_along_axis(graph.transition_column(x0, noise.sigma(times)), xt[..., None], -1)[..., 0]
+        value = losses.bounds(summary_fn, graph, noise, x0, xt, times).score_entropy
+        weight = jnp.repeat(jnp.asarray(p0.ravel()), len(xs)) * kernel.prod(-1)
+        # What cannot happen has no finite loss, and does not count.
+        return jnp.where(weight > 0, weight * value, 0.0).sum()
+
+    return np.asarray(jax.lax.map(expected, jnp.asarray(times)))
+
+
+def exact_graph(kind: str, p0: np.ndarray) -> graphs.Graph:
+    n = p0.shape[0]
+    return graphs.Absorbing(vocab_size=n, mask_id=n) if kind == "absorb" else graphs.Uniform(vocab_size=n)
+
+
+@goldens.cases("exact.npz", r"\.(expected_loss|mean_loss)$")
+def test_loss_of_the_exact_score(entry, golden):
+    kind, _, _, noise_name, quantity = entry.name.split(".")
+    arrays, case = golden("exact.npz"), entry.name.rsplit(".", 1)[0]
+    noise, p0 = goldens.NOISES[noise_name], arrays[f"{case}.p0"]
+    with jax.enable_x64(True):
+        if quantity == "expected_loss":
+            entry.check(exact_loss(kind, noise, p0, arrays[f"{case}.t_grid"]))
+            return
+        # Gauss-Legendre on panels that narrow toward both ends, where the rate and the loss vary most.
+        edges = np.array([1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 0.99, 0.997, 0.999, 1.0])
+        nodes, weights = np.polynomial.legendre.leggauss(16)
+        half, middle = np.diff(edges) / 2, (edges[1:] + edges[:-1]) / 2
+        times = (middle[:, None] + half[:, None] * nodes).ravel()
+        values = exact_loss(kind, noise, p0, times)
+        entry.check([(values * (half[:, None] * weights).ravel()).sum() / (1 - 1e-3)])
+
+
+@goldens.cases("exact.npz", r"\.(p0|entropy|t_grid|score_sigmas|score_table)$")
+def test_exact_problems_are_what_they_say(entry, golden):
+    """The inputs of the exact problems, and that the oracle the other tests rest on reproduces the recorded scores."""
+    arrays, (case, quantity) = golden("exact.npz"), entry.name.rsplit(".", 1)
+    p0 = arrays[f"{case}.p0"]
+    graph = exact_graph(case.split(".")[0], p0)
+    if quantity == "entropy":
+        entry.check([-(p0 * np.log(p0)).sum()])
+    elif quantity == "score_table":
+        entry.check(np.stack([oracles.exact_scores(graph, p0, sigma) for sigma in arrays[f"{case}.score_sigmas"]]))
+        with jax.enable_x64(True):
+            xs = jnp.asarray(oracles.states(graph, p0.ndim))
+            score_fn = oracles.exact_score_fn(graph, p0)
+            scores = [score_fn(xs, jnp.full(len(xs), sigma)) for sigma in arrays[f"{case}.score_sigmas"]]
+        entry.check(jnp.stack(scores))
+    elif quantity == "p0":
+        np.testing.assert_allclose(p0.sum(), 1)
+    else:
+        assert (entry.expected > 0).all()
+
+
+def test_times_are_uniform_and_evenly_spaced():
+    batch = 64
+    draw = jax.jit(jax.vmap(lambda key: losses.sample_times(key, batch)))
+    times = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
+    assert times.min() >= losses.T_MIN
+    assert times.max() <= 1.0
+    spacing = (1 - losses.T_MIN) / batch
+    np.testing.assert_allclose(np.diff(np.sort(times, -1), axis=-1), spacing, atol=1e-6)
+    for column in (0, 17, 63):
+        counts = np.histogram(times[:, column], bins=20, range=(losses.T_MIN, 1.0))[0]
+        assert oracles.chi_square_p(counts, np.full(20, 0.05)) > 1e-4
+
+
+def test_times_respect_their_minimum():
+    times = losses.sample_times(jax.random.key(0), 1000, t_min=0.5)
+    assert 0.5 <= times.min() < 0.502
+    assert 0.998 < times.max() <= 1.0
+
+
+def test_uniform_graph_has_one_bound():
+    ours = recorded_loss("uniform_a", "loglinear")
+    np.testing.assert_array_equal(ours["cross_entropy"], ours["loss"])

@@ -1,0 +1,135 @@
+"""pass@k counts attempts that pass their problem's tests; what is given of a program is kept."""
+
+import itertools
+import json
+import platform
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from sedd_jax import runs
+from sedd_jax.cli import main as cli
+from sedd_jax.evaluation import code_problems, generation_quality, sandbox
+
+CHECK = "def check(a):\n    assert (a, b) == (1, 22)"
+PREFIX = {"task_id": "t/0", "prompt": "a = 1\nb", "canonical_solution": " = 22\n", "test": CHECK, "entry_point": "a"}
+INFILL = {**PREFIX, "task_id": "t/1", "prompt": "a =", "canonical_solution": " 1\nb", "suffix": " = 22\n"}
+LONG = {**PREFIX, "task_id": "t/2", "prompt": "a = 1\n" * 6 + "b"}
+FOREIGN = {**PREFIX, "task_id": "t/3", "prompt": "# Z\na = 1\nb"}
+
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in sandbox._ALLOWED, reason="programs are run on Linux only"
+)
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in (PREFIX, INFILL, LONG, FOREIGN)))
+    return str(path)
+
+
+@pytest.mark.parametrize(("passed", "k"), list(itertools.product(range(6), (1, 2, 5))))
+def test_pass_at_k_is_the_share_of_draws_with_one_that_passes(passed, k):
+    attempts = [True] * passed + [False] * (5 - passed)
+    draws = [any(draw) for draw in itertools.combinations(attempts, k)]
+    assert code_problems.pass_at_k(5, passed, k) == pytest.approx(np.mean(draws))
+
+
+def test_attempts_that_pass_are_counted(code_run, problems, monkeypatch):
+    run = runs.load(code_run)
+    seen = {}
+
+    def written(run, params, sampling, tokens, is_given, seed):
+        """The solution in the first attempts at each problem, then another statement."""
+        seen["texts"] = ["".join(run.tokenizer.decode(row[known])) for row, known in zip(tokens, is_given, strict=True)]
+        found = tokens.copy()
+        code = run.tokenizer.encode(" = 22\na = 2\n")
+        found[:4, 7 : 7 + 6] = code[:6]
+        found[:3, 13:] = run.tokenizer.encode("\n")[0]
+        found[3, 13 : 13 + 6] = code[6:]  # Another a, so the attempt fails.
+        found[4:10, 7:] = run.tokenizer.encode("=")[0]
+        found[10:11, 3:7] = run.tokenizer.encode(" 1\nb")
+        found[11:, 3:7] = run.tokenizer.encode(" 22\n")
+        return found
+
+    monkeypatch.setattr(generation_quality, "fill", written)
+    result = code_problems.measure(code_run, problems, num_samples=10, timeout_s=20.0)
+    assert seen["texts"] == ["a = 1\nb"] * 10 + ["a = = 22\n"] * 10
+    assert result["passed"] == {"t/0": 3, "t/1": 1}
+    assert result["outcomes"] == {"passed": 4, "failed": 16}
+    assert result["pass_at_1"] == pytest.approx((0.3 + 0.1) / 4)
+    assert result["pass_at_10"] == pytest.approx(2 / 4)
+    assert "pass_at_100" not in result
+    assert set(result["left_out"]) == {"t/2", "t/3"}
+    table = str(code_problems.table(result))
+    assert "pass@10" in table
+    assert "2 problems left out and counted as not passed, such as t/2" in table
+    assert run.tokenizer.vocab_size < 20  # so that Z is foreign
+
+
+def test_a_function_ends_where_another_statement_begins(code_run):
+    run = runs.load(code_run)
+    problem = code_problems.Problem(**PREFIX)
+    for text, code in (
+        ("    return 1\n\ndef f():\n    pass", "    return 1\n"),
+        ("    x = 1\nprint(x)", "    x = 1"),
+        ("    x\n    if x:\n        print(x)\n", "    x\n    if x:\n        print(x)\n"),
+        ("class A: pass", "class A: pass"),
+    ):
+        assert code_problems._STOP.split(text, maxsplit=1)[0] == code
+    template = code_problems._template(run, problem)
+    assert (template.is_given.sum(), template.length) == (7, 32)
+    between = code_problems._template(run, code_problems.Problem(**INFILL))
+    assert between.length == 3 + 4 + 6
+    assert np.flatnonzero(~between.is_given[: between.length]).tolist() == [3, 4, 5, 6]
+
+
+def test_between_a_prompt_and_a_suffix_everything_written_counts(code_run, monkeypatch):
+    run = runs.load(code_run)
+    monkeypatch.setattr(code_problems, "_STOP", re.compile(r"\nb"))
+    for content, code in ((INFILL, " 1\nb"), (PREFIX, " 1")):
+        problem = code_problems.Problem(**content)
+        template = code_problems._template(run, problem)
+        row = template.tokens.copy()
+        row[np.flatnonzero(~template.is_given)[:4]] = run.tokenizer.encode(" 1\nb")
+        assert code_problems._code(run, problem, row, template) == code
+
+
+def test_the_command_measures_a_file(code_run, problems, capsys):
+    arguments = ["eval", f"--workdir={code_run}", "--suite=humaneval", "--num_processes=1"]
+    assert cli.main([*arguments, f"--problems={problems}", "--num_samples=1", "--timeout_s=20", "--json"]) == 0
+    *printed, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert "\n".join(printed) == str(code_problems.table(result))
+    assert (result["num_problems"], result["num_samples"], result["nfe"]) == (4, 1, 5)
+    assert cli.main(arguments) == 2
+    assert "--problems=FILE must be given with --suite=humaneval" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no problem in it"),
+        ("{", ":1: is no problem with task_id"),
+        ("[]", ":1: is no problem with task_id"),
+        (json.dumps(PREFIX) + '\n{"task_id": "t/1"}', ":2: is no problem with task_id"),
+        (
+            json.dumps({**PREFIX, "test": 1}),
+            ":1: task_id, prompt, canonical_solution, test, entry_point and suffix must",
+        ),
+        (json.dumps({**PREFIX, "canonical_solution": " = 2\n"}), "the solution that t/0 comes with failed: mend"),
+    ],
+)
+def test_wrong_files_are_refused_in_one_line(code_run, tmp_path, capsys, content, message):
+    (tmp_path / "problems.jsonl").write_text(content)
+    arguments = ["eval", f"--workdir={code_run}", "--suite=humaneval", "--num_processes=1", "--timeout_s=20"]
+    assert cli.main([*arguments, f"--problems={tmp_path}/problems.jsonl"]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert cli.main([*arguments, f"--problems={tmp_path}/none.jsonl"]) == 1
+    assert "is no file: give one in the format of HumanEval.jsonl" in capsys.readouterr().err

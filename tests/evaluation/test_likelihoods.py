@@ -1,0 +1,140 @@
+"""Bounds are exact where everything can be enumerated, and drawn the same however they are interrupted."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sedd_jax.diffusion import graphs, losses, noise_schedules
+from sedd_jax.evaluation import likelihoods
+from tests.support import oracles
+
+NOISES = {
+    "absorb": noise_schedules.LogLinear(eps=1e-3),
+    "uniform": noise_schedules.Geometric(sigma_min=1e-3, sigma_max=5.0),
+}
+P0 = np.array([0.5, 0.3, 0.2])
+
+
+def _graph(kind, n=3):
+    return graphs.Absorbing(vocab_size=n, mask_id=n) if kind == "absorb" else graphs.Uniform(vocab_size=n)
+
+
+def _scores(graph, sigma, xt):
+    """log of the exact score of the one-token law P0 at xt, [1, 1, V]."""
+    score = oracles.exact_scores(graph, P0, sigma)[xt, 0]
+    return jnp.log(jnp.asarray(score, jnp.float32))[None, None]
+
+
+@pytest.mark.parametrize("kind", ["absorb", "uniform"])
+def test_the_prior_term_is_a_divergence(kind):
+    graph, noise = _graph(kind), NOISES[kind]
+    sigma = float(noise.sigma(jnp.float32(1.0)))
+    for x0 in range(3):
+        column = oracles.kernel(graph, sigma)[:, x0]
+        # The mask or, with the probability that a token is left, any token; or any token in any case.
+        start = [*[column[x0] / 3] * 3, 1 - column[x0]] if kind == "absorb" else [1 / 3] * 3
+        expected = sum(p * math.log(p / q) for p, q in zip(column, start, strict=True) if p > 0)
+        assert float(graph.limit_divergence(jnp.float32(sigma))) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "perfect"), list(itertools.product(["absorb", "uniform"], [True, False])))
+def test_reconstruction_is_what_the_last_step_gives(kind, perfect):
+    graph = _graph(kind)
+    sigma = float(NOISES[kind].sigma(jnp.float32(0.2)))
+    random = np.random.default_rng(0)
+    for xt in range(graph.num_states):
+        log_score = _scores(graph, sigma, xt)
+        if not perfect:
+            log_score = log_score + random.normal(size=log_score.shape) * (np.arange(graph.num_states) != xt)
+        score = np.exp(np.asarray(log_score, np.float64))[0, 0]
+        if kind == "absorb":
+            score[graph.mask_id] = 1.0 if xt == graph.mask_id else score[graph.mask_id]
+        weights = oracles.step_weights(graph, "tweedie", score[None, None], np.array([[xt]]), sigma, 0.0)[0, 0]
+        if kind == "absorb":
+            weights[graph.mask_id] = 0
+        kept = np.maximum(weights, 0)
+        for x0 in range(3):
+            if kind == "absorb" and xt not in (x0, graph.mask_id):
+                continue  # cannot be
+            tokens = lambda value: jnp.full((1, 1), value)
+            summary = graphs.summarize(log_score, tokens(xt), tokens(x0))
+            found = float(graph.reconstruction(summary, jnp.full(1, sigma), tokens(xt), tokens(x0))[0, 0])
+            exact = -math.log(kept[x0] / kept.sum()) if kept[x0] else math.inf
+            assert found >= exact - 1e-4
+            if math.isfinite(exact):
+                assert found == pytest.approx(exact, abs=1e-4 if perfect or kind == "absorb" else 0.3)
+
+
+@pytest.mark.parametrize("kind", ["absorb", "uniform"])
+def test_the_strict_bound_of_the_exact_score_is_the_entropy(kind):
+    """With one token nothing is lost: prior, integral and reconstruction add up to -log p(x0), on average, once the
+    start of generation is the law at t = 1 itself; for these it is so near that a thousandth covers it."""
+    graph, noise = _graph(kind), NOISES[kind]
+    edges = np.array([losses.T_MIN, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 0.99, 0.997, 0.999, 1.0])
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    half, middle = np.diff(edges) / 2, (edges[1:] + edges[:-1]) / 2
+    times, weights = (middle[:, None] + half[:, None] * nodes).ravel(), (half[:, None] * weights).ravel()
+    # Every time (the last is where reconstruction begins), clean and noised token, as one batch.
+    times = np.append(times, losses.T_MIN)
+    sigmas = np.asarray(noise.sigma(jnp.asarray(times, jnp.float32)), np.float64)
+    cases = list(itertools.product(range(len(times)), range(3), range(graph.num_states)))
+    time, x0, xt = np.array(cases).T
+    kernels = np.array([oracles.kernel(graph, sigma) for sigma in sigmas])
+    probability = kernels[time, xt, x0] * P0[x0]
+    with np.errstate(divide="ignore"):
+        log_scores = np.log([oracles.exact_scores(graph, P0, sigma)[:, 0] for sigma in sigmas])[time, xt]
+    t, x0, xt = jnp.asarray(times[time], jnp.float32), jnp.asarray(x0)[:, None], jnp.asarray(xt)[:, None]
+    summary = graphs.summarize(jnp.asarray(log_scores, jnp.float32)[:, None], xt, x0)
+    bounds = losses.bounds(lambda *_: summary, graph, noise, x0, xt, t).score_entropy
+    last = graph.reconstruction(summary, noise.sigma(t), xt, x0)[:, 0]
+    value = np.where(time == len(times) - 1, last, np.append(weights, 0.0)[time] * np.asarray(bounds))
+    total = float(np.where(probability > 0, probability * value, 0.0).sum())
+    total += float(graph.limit_divergence(noise.sigma(jnp.float32(1.0))))
+    start = oracles.marginal(graph, P0, float(noise.sigma(jnp.float32(1.0))))
+    entropy = -float(np.sum(P0 * np.log(P0)))
+    limit = np.full(3, 1 / 3) if kind == "uniform" else np.append(start[:3].sum() * np.full(3, 1 / 3), start[3])
+    gap = float(np.sum(start * np.log(start / limit)))
+    assert total == pytest.approx(entropy + gap, abs=2e-4)
+
+
+SEQUENCES = np.arange(70).reshape(7, 10)
+
+
+def _values(params, key, x0, t):
+    """Two quantities with known means: one that depends on time, one that does not."""
+    noise = jax.random.normal(key, (len(t),))
+    return jnp.stack([10 * t + noise, jnp.full(len(t), 3.0) + noise])
+
+
+def _passes(**changed):
+    return likelihoods.passes(_values, {}, SEQUENCES, **{"batch_size": 3, "seed": 5} | changed)
+
+
+def test_passes_estimate_means_and_errors():
+    done = list(itertools.islice(_passes(), 400))
+    estimates = likelihoods.combine(done)
+    for estimate, expected in zip(estimates, ((1 + losses.T_MIN) / 2, 0.3), strict=True):
+        assert abs(estimate.mean - expected) < 5 * estimate.stderr
+    spread = np.std([found.means for found in done], axis=0) / math.sqrt(len(done))
+    assert [estimate.stderr for estimate in estimates] == pytest.approx(spread.tolist(), rel=0.35)
+
+
+def test_a_pass_depends_on_its_number_alone():
+    done = list(itertools.islice(_passes(), 5))
+    assert list(itertools.islice(_passes(first=3), 2)) == done[3:]
+    assert next(_passes(seed=6)) != done[0]
+
+
+def test_a_report_follows_each_pass():
+    seen = []
+    list(itertools.islice(_passes(report=lambda *what: seen.append(what)), 2))
+    assert seen == [(0, 3 / 7), (0, 6 / 7), (0, 1.0), (1, 3 / 7), (1, 6 / 7), (1, 1.0)]
+
+
+def test_a_single_sequence_has_no_error_that_could_be_stated():
+    only = next(likelihoods.passes(_values, {}, SEQUENCES[:1], batch_size=3, seed=0))
+    assert likelihoods.combine([only])[0].stderr == math.inf

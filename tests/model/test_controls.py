@@ -1,0 +1,206 @@
+"""Controlled draws: against the law written out, over whole rows; what is forbidden is never drawn."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sedd_jax.diffusion import graphs
+from sedd_jax.model import controls, networks, score_draws, score_heads, tiles
+from sedd_jax.runtime import sharding
+from tests.support import oracles
+
+WIDTH, VOCAB, BATCH = 16, 300, 400
+GRAPHS = {
+    "absorb": graphs.Absorbing(vocab_size=VOCAB, mask_id=103),
+    "uniform": graphs.Uniform(vocab_size=VOCAB),
+}
+CONTROLS = {
+    "cold": controls.Control(temperature=0.5),
+    "hot": controls.Control(temperature=2.0),
+    "nucleus": controls.Control(top_p=0.7),
+    "both": controls.Control(temperature=0.8, top_p=0.5),
+    "guided": controls.Control(guidance=2.5),
+}
+
+
+@functools.cache
+def problem(kind):
+    """A network's head, features of three positions in each sequence, and states of them; the middle one stays."""
+    graph = GRAPHS[kind]
+    scaled = kind == "absorb"
+    config = networks.NetworkConfig(
+        num_states=graph.num_states, hidden_size=WIDTH, scale_by_sigma=scaled, dtype="float32"
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "head_kernel": 0.5 * jax.random.normal(keys[0], (WIDTH, config.padded_states)),
+        "head_bias": 0.5 * jax.random.normal(keys[1], (config.padded_states,)),
+    }
+    features, without = (jnp.tile(jax.random.normal(key, (1, 3, WIDTH)), (BATCH, 1, 1)) for key in keys[2:])
+    masked = 103 if scaled else 5
+    xt = jnp.tile(jnp.array([[masked, masked, 7 if kind == "uniform" else masked]]), (BATCH, 1))
+    return graph, config, params, features, without, xt
+
+
+def nucleus(token, top_p):
+    order = np.argsort(-token)
+    kept = order[: int((np.cumsum(token[order]) < top_p * token.sum()).sum()) + 1]
+    return np.where(np.isin(np.arange(len(token)), kept), token, 0.0)
+
+
+def law_of(graph, jump_fn, score, xt, control, unguided_log_score, allowed):
+    """Law of one position by the definition: the step's chance to move, then the changed law of the token."""
+    others = np.arange(graph.num_states) != xt
+    total = score[others].sum()
+    jump = jump_fn(jnp.full((1, 1), total, jnp.float32))
+    offset = 0.0 if jump.offset is None else float(jump.offset[0, 0])
+    step = np.where(others, np.maximum(float(jump.slope[0, 0]) * score + offset, 0), 0)
+    stay = max(float(jump.stay[0, 0]), 0.0)
+    token = step.copy()
+    if control.guidance != 1:
+        token = np.exp(unguided_log_score + control.guidance * (np.log(score) - unguided_log_score))
+    token = np.where(others, token, 0.0) ** (1 / control.temperature)
+    within = nucleus(token, control.top_p) * allowed
+    token = within if within.any() else nucleus(token * allowed, control.top_p)
+    token = token / token.sum()
+    law = token * step.sum() / (step.sum() + stay)
+    law[xt] = stay / (step.sum() + stay)
+    return law
+
+
+CASES = [
+    ("absorb", "cold", False),
+    ("absorb", "nucleus", False),
+    ("absorb", "both", True),
+    ("absorb", "guided", True),
+    ("uniform", "hot", True),
+    ("uniform", "nucleus", False),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "restricted"), CASES)
+def test_draws_follow_the_law_written_out(kind, name, restricted, monkeypatch):
+    monkeypatch.setattr(tiles, "chunk_size", lambda num_positions, most: 500)
+    graph, config, params, features, without, xt = problem(kind)
+    control, sigma = CONTROLS[name], jnp.full(BATCH, 0.7)
+    monkeypatch.setattr(score_draws, "DRAWN_ROWS", 800)
+    jump_fn = lambda total: graphs.Jump(stay=total / 2, slope=1 + 0 * total)
+    if kind == "uniform":
+        jump_fn = lambda total: graphs.Jump(stay=0.3 + 0 * total, slope=1e-3 + 0 * total, offset=-5e-4 + 0 * total)
+    is_movable = graph.is_noise(xt).at[:, 1].set(False)
+    class_of = jnp.arange(graph.num_states) % 3
+    classes = jnp.tile(jnp.array([[1, 0, -1]]), (BATCH, 1))
+    unguided = without if control.guidance != 1 else None
+    options = (class_of, classes) if restricted else ()
+    drawn = jax.jit(
+        lambda key: score_draws.draw(
+            key,
+            config,
+            params,
+            features,
+            xt,
+            sigma,
+            is_movable,
+            jump_fn,
+            controls.choice(control, unguided, *options),
+        )
+    )
+    tokens = np.concatenate([drawn(key) for key in jax.random.split(jax.random.key(1), 20)])
+    log_scores = [
+        np.float64(score_heads.log_score(config, params, f[:1], xt[:1], sigma[:1])[0]) for f in (features, without)
+    ]
+    assert (tokens[:, 1] == xt[0, 1]).all()
+    for position, only in ((0, 1), (2, -1)):
+        allowed = np.asarray(class_of) == only if restricted and only >= 0 else np.ones(graph.num_states, bool)
+        law = law_of(
+            graph,
+            lambda total: jax.tree.map(lambda x: x[:1, :1], jump_fn(jnp.broadcast_to(total, (1, 3)))),
+            np.exp(log_scores[0][position]),
+            int(xt[0, position]),
+            control,
+            log_scores[1][position],
+            allowed,
+        )
+        assert 0.05 < law[int(xt[0, position])] < 0.95
+        counts = np.bincount(tokens[:, position], minlength=graph.num_states)
+        assert not counts[law == 0].any()
+        assert oracles.chi_square_p(counts, law) > 1e-4
+
+
+def test_a_pattern_chooses_among_the_likeliest_of_all_tokens():
+    """And only where none of these is left, among the likeliest of its own."""
+    law, is_possible = jnp.log(jnp.array([[0.5, 0.3, 0.14, 0.06]])), jnp.array([[True] * 4])
+    found = lambda *allowed: np.exp(
+        controls.reweigh(controls.Control(top_p=0.79), law, law, None, is_possible, jnp.array([allowed]))
+    )
+    np.testing.assert_allclose(found(False, True, True, False), [[0, 1, 0, 0]])
+    np.testing.assert_allclose(found(True, True, True, True), [[1, 0.6, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(found(False, False, True, True), [[0, 0, 1, 0.06 / 0.14]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("control", [controls.Control(temperature=1e-6), controls.Control(top_p=1e-6)])
+def test_at_the_least_that_is_allowed_only_the_likeliest_token_is_left(control):
+    law = jnp.array([[-3000.0, -jnp.inf, -2.0, -2.5]])
+    found = controls.reweigh(control, law, law, None, jnp.array([[True, True, True, True]]))
+    np.testing.assert_array_equal(np.exp(found), [[0, 0, 1, 0]])
+
+
+def test_what_is_allowed_is_drawn_however_unlikely_it_is(monkeypatch):
+    monkeypatch.setattr(score_draws, "DRAWN_ROWS", 1200)
+    graph, config, params, features, _, xt = problem("absorb")
+    params = params | {"head_bias": params["head_bias"].at[17].set(-400.0)}
+    classes = jnp.zeros_like(xt)
+    class_of = jnp.where(jnp.arange(graph.num_states) == 17, 0, 1)
+    for control in (controls.Control(), CONTROLS["both"]):
+        tokens = score_draws.draw(
+            jax.random.key(0),
+            config,
+            params,
+            features,
+            xt,
+            jnp.full(BATCH, 0.7),
+            jnp.ones(xt.shape, bool),
+            lambda total: graph.denoise_jump(total, xt, jnp.full(BATCH, 0.7)),
+            controls.choice(control, None, class_of, classes),
+        )
+        assert (tokens == 17).all()
+
+
+def test_shares_of_classes_are_those_of_their_tokens():
+    graph, config, params, features, without, xt = problem("absorb")
+    class_of, is_needed = jnp.arange(graph.num_states) % 5, jnp.ones(xt.shape, bool).at[:, 1].set(False)
+    control = controls.Control(temperature=0.7, guidance=1.5)
+    found = jax.jit(
+        lambda: controls.class_log_weights(control, config, params, features, without, class_of, 6, xt, is_needed)
+    )()
+    z = [np.float64(score_heads.logits(params, f[0])[:, : graph.num_states]) for f in (features, without)]
+    for position in (0, 2):
+        guided = np.exp((z[1] + 1.5 * (z[0] - z[1]))[position] / 0.7)
+        guided[103] = 0
+        shares = np.bincount(class_of, weights=guided, minlength=6) / guided.sum()
+        np.testing.assert_allclose(np.exp(found[:, position, :5]), np.tile(shares[:5], (BATCH, 1)), rtol=1e-4)
+    assert (found[:, 1] == 0).all()
+    assert np.isfinite(found).all()  # The sixth class has no token.
+
+
+def test_a_mesh_changes_nothing(monkeypatch):
+    monkeypatch.setattr(score_draws, "DRAWN_ROWS", 200)
+    graph, config, params, features, without, xt = problem("absorb")
+    sigma, class_of = jnp.full(BATCH, 0.7), jnp.arange(VOCAB + 1) % 3
+    classes = jnp.tile(jnp.arange(3)[None], (BATCH, 1))
+
+    def draw(params, features, without, xt, classes):
+        law = lambda total: graph.tweedie_jump(total, xt, sigma / 2)
+        movable = jnp.ones(xt.shape, bool)
+        how = controls.choice(CONTROLS["guided"], without, class_of, classes)
+        return score_draws.draw(jax.random.key(2), config, params, features, xt, sigma, movable, law, how)
+
+    arrays = (params, features, without, xt, classes)
+    alone = jax.jit(draw)(*arrays)
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))):
+        together = jax.jit(draw)(*arrays)
+    np.testing.assert_array_equal(alone, together)
+    assert (alone != xt).any()

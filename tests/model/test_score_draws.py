@@ -1,0 +1,143 @@
+"""Draws by blocks of states follow the weights of the whole array, for every step of every graph."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sedd_jax.diffusion import graphs, noise_schedules, samplers
+from sedd_jax.model import networks, score_draws, score_heads, tiles
+from sedd_jax.runtime import sharding
+from tests.support import oracles
+
+WIDTH, VOCAB, BATCH = 16, 300, 400
+NOISE = noise_schedules.Geometric(sigma_max=4.0)
+GRAPHS = {
+    "absorb": graphs.Absorbing(vocab_size=VOCAB, mask_id=VOCAB),
+    "normalised": graphs.Absorbing(vocab_size=VOCAB, mask_id=VOCAB),
+    "mask inside": graphs.Absorbing(vocab_size=VOCAB, mask_id=103),
+    "uniform": graphs.Uniform(vocab_size=VOCAB),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Three blocks, the last of which reaches back, and chunks that end inside the positions."""
+    monkeypatch.setattr(score_draws, "BLOCK_STATES", 160)
+    monkeypatch.setattr(tiles, "chunk_size", lambda num_positions, most: 500)
+
+
+def problem(graph: graphs.Graph, normalized: bool = False):
+    """A head, features that are the same for every sequence, tokens and noise levels."""
+    scaled = isinstance(graph, graphs.Absorbing)
+    config = networks.NetworkConfig(
+        num_states=graph.num_states, hidden_size=WIDTH, scale_by_sigma=scaled, normalize=normalized, dtype="float32"
+    )
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "head_kernel": 0.5 * jax.random.normal(keys[0], (WIDTH, config.padded_states)),
+        "head_bias": 0.5 * jax.random.normal(keys[1], (config.padded_states,)),
+    }
+    features = jnp.tile(jax.random.normal(keys[2], (1, 3, WIDTH)), (BATCH, 1, 1))
+    masked = graph.mask_id if isinstance(graph, graphs.Absorbing) else 5
+    xt = jnp.tile(jnp.array([[masked, masked, 7]]), (BATCH, 1))
+    return config, params, features, xt
+
+
+@pytest.mark.parametrize("draw", sorted(score_draws.DRAWS))
+@pytest.mark.parametrize("sampler", [*sorted(samplers.SAMPLERS), "denoise"])
+@pytest.mark.parametrize("name", sorted(GRAPHS))
+def test_draws_follow_the_weights_of_the_whole_array(name, sampler, draw):
+    graph = GRAPHS[name]
+    config, params, features, xt = problem(graph, name == "normalised")
+    if name == "normalised":
+        params["head_bias"] += 120.0  # whose exponential float32 does not hold
+    t = jnp.full(BATCH, 0.8)
+    sigma = NOISE.sigma(t)
+    is_movable = graph.is_noise(xt).at[:, 1].set(False)
+
+    def jump_fn(sigma, xt, t, total):
+        if sampler == "denoise":
+            return graph.denoise_jump(total, xt, sigma)
+        return samplers.SAMPLERS[sampler](graph, NOISE, total, xt, t, jnp.full_like(t, 0.2))
+
+    @jax.jit
+    def drawn(key):
+        law = functools.partial(jump_fn, sigma, xt, t)
+        return score_draws.DRAWS[draw](key, config, params, features, xt, sigma, is_movable, law)
+
+    tokens = np.concatenate([drawn(key) for key in jax.random.split(jax.random.key(1), 25)])
+    score = jnp.exp(score_heads.log_score(config, params, features[:1], xt[:1], sigma[:1]))
+    weights = oracles.jump_weights(functools.partial(jump_fn, sigma[:1], xt[:1], t[:1]), score, xt[:1])
+    laws = np.maximum(np.float64(weights[0]), 0)
+    for position, movable in enumerate(is_movable[0]):
+        if not movable:
+            assert (tokens[:, position] == xt[0, position]).all()
+            continue
+        law = laws[position] / laws[position].sum()
+        assert oracles.chi_square_p(np.bincount(tokens[:, position], minlength=graph.num_states), law) > 1e-4
+
+
+def test_a_block_and_its_state_are_right_at_tiny_odds():
+    """A state with odds of 1e-8 in a block of its own kind: both draws are as precise as `categoricals.draw`."""
+    graph = GRAPHS["absorb"]
+    config, params, features, xt = problem(graph)
+    logits = jnp.full(config.padded_states, -jnp.inf).at[0].set(0.0).at[170:300].set(jnp.log(2e-5))
+    params = {"head_kernel": jnp.zeros_like(params["head_kernel"]), "head_bias": logits}
+    sigma = jnp.full(BATCH, jnp.log1p(1 / VOCAB))
+
+    @jax.jit
+    def rare(key):
+        law = lambda total: graph.denoise_jump(total, xt, sigma)
+        tokens = score_draws.draw(key, config, params, features, xt, sigma, graph.is_noise(xt), law)
+        return ((tokens[:, :2] >= 170) & (tokens[:, :2] < 300)).sum()
+
+    count = int(jax.jit(lambda keys: jax.lax.map(rare, keys).sum())(jax.random.split(jax.random.key(2), 100)))
+    expected = 2 * BATCH * 100 * 130 * 2e-5
+    assert abs(count - expected) < 5 * expected**0.5
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("batch", [BATCH, 3], ids=["divided", "whole"])
+def test_draws_are_the_same_on_every_mesh(shape, batch):
+    graph = GRAPHS["absorb"]
+    config, params, features, xt = problem(graph)
+    features, xt, t = features[:batch], xt[:batch], jnp.full(batch, 0.5)
+
+    @jax.jit
+    def drawn(params, features, xt):
+        law = lambda total: samplers.tweedie(graph, NOISE, total, xt, t, jnp.full_like(t, 0.2))
+        return score_draws.draw(
+            jax.random.key(4), config, params, features, xt, NOISE.sigma(t), graph.is_noise(xt), law
+        )
+
+    alone = drawn(params, features, xt)
+    assert (alone != xt).any()
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))):
+        np.testing.assert_array_equal(drawn(params, features, xt), alone)
+
+
+def test_no_array_over_the_vocabulary():
+    """Memory of a step does not grow with the vocabulary, but for the head itself."""
+
+    def temporary_bytes(num_states: int) -> int:
+        config = networks.NetworkConfig(num_states=num_states, hidden_size=WIDTH, dtype="float32")
+        graph = graphs.Absorbing(vocab_size=num_states - 1, mask_id=num_states - 1)
+        shapes = [(WIDTH, config.padded_states), (config.padded_states,), (2, 256, WIDTH)]
+        kernel, bias, features = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+        def step(kernel, bias, features, xt, t):
+            law = lambda total: samplers.tweedie(graph, NOISE, total, xt, t, jnp.full_like(t, 0.2))
+            params = {"head_kernel": kernel, "head_bias": bias}
+            key, sigma = jax.random.key(0), NOISE.sigma(t)
+            return score_draws.draw(key, config, params, features, xt, sigma, graph.is_noise(xt), law)
+
+        tokens, times = jax.ShapeDtypeStruct((2, 256), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.float32)
+        compiled = jax.jit(step).lower(kernel, bias, features, tokens, times).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(2_000), temporary_bytes(64_000)
+    # What grows is the sum of each block, 160 states here.
+    assert large - small < 2 * 256 * 62_000 * 4 / 10

@@ -1,0 +1,184 @@
+"""The streamed score head equals the dense one in value and gradient, in one block or several."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sedd_jax.diffusion import graphs
+from sedd_jax.model import networks, score_heads, tiles
+from sedd_jax.runtime import sharding
+
+BATCH, LENGTH, WIDTH = 3, 12, 16
+SIGMA = jnp.array([1e-3, 0.7, 6.0])
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(201, True, False), (201, False, False), (256, False, False), (201, True, True)],
+    ids=["scaled", "unscaled", "without padding", "normalised"],
+)
+def head(request):
+    """A config, random weights (padding included), features, and tokens."""
+    num_states, scaled, normalized = request.param
+    config = networks.NetworkConfig(
+        num_states=num_states, hidden_size=WIDTH, scale_by_sigma=scaled, normalize=normalized, dtype="float32"
+    )
+    keys = jax.random.split(jax.random.key(0), 5)
+    params = {
+        "head_kernel": jax.random.normal(keys[0], (WIDTH, config.padded_states)),
+        "head_bias": jax.random.normal(keys[1], (config.padded_states,)),
+    }
+    features = jax.random.normal(keys[2], (BATCH, LENGTH, WIDTH))
+    xt = jax.random.randint(keys[3], (BATCH, LENGTH), 0, num_states)
+    x0 = jax.random.randint(keys[4], (BATCH, LENGTH), 0, num_states).at[:, ::3].set(xt[:, ::3])
+    return config, params, features, xt, x0
+
+
+def value_and_gradients(summarize, params, features):
+    """A summary, and the gradients of an arbitrary combination of it."""
+
+    def combine(params, features):
+        summary = summarize(params, features)
+        weights = jax.random.normal(jax.random.key(9), (3, BATCH, LENGTH))
+        return sum((w * x).sum() for w, x in zip(weights, summary, strict=True)), summary
+
+    gradients, summary = jax.jit(jax.grad(combine, (0, 1), has_aux=True))(params, features)
+    return summary, gradients
+
+
+def dense(config, xt, x0, is_needed):
+    """The same summary from the whole array."""
+
+    def summarize(params, features):
+        summary = graphs.summarize(score_heads.log_score(config, params, features, xt, SIGMA), xt, x0)
+        return jax.tree.map(lambda x: jnp.where(is_needed, x, 0.0), summary)
+
+    return summarize
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several chunks of positions and blocks of states, the last of both incomplete."""
+    monkeypatch.setattr(tiles, "chunk_size", lambda num_positions, most: 5)
+    monkeypatch.setattr(score_heads, "TILE_LOGITS", dict.fromkeys(score_heads.TILE_LOGITS, 1))
+
+
+@pytest.mark.parametrize("needed", ["none", "one", "some", "all"])
+@pytest.mark.parametrize("tiles", ["one tile", "many"])
+def test_streamed_equals_dense(head, needed, tiles, request):
+    if tiles == "many":
+        request.getfixturevalue("small_tiles")
+    config, params, features, xt, x0 = head
+    is_needed = {
+        "none": jnp.zeros(xt.shape, bool),
+        "one": jnp.zeros(xt.shape, bool).at[1, 7].set(True),
+        "some": jax.random.bernoulli(jax.random.key(5), 0.4, xt.shape),
+        "all": jnp.ones(xt.shape, bool),
+    }[needed]
+    streamed = lambda params, features: score_heads.summarize(config, params, features, xt, x0, SIGMA, is_needed)
+    expected = value_and_gradients(dense(config, xt, x0, is_needed), params, features)
+    ours = value_and_gradients(streamed, params, features)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, expected)
+
+
+def test_bfloat16_streams_what_bfloat16_computes_whole(head, small_tiles):
+    """Logits of bfloat16 products, accumulated and summed in float32; only the sums' order differs."""
+    config, params, features, xt, x0 = head
+    features, is_needed = features.astype(jnp.bfloat16), jnp.ones(xt.shape, bool)
+    streamed = lambda params, features: score_heads.summarize(config, params, features, xt, x0, SIGMA, is_needed)
+    expected, expected_gradients = value_and_gradients(dense(config, xt, x0, is_needed), params, features)
+    ours, gradients = value_and_gradients(streamed, params, features)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, expected)
+    # The gradient of the logits is rounded to bfloat16 before its products, at other places in the two.
+    assert gradients[1].dtype == jnp.bfloat16
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        a, b = np.float32(a), np.float32(b)
+        assert np.abs(a - b).max() < 0.02 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("batch", [8, BATCH], ids=["divided", "whole"])
+def test_sharded_equals_unsharded(shape, batch):
+    config = networks.NetworkConfig(num_states=201, hidden_size=WIDTH, dtype="float32")
+    keys = jax.random.split(jax.random.key(0), 6)
+    params = {
+        "head_kernel": jax.random.normal(keys[0], (WIDTH, config.padded_states)),
+        "head_bias": jax.random.normal(keys[1], (config.padded_states,)),
+    }
+    features = jax.random.normal(keys[2], (batch, LENGTH, WIDTH))
+    xt, x0 = jax.random.randint(keys[3], (2, batch, LENGTH), 0, 201)
+    sigma, is_needed = jnp.linspace(0.1, 3, batch), jax.random.bernoulli(keys[4], 0.4, xt.shape)
+
+    # A new function each time: JAX would remember what it traced without a mesh.
+    def make_gradient_fn():
+        def combine(params, features):
+            summary = score_heads.summarize(config, params, features, xt, x0, sigma, is_needed)
+            return sum(jnp.square(x).sum() for x in summary)
+
+        return jax.jit(jax.value_and_grad(combine, (0, 1)))
+
+    alone = make_gradient_fn()(params, features)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(params, sharding.tree_shardings(mesh, params))
+        together = make_gradient_fn()(split, features)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), together, alone)
+
+
+def test_memory_does_not_grow_with_length_times_vocabulary():
+    """Temporary bytes of value and gradient are those of the head's and the features' own gradients."""
+
+    def temporary_bytes(num_states: int, length: int) -> int:
+        config = networks.NetworkConfig(num_states=num_states, hidden_size=WIDTH, dtype="float32")
+        shapes = [(WIDTH, config.padded_states), (config.padded_states,), (1, length, WIDTH)]
+        kernel, bias, features = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+        def loss(kernel, bias, features, xt):
+            params = {"head_kernel": kernel, "head_bias": bias}
+            sigma, is_needed = jnp.ones(1), jnp.ones(xt.shape, bool)
+            return score_heads.summarize(config, params, features, xt, xt, sigma, is_needed).logsumexp.sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(kernel, bias, features, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    least = temporary_bytes(2_048, 512)
+    for num_states, length in ((32_768, 512), (2_048, 8_192), (32_768, 8_192)):
+        weights_and_features = 4 * (WIDTH + 1) * (num_states + length)
+        assert temporary_bytes(num_states, length) < least + 8 * weights_and_features < num_states * length * 4
+
+
+def test_padding_never_leaks(head):
+    """Neither value nor gradient depends on, or reaches, the padded part of the vocabulary."""
+    config, params, features, xt, x0 = head
+    n = config.num_states
+    other = {name: x.at[..., n:].set(37.0) for name, x in params.items()}
+    everywhere = jnp.ones(xt.shape, bool)
+    streamed = lambda params, features: score_heads.summarize(config, params, features, xt, x0, SIGMA, everywhere)
+    expected, ours = value_and_gradients(streamed, params, features), value_and_gradients(streamed, other, features)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+    assert all(not gradient[..., n:].any() for gradient in ours[1][0].values())
+    log_score = score_heads.log_score(config, params, features, xt, SIGMA)
+    assert log_score.shape == (BATCH, LENGTH, n)
+    np.testing.assert_array_equal(log_score, score_heads.log_score(config, other, features, xt, SIGMA))
+
+
+def test_log_score_is_zero_at_the_current_token_and_scaled_elsewhere(head):
+    config, params, features, xt, _ = head
+    log_score = score_heads.log_score(config, params, features, xt, SIGMA)
+    current = np.asarray(xt)[..., None] == np.arange(config.num_states)
+    assert not np.asarray(log_score)[current].any()
+    z = np.float64(features) @ np.float64(params["head_kernel"]) + np.float64(params["head_bias"])
+    if config.scale_by_sigma:
+        others = np.where(current, -np.inf, z[..., : config.num_states])
+        total = np.exp(others).sum(-1, keepdims=True) if config.normalize else config.num_states - 1
+        z -= np.log(np.expm1(np.float64(SIGMA))[:, None, None] * total)
+    np.testing.assert_allclose(log_score[~current], z[..., : config.num_states][~current], rtol=1e-5, atol=1e-4)
+
+
+def test_logits_accumulate_in_float32_from_bfloat16():
+    features, kernel = jnp.ones((1, 1, 1024), jnp.bfloat16), jnp.full((1024, 128), 1.0 + 2**-7)
+    z = score_heads.logits({"head_kernel": kernel, "head_bias": jnp.zeros(128)}, features)
+    assert z.dtype == jnp.float32
+    np.testing.assert_allclose(z, 1024 + 8, rtol=1e-6)

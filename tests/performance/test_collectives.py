@@ -1,0 +1,164 @@
+"""Collectives read from programs whose communication is known."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from sedd_jax import config as configs
+from sedd_jax import runs
+from sedd_jax.model import networks
+from sedd_jax.performance import collectives
+from sedd_jax.runtime import sharding
+from sedd_jax.training import train
+
+
+def compiled(fn, in_specs, out_specs, *shapes):
+    """Text of fn, run by each of 8 devices on its part."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))
+    with jax.set_mesh(mesh):
+        mapped = jax.jit(jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False))
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        return mapped.lower(*inputs).compile().as_text()
+
+
+ROWS = PartitionSpec("fsdp")
+
+
+@pytest.mark.parametrize(
+    ("fn", "out_specs", "kind", "shape", "bytes_sent"),
+    [
+        # A device has [4, 8] of [16, 8] float32: 128 of 512 bytes.
+        (lambda x: jax.lax.psum(x, "fsdp"), PartitionSpec(), "all-reduce", (4, 8), 2 * 128 * 3 / 4),
+        (lambda x: jax.lax.all_gather(x, "fsdp", tiled=True), PartitionSpec(), "all-gather", (16, 8), 3 * 128),
+        (lambda x: jax.lax.psum_scatter(x, "fsdp", tiled=True), ROWS, "reduce-scatter", (1, 8), 3 * 32),
+        (lambda x: jax.lax.all_to_all(x, "fsdp", 0, 1, tiled=True), ROWS, "all-to-all", (1, 8), 3 * 32),
+        (
+            lambda x: jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)]),
+            ROWS,
+            "collective-permute",
+            (4, 8),
+            128,
+        ),
+    ],
+    ids=["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"],
+)
+def test_each_kind(fn, out_specs, kind, shape, bytes_sent):
+    (found,) = collectives.collectives(compiled(fn, ROWS, out_specs, (16, 8)))
+    assert (found.kind, found.times) == (kind, 1)
+    assert found.shapes[0] == ("f32", shape)
+    assert found.bytes_sent == bytes_sent
+
+
+def test_group_is_that_of_the_named_axes():
+    text = compiled(lambda x: jax.lax.psum(x, ("data", "fsdp")), ROWS, PartitionSpec(), (16, 8))
+    assert [found.group_size for found in collectives.collectives(text)] == [8]
+
+
+def test_loops_multiply():
+    def nested(x):
+        inner = lambda _, x: jax.lax.psum(x, "fsdp") * 0.5
+        return jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.fori_loop(0, 5, inner, x) + 1, x)
+
+    found = collectives.collectives(compiled(nested, PartitionSpec(), PartitionSpec(), (64, 8)))
+    assert sum(one.times for one in found if one.shapes[0][1] == (64, 8)) == 15
+
+
+def test_an_operation_cut_into_pieces_counts_once():
+    piece = (
+        "  %a.{} = bf16[1,768]{{1,0:T(8,128)(2,1)}} all-gather(%p), channel_id=7, "
+        "replica_groups=mesh['axis_0'=16] {{'axis_0'}}"
+    )
+    started = (
+        "  %s = (f32[4]{0}, f32[64]{0}, u32[], u32[]) all-gather-start(%p), channel_id=8, replica_groups=[2,16]<=[32]"
+    )
+    found = collectives.collectives("\n".join([piece.format(1), piece.format(2), started]))
+    assert [(one.shapes, one.group_size) for one in found] == [
+        ((("bf16", (1, 768)),), 16),
+        ((("f32", (64,)),), 16),
+    ]
+
+
+SLICES = """
+%all-reduce-scatter.1 (input: f32[1024]) -> f32[256] {
+  %sum = f32[1024]{0} all-reduce(%input), channel_id=3, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[256]{0} dynamic-slice(%sum, %i), dynamic_slice_sizes={256}
+}
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %c = f32[4,256]{1,0} all-reduce(%x), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  %s = (bf16[64,8]{1,0}, u32[], token[]) send(%y, %z), channel_id=6, as={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %r = (bf16[64,8]{1,0}, u32[], token[]) recv(%z), channel_id=5, as={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %most = s32[]{:T(128)} constant(4)
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %one = s32[]{:T(128)} constant(1)
+  %copied = s32[]{:T(128)} copy(%one)
+  %start = (s32[]{:T(128)}, f32[8]{0}) tuple(%copied, %p)
+  %loop = (s32[]{:T(128)}, f32[8]{0}) while(%start), condition=%condition, body=%body
+  %fused = f32[256]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %scattered = f32[32,128]{1,0} reduce-scatter(%x), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
+  %gathered = f32[128,128]{1,0} all-gather(%x), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
+  %whole = (f32[16]{0}, u32[], token[]) send(%y, %z), channel_id=8, as={_xla_megascale_transfer_type="ALL_GATHER"}
+}
+"""
+
+
+def test_between_slices_and_in_a_loop_whose_first_round_was_peeled_off():
+    """As libtpu writes a step of two slices: a sum between them is cut to a device's share, sent, and gathered."""
+    found = collectives.collectives(SLICES, num_slices=4)
+    assert [(one.kind, one.group_size, one.times, one.between_slices, one.bytes_sent) for one in found] == [
+        ("all-reduce", 4, 3, False, 3 * 2 * 3 / 4 * 4 * 256 * 4),
+        ("all-reduce", 4, 3, True, 3 * 2 * 3 / 4 * 64 * 8 * 2),
+        ("reduce-scatter", 4, 1, False, 3 * 256 * 4),
+        ("reduce-scatter", 4, 1, False, 3 * 32 * 128 * 4),
+        ("all-gather", 4, 1, False, 3 / 4 * 128 * 128 * 4),
+        ("all-gather", 4, 1, True, 3 * 16 * 4),
+    ]
+
+
+@functools.cache
+def step_text(shape):
+    """A training step of a tiny network on a mesh of this shape, compiled."""
+    config = configs.parse(
+        configs.merge(
+            {
+                "data": {"length": 24},
+                "network": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "cond_dim": 16, "dtype": "float32"},
+                "training": {"batch_size": 16},
+                "mesh": dict(zip(sharding.AXES, shape, strict=True)),
+            }
+        )
+    )
+    return (
+        train.lower_step(runs.unsaved(config, vocab_size=1023), sharding.make_mesh(config.mesh))[1].compile().as_text()
+    )
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+def test_a_step_sends_nothing_of_positions_times_vocabulary(shape, capfd):
+    """Logits of a device's share of the batch would be 16 / 8 x 24 x 1024 / 2 numbers at least."""
+    text = step_text(shape)
+    assert "nvoluntary full rematerialization" not in capfd.readouterr().err
+    found = collectives.collectives(text)
+    assert found
+    for one in found:
+        for _, sizes in one.shapes:
+            assert not (1024 in sizes or 512 in sizes) or len(sizes) <= 2
+            # The embedding, the head and the blocks' matrices, whole or stacked, are the largest things there are.
+            assert math.prod(sizes) <= 1024 * 32, one
+
+
+def test_copies_of_the_model_exchange_their_gradients_once():
+    """A device sends 2 (8 - 1) / 8 times the 4 bytes of every parameter, and a few sums."""
+    config = networks.NetworkConfig(
+        num_states=1024, hidden_size=32, num_layers=2, num_heads=4, cond_dim=16, dtype="float32"
+    )
+    shapes = jax.eval_shape(lambda: networks.init(jax.random.key(0), config))
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    sent = sum(one.bytes_sent for one in collectives.collectives(step_text((8, 1, 1))))
+    assert 1 <= sent / (2 * 7 / 8 * 4 * num_parameters) < 1.02

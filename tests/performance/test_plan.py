@@ -1,0 +1,227 @@
+"""`sedd plan` compiles for TPUs that are not here; in a process of its own, since this one's JAX has other devices."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from sedd_jax import config as configs
+from sedd_jax.cli import main as cli
+from sedd_jax.performance import plan as program
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu-plan]'"
+)
+SMALL = (
+    "--config.network.hidden_size=256",
+    "--config.network.num_layers=4",
+    "--config.network.num_heads=4",
+    "--config.data.length=256",
+    "--vocab_size=8191",
+)
+
+
+def run_alone(*arguments):
+    """Python in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def plan(*arguments):
+    """Exit status, standard output and standard error of `sedd plan`."""
+    done = run_alone("-m", "sedd_jax", "plan", *arguments)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_step_that_fits():
+    status, out, err = plan(*SMALL, "--topology=v5e:2x2", "--config.training.batch_size=64", "--json")
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["fits"]
+    assert result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    memory = result["memory_gib"]
+    # Matrices of the blocks, their modulations, embedding and head; norms, biases and sigma's embedding are the rest.
+    matrices = 4 * (4 * (12 * 256**2 + 6 * 128 * 256) + 2 * 8192 * 256) / 2**30
+    assert matrices < memory["parameters"] == memory["moving average"] < 1.03 * matrices
+    assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=1e-4)
+    # Gradients are summed over the four chips once: those of bfloat16 products in bfloat16, the others in float32.
+    sent = sum(of["bytes_sent"] for of in result["collectives"].values())
+    assert sent == pytest.approx(2 * 3 / 4 * (memory["parameters"] * 2**30 - 2 * 4 * 12 * 256**2), rel=0.01)
+    flops = 64 * 256 / 4 * (6 * (4 * 12 * 256**2 + 256 * 8192) + 12 * 4 * 256 * 256)
+    assert result["flops_per_device"] == pytest.approx(flops)
+    slowest = max(result["seconds"].values())
+    assert result["tokens_per_second"] == pytest.approx(64 * 256 / slowest)
+    assert result["utilization"] == pytest.approx(flops / 197e12 / slowest)
+    assert result["days"] == pytest.approx(400_000 * slowest / 86_400)
+    assert "fits" in out
+    assert err == ""
+
+
+def test_a_step_that_does_not_fit_gets_a_change_that_was_compiled():
+    status, out, _ = plan(*SMALL, "--topology=v5e:2x2", "--config.training.batch_size=8192")
+    assert status == 0
+    assert "DOES NOT FIT" in out
+    assert "G) exceeds available HBM (15.75G)" in out
+    assert "fits with --config.network.remat=blocks" in out
+
+
+@pytest.mark.parametrize(("slice_devices", "num_slices", "fsdp"), [(16, 1, 16), (4, 2, 4), (512, 2, 128)])
+def test_changes_split_the_model_within_a_slice_into_equal_parts(slice_devices, num_slices, fsdp):
+    devices = slice_devices * num_slices
+    config = configs.parse(configs.merge({"training": {"batch_size": 4 * devices}}))
+    changes = list(program.remedies(config, slice_devices, num_slices))
+    assert changes[:3] == [
+        {"network.remat": "blocks"},
+        {"network.remat": "blocks", "mesh.data": devices // fsdp, "mesh.fsdp": fsdp},
+        {"network.remat": "blocks", "training.num_micro_batches": 2},
+    ]
+    assert changes[-1] == changes[1] | {"training.num_micro_batches": 4}
+
+
+@pytest.mark.parametrize("slice_devices", [16, 24])
+def test_changes_leave_every_device_as_much(slice_devices):
+    config = configs.parse(configs.merge({"training": {"batch_size": 3 * slice_devices}}))
+    for change in program.remedies(config, slice_devices, 1):
+        changed = configs.parse(configs.merge(configs.flatten(configs.to_dict(config)) | change))
+        per_micro_batch = changed.training.batch_size // changed.training.num_micro_batches
+        assert per_micro_batch % slice_devices == 0
+        for size in (changed.network.hidden_size, changed.network.cond_dim):
+            assert size % changed.mesh.fsdp == 0
+
+
+def test_a_sample_of_the_baseline_takes_a_step_a_token():
+    flags = ["--config.graph.name=autoregressive", "--config.network.scale_by_sigma=False", "--sample"]
+    status, out, err = plan(*SMALL, "--topology=v5e:2x2", *flags, "--config.sampling.num_samples=4")
+    assert status == 0, err
+    assert "for samples of 255 steps" in out
+
+
+def test_a_sampling_step_on_two_slices():
+    status, out, err = plan(
+        *SMALL, "--topology=v5e:2x2", "--num_slices=2", "--sample", "--config.sampling.num_samples=8"
+    )
+    assert status == 0, err
+    assert "sampling step of 256 x 4, 8 sequences of 256, 8191 tokens" in out
+    assert "on 2 x v5e:2x2: 8 devices (TPU v5e), mesh data 8, fsdp 1, tensor 1" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v5e:4x4", "--config.training.batch_size=10"], "leaves 10 sequences for 16 devices"),
+        (["--topology=v5e:4x4", "--config.mesh.tensor=5"], "does not fill 16 devices"),
+        (["--topology=v5e:4x4", "--num_slices=0"], "--num_slices=0 must be at least 1"),
+        (
+            ["--topology=v5e:3x5"],
+            "--topology=v5e:3x5: a v5e slice has chips along 2 axes, even along the first two, 256",
+        ),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    status, _, err = plan(*arguments)
+    assert status == 1
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["", ":", "v5e", "v5litepod:4x4", "h100:8", "v7x:2x2x1", "v3:2x2", "V5E:4x4", "v5:2x2x2"]
+)
+def test_names_that_are_no_slice_get_the_known_ones(name):
+    with pytest.raises(ValueError, match=f"^--topology={name}: .*(v4, v5e, v5p, v6e, tpu7x|v5e:1x1, 2x2, 2x4, 4x4)"):
+        program.check_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("generation", "shapes", "accepted"),
+    [
+        ("v5e", ["", "4", "4x", "4x4x4", "0x4", "-4x4", "1x2", "3x5", "16x32", "axb", "4x²"], "v5e:1x1, 2x2, 2x4, 4x4"),
+        ("v5p", ["", "4x4", "1x1x1", "1x1", "3x3x3", "0x2x2", "16x16x25", "2x2x2x1"], "v5p:2x2x1, 2x2x2, 2x2x4, 2x4x4"),
+    ],
+)
+def test_shapes_that_are_no_slice_get_the_accepted_ones(generation, shapes, accepted):
+    for shape in shapes:
+        with pytest.raises(ValueError, match=f"^--topology={generation}:{shape}: .* at most: {accepted}"):
+            program.check_topology(f"{generation}:{shape}")
+
+
+SLICES = """
+import json, sys
+import jax
+from sedd_jax import accelerators, plan
+
+def look(topology, num_slices):
+    plan.check_topology(topology)
+    devices = plan.make_devices(topology, num_slices)
+    one = jax.sharding.NamedSharding(jax.sharding.Mesh(devices[:1], "x"), jax.sharding.PartitionSpec())
+    too_large = jax.ShapeDtypeStruct((2**18, 2**18), "float32", sharding=one)
+    try:
+        jax.jit(lambda x: x + 1).lower(too_large).compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+    accelerator = accelerators.find(devices[0].device_kind)
+    in_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    return accelerator.name, len(devices), in_slices, accelerator.hbm_bytes, message
+
+print(json.dumps([look(*one) for one in json.loads(sys.argv[1])]))
+"""
+
+
+def test_devices_and_their_memory_are_what_the_compiler_says():
+    """Every generation: JAX's devices, the accelerator of their kind, and the memory that a program may use."""
+    half = "TPU7x, one of two cores"
+    expected = {
+        ("v4:2x2x1", 1): ("TPU v4", 4),
+        ("v4:2x2x2", 4): ("TPU v4", 32),
+        ("v5e:1x1", 1): ("TPU v5e", 1),
+        ("v5e:4x4", 2): ("TPU v5e", 32),
+        ("v5e:16x16", 1): ("TPU v5e", 256),
+        ("v5p:2x2x2", 1): ("TPU v5p", 8),
+        ("v5p:16x16x24", 1): ("TPU v5p", 6144),
+        ("v6e:1x1", 1): ("TPU v6e", 1),
+        ("v6e:4x4", 1): ("TPU v6e", 16),
+        ("tpu7x:2x2x1", 1): (half, 8),
+        ("tpu7x:4x4x4", 1): (half, 128),
+    }
+    assert {topology.partition(":")[0] for topology, _ in expected} == program.SLICES.keys()
+    done = run_alone("-c", SLICES, json.dumps(list(expected)))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for ((_, num_slices), (name, num_devices)), (*what, hbm_bytes, message) in zip(
+        expected.items(), found, strict=True
+    ):
+        assert what == [name, num_devices, num_slices]
+        available = float(re.search(r"exceeds available HBM \(([\d.]+)G\)", message).group(1)) * 2**30
+        assert 0.95 < available / hbm_bytes < 1.01
+
+
+SUM = """
+import json
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from sedd_jax import collectives, plan, sharding
+
+mesh = sharding.make_mesh(sharding.MeshConfig(), plan.make_devices("v5e:2x2", num_slices=2))
+parts = jax.ShapeDtypeStruct((8, 2**20), "float32", sharding=NamedSharding(mesh, PartitionSpec("data")))
+whole = NamedSharding(mesh, PartitionSpec())
+text = jax.jit(lambda x: x.sum(0), out_shardings=whole).lower(parts).compile().as_text()
+print(json.dumps([(one.between_slices, one.bytes_sent) for one in collectives.collectives(text, num_slices=2)]))
+"""
+
+
+def test_a_sum_over_two_slices_crosses_the_network_between_them_in_parts():
+    """Each of the 4 devices of a slice exchanges its quarter with its peer in the other slice."""
+    done = run_alone("-c", SUM)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert sum(sent for between_slices, sent in found if between_slices) == 4 * 2**20 / 4
+    assert sum(sent for between_slices, sent in found if not between_slices) == 2 * 3 / 4 * 4 * 2**20
+
+
+def test_topology_must_be_given(capsys):
+    assert cli.main(["plan"]) == 2
+    assert "--topology=NAME must be given" in capsys.readouterr().err

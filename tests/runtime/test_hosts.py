@@ -1,0 +1,77 @@
+"""What is asked of the machine, on machines that are made up."""
+
+import os
+import sys
+
+import pytest
+
+from sedd_jax.runtime import hosts
+
+CPUINFO = "processor\t: 0\nmodel name\t: Some CPU 1\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nmodel name\t: other\n"
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine of files, whose environment is empty; starts of the process are recorded, not done."""
+    monkeypatch.setattr(hosts, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(hosts, "HUGE_PAGES", tmp_path / "enabled")
+    hosts.CPUINFO.write_text(CPUINFO)
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": "/cache"})
+    starts = []
+    monkeypatch.setattr(os, "execv", lambda *arguments: starts.append(arguments))
+    return starts
+
+
+def test_huge_pages_are_asked_for_once(machine):
+    hosts.HUGE_PAGES.write_text("always [madvise] never\n")
+    hosts.use_huge_pages()
+    assert machine == [(sys.executable, sys.orig_argv)]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    hosts.use_huge_pages()
+    assert len(machine) == 1
+
+
+@pytest.mark.parametrize("modes", ["[always] madvise never", "always madvise [never]", None])
+def test_a_system_that_gives_them_to_all_or_none_is_left_alone(machine, modes):
+    if modes:
+        hosts.HUGE_PAGES.write_text(modes)
+    hosts.use_huge_pages()
+    assert not machine
+
+
+def test_the_users_tunables_stay(machine):
+    hosts.HUGE_PAGES.write_text("always [madvise] never\n")
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.check=1"
+    hosts.use_huge_pages()
+    assert not machine
+
+
+def test_compiled_programs_are_kept_for_each_processor(machine):
+    hosts.keep_compiled_programs()
+    first = os.environ.pop("JAX_COMPILATION_CACHE_DIR")
+    assert first.startswith("/cache/sedd_jax/")
+    hosts.CPUINFO.write_text(CPUINFO.replace("avx2", "avx512"))
+    hosts.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] != first
+
+
+def test_the_users_cache_stays(machine):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = "/mine"
+    hosts.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/mine"
+
+
+def test_processor_is_the_first_cores(machine):
+    assert hosts.processor() == "Some CPU 1"
+
+
+def test_silence_ends_and_keeps_errors(capfd):
+    def fail():
+        with hosts.silenced():
+            os.write(2, b"noise")
+            raise ValueError("kept")
+
+    with pytest.raises(ValueError, match="kept"):
+        fail()
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"

@@ -1,0 +1,278 @@
+"""Sequences at steps of their own: each has the law of a batch of its own, at no more evaluations than it needs."""
+
+import heapq
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from sedd_jax import config as configs
+from sedd_jax.diffusion import first_hitting, graphs, noise_schedules, samplers, time_grids, trapezoidal
+from sedd_jax.model import categoricals
+from sedd_jax.sampling import refill, slots
+from tests.support import oracles
+
+N = 3
+GRAPHS = {"absorb": graphs.Absorbing(vocab_size=N, mask_id=N), "uniform": graphs.Uniform(vocab_size=N)}
+NOISES = {"absorb": noise_schedules.LogLinear(), "uniform": noise_schedules.Geometric(sigma_max=6.0)}
+P0 = {
+    "absorb": np.random.default_rng(0).dirichlet(np.full(N**3, 0.3)).reshape(N, N, N) * 0.95 + 0.05 / N**3,
+    "uniform": np.random.default_rng(0).dirichlet(np.full(N**2, 0.5)).reshape(N, N) * 0.9 + 0.1 / N**2,
+}
+DRAWS = 2000
+
+
+def exact_model(kind, seen=None):
+    """The exact score at every sequence's own noise, drawn from as whole arrays; `seen` is told of evaluations."""
+    exact = oracles.exact_score_fn(GRAPHS[kind], P0[kind])
+
+    def evaluate(xt, sigma):
+        if seen is not None:
+            jax.debug.callback(lambda xt: seen.append(np.asarray(xt)), xt)
+        score = jax.vmap(lambda xt, sigma: exact(xt[None], sigma[None])[0])(xt, sigma)
+        return jnp.nan_to_num(score, posinf=0.0)
+
+    def draw(key, score, xt, sigma, is_movable, jump_fn):
+        return jnp.where(is_movable, categoricals.draw(key, oracles.jump_weights(jump_fn, score, xt)), xt)
+
+    return slots.Model(evaluate, draw, oracles.dense_leap(GRAPHS[kind]))
+
+
+def rules_of(kind, eos_id=None, **settings):
+    return slots.Rules(GRAPHS[kind], NOISES[kind], configs.SamplingConfig(**settings), eos_id)
+
+
+def programs_of(rules, model):
+    return refill.Programs(
+        empty_fn=lambda num_slots, length, _: slots.empty(rules, (num_slots, length)),
+        put_fn=jax.jit(lambda key, state, *new: slots.put(key, rules, state, *new)),
+        advance_fn=jax.jit(
+            lambda _, key, state, start, stop: slots.advance(key, rules, lambda _: model, state, start, stop)
+        ),
+    )
+
+
+def in_one_batch(key, rules, model, given, num_steps):
+    """As `generate` draws: all sequences at the same step, all steps taken."""
+    graph, noise, again = rules.graph, rules.noise, rules.settings.corrector_steps
+
+    def move(key, xt, sigma, is_movable, jump_fn):
+        return model.draw_fn(key, model.evaluate_fn(xt, sigma), xt, sigma, is_movable, jump_fn)
+
+    @jax.jit
+    def run(key):
+        key_limit, key_steps, key_last = jax.random.split(key, 3)
+        xt = given.clamp(graph.sample_limit(key_limit, given.tokens.shape))
+        if rules.settings.sampler == first_hitting.NAME:
+            xt = first_hitting.reverse_steps(
+                key_steps, move, graph, noise, given, xt, 0, num_steps, num_steps, corrector_steps=again
+            )
+            return first_hitting.finish(key_steps, move, graph, noise, given, xt)
+        if rules.settings.sampler == trapezoidal.NAME:
+            predict = trapezoidal.predictor(model.evaluate_fn, model.leap_fn, graph, noise, given)
+        else:
+            predict = samplers.predictor(move, graph, noise, given, sampler=rules.settings.sampler)
+        xt = samplers.reverse_steps(
+            key_steps, predict, graph, noise, given, xt, 0, num_steps, num_steps, corrector_steps=again
+        )
+        return samplers.denoise(key_last, move, graph, noise, given, xt)
+
+    return np.asarray(run(key))
+
+
+def templates(length):
+    """A sequence of which nothing is known, and one whose second token is, with other numbers of steps."""
+    nothing = refill.Row(0, np.zeros(length, np.int32), np.zeros(length, bool), length, 3)
+    second = refill.Row(1, np.full(length, 1, np.int32), np.arange(length) == 1, length, 2)
+    return nothing, second
+
+
+def refilled(rules, model, num_slots=60):
+    """Both templates by turns in an irregular order, `DRAWS` of each, through few places: their tokens."""
+    length = P0["absorb" if isinstance(rules.graph, graphs.Absorbing) else "uniform"].ndim
+    order = np.random.default_rng(0).permutation(np.repeat([0, 1], DRAWS))
+    rows = [templates(length)[kind]._replace(index=i) for i, kind in enumerate(order)]
+    found = {
+        row.index: tokens
+        for row, tokens, _ in refill.drive(programs_of(rules, model), None, jax.random.key(1), rows, num_slots)
+    }
+    assert len(found) == len(rows)
+    return [np.stack([found[i] for i in np.flatnonzero(order == kind)]) for kind in (0, 1)]
+
+
+def outcomes(tokens):
+    return np.asarray(tokens) @ (N ** np.arange(tokens.shape[1]))
+
+
+def same_law_p(one, other):
+    """p-value of two lists of outcomes under one law."""
+    counts = np.stack([np.bincount(x, minlength=max(one.max(), other.max()) + 1) for x in (one, other)])
+    rare = counts.sum(0) < 20
+    counts = np.concatenate([counts[:, ~rare], counts[:, rare].sum(1, keepdims=True)], axis=1)
+    return scipy.stats.chi2_contingency(counts[:, counts.sum(0) > 0]).pvalue
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampler", "corrector_steps"),
+    [
+        ("absorb", "tweedie", 0),
+        ("absorb", "theta_trapezoidal", 0),
+        ("absorb", "first_hitting", 0),
+        ("absorb", "tweedie", 1),
+        ("absorb", "first_hitting", 1),
+        ("uniform", "euler", 0),
+        ("uniform", "theta_trapezoidal", 0),
+    ],
+)
+def test_a_refilled_place_has_the_law_of_a_batch_of_its_own(kind, sampler, corrector_steps):
+    rules, model = rules_of(kind, sampler=sampler, corrector_steps=corrector_steps), exact_model(kind)
+    for row, ours in zip(templates(P0[kind].ndim), refilled(rules, model), strict=True):
+        assert (ours < N).all()
+        assert (ours[:, row.is_given] == 1).all()
+        given = samplers.Given(*(jnp.tile(jnp.asarray(x)[None], (10_000, 1)) for x in (row.tokens, row.is_given)))
+        alone = in_one_batch(jax.random.key(2), rules, model, given, row.num_steps)
+        assert same_law_p(outcomes(ours), outcomes(alone)) > 1e-4
+        if sampler in samplers.SAMPLERS and not corrector_steps and not row.is_given.any():
+            law = oracles.sampler_law(rules.graph, rules.noise, P0[kind], sampler, row.num_steps)
+            places = np.ravel_multi_index(tuple(ours.T), (rules.graph.num_states,) * P0[kind].ndim)
+            assert oracles.chi_square_p(np.bincount(places, minlength=len(law)), law) > 1e-4
+
+
+def cut(tokens, is_given, eos_id):
+    """Texts up to the first drawn end, as numbers."""
+    ends = (tokens == eos_id) & ~is_given
+    kept = np.where(np.cumsum(ends, axis=1) > 0, N, tokens)
+    return kept @ ((N + 1) ** np.arange(tokens.shape[1]))
+
+
+@pytest.mark.parametrize("sampler", ["tweedie", "first_hitting"])
+def test_text_before_a_drawn_end_has_the_same_law_though_what_follows_is_left_out(sampler):
+    rules, model = rules_of("absorb", 1, sampler=sampler), exact_model("absorb")
+    left_out = 0
+    for row, ours in zip(templates(3), refilled(rules, model), strict=True):
+        given = samplers.Given(*(jnp.tile(jnp.asarray(x)[None], (10_000, 1)) for x in (row.tokens, row.is_given)))
+        alone = in_one_batch(jax.random.key(2), rules_of("absorb", sampler=sampler), model, given, row.num_steps)
+        assert same_law_p(cut(ours, row.is_given, 1), cut(alone, row.is_given, 1)) > 1e-4
+        left_out += (ours == N).any(1).mean()
+        # Where no end is drawn nothing is left out; an end that is given is none.
+        assert (ours[~((ours == 1) & ~row.is_given).any(1)] != N).all()
+    assert left_out > 0.05
+
+
+def rows_with_gaps(num_gaps, length, num_steps):
+    is_given = [np.arange(length) >= n for n in num_gaps]
+    return [
+        refill.Row(i, np.zeros(length, np.int32), given, length, min(num_steps, max(0, n - 1)))
+        for i, (n, given) in enumerate(zip(num_gaps, is_given, strict=True))
+    ]
+
+
+def filling_model(seen, token=0):
+    """All that may move becomes one token."""
+
+    def evaluate(xt, sigma):
+        jax.debug.callback(lambda sigma: seen.append(np.asarray(sigma)), sigma)
+        return xt
+
+    def draw(key, features, xt, sigma, is_movable, jump_fn):
+        return jnp.where(is_movable, token, xt)
+
+    return slots.Model(evaluate, draw, lambda key, rates, xt, is_movable: jnp.where(is_movable, token, xt))
+
+
+def test_first_hitting_takes_as_many_evaluations_as_gaps_and_no_place_waits():
+    num_gaps, num_slots, seen = [9, 1, 1, 1, 1, 1, 4, 0, 1, 9, 2], 3, []
+    rules = rules_of("absorb", sampler="first_hitting")
+    rows = rows_with_gaps(num_gaps, 9, 100)
+    programs = programs_of(rules, filling_model(seen))
+    drawn = list(refill.drive(programs, None, jax.random.key(0), rows, num_slots))
+    jax.effects_barrier()
+    assert {row.index: turns for row, _, turns in drawn} == dict(enumerate(num_gaps))
+    # Whichever place is free first takes the next.
+    free_at = [0] * num_slots
+    for gaps in num_gaps:
+        heapq.heapreplace(free_at, free_at[0] + gaps)
+    assert len(seen) == max(free_at)
+    assert len(seen) < sum(max(num_gaps[i : i + num_slots]) for i in range(0, len(num_gaps), num_slots))
+    # Few steps fill several gaps each.
+    few = list(refill.drive(programs, None, jax.random.key(0), rows_with_gaps([9, 4, 2], 9, 2), num_slots))
+    assert {row.index: turns for row, _, turns in few} == {0: 3, 1: 3, 2: 2}
+    # Two steps, both taken again, and what is left.
+    programs = programs_of(rules_of("absorb", sampler="first_hitting", corrector_steps=1), filling_model([]))
+    ((_, _, turns),) = refill.drive(programs, None, jax.random.key(0), rows_with_gaps([4], 4, 2), 1)
+    assert turns == 5
+
+
+@pytest.mark.parametrize("sampler", ["tweedie", "theta_trapezoidal"])
+def test_the_last_evaluation_leaves_no_mask_however_small_the_score(sampler):
+    seen = []
+
+    def evaluate(xt, sigma):
+        jax.debug.callback(lambda sigma: seen.append(np.asarray(sigma)), sigma)
+        return jnp.full((*xt.shape, N + 1), 1e-9)
+
+    model = exact_model("absorb")._replace(evaluate_fn=evaluate)
+    rows = [row._replace(num_steps=n) for row, n in zip(rows_with_gaps([3, 3, 2], 3, 9), (1, 2, 4), strict=True)]
+    programs = programs_of(rules_of("absorb", sampler=sampler), model)
+    drawn = list(refill.drive(programs, None, jax.random.key(0), rows, 2))
+    assert {row.index: turns for row, _, turns in drawn} == {0: 2, 1: 3, 2: 5}
+    assert all((tokens < N).all() for _, tokens, _ in drawn)
+    # It is at the noise of `samplers.denoise` to the last digit; the other place is empty and waits there.
+    jax.effects_barrier()
+    at_end = seen[-1 if sampler == "tweedie" else -2]
+    np.testing.assert_array_equal(at_end, NOISES["absorb"].sigma(jnp.float32(time_grids.T_END)))
+
+
+def test_what_is_denoised_does_not_leap():
+    leaping = lambda key, rates, xt, is_movable: jnp.where(is_movable, 0, xt)
+    model = filling_model([], token=1)._replace(leap_fn=leaping)
+    rows = [row._replace(num_steps=n) for row, n in zip(rows_with_gaps([3, 3], 3, 9), (1, 2), strict=True)]
+    drawn = refill.drive(
+        programs_of(rules_of("uniform", sampler="theta_trapezoidal"), model), None, jax.random.key(0), rows, 2
+    )
+    assert [tokens.tolist() for _, tokens, _ in drawn] == [[1, 1, 1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "theta_trapezoidal"])
+def test_evaluations_end_with_the_last_mask(sampler):
+    seen, rows = [], [row._replace(num_steps=7) for row in rows_with_gaps([5, 0, 3, 2, 1], 6, 7)]
+    programs = programs_of(rules_of("absorb", sampler=sampler), filling_model(seen))
+    turns = {row.index: turns for row, _, turns in refill.drive(programs, None, jax.random.key(0), rows, 2)}
+    jax.effects_barrier()
+    assert turns == {0: 1, 1: 0, 2: 1, 3: 1, 4: 1}
+    assert len(seen) == 2 * (2 if sampler == "theta_trapezoidal" else 1)
+
+
+def test_the_uniform_graph_takes_all_steps_of_what_has_gaps():
+    seen, rows = [], [row._replace(num_steps=7) for row in rows_with_gaps([5, 0, 3], 6, 7)]
+    programs = programs_of(rules_of("uniform"), filling_model(seen))
+    drawn = list(refill.drive(programs, None, jax.random.key(0), rows, 3))
+    jax.effects_barrier()
+    assert {row.index: turns for row, _, turns in drawn} == {0: 8, 1: 0, 2: 8}
+    assert len(seen) == 8
+
+
+def test_masks_behind_what_is_asked_for_are_not_waited_for():
+    """First hitting fills the positions in an order of its own, of which only those before the end count."""
+    rows = [row._replace(length=2) for row in rows_with_gaps([9] * 40, 9, 100)]
+    programs = programs_of(rules_of("absorb", sampler="first_hitting"), filling_model([]))
+    drawn = list(refill.drive(programs, None, jax.random.key(0), rows, 8))
+    turns = np.array([turns for *_, turns in drawn])
+    assert all((tokens[:2] == 0).all() for _, tokens, _ in drawn)
+    # The later of two out of nine in random order comes 6 2/3rd on average.
+    assert turns.mean() == pytest.approx(20 / 3, abs=1)
+    assert turns.max() == 9
+
+
+def test_told_of_turns_though_nothing_is_finished():
+    told = []
+    rows = [row._replace(num_steps=8) for row in rows_with_gaps([3, 3], 4, 8)]
+    programs = programs_of(rules_of("uniform"), filling_model([]))
+    drawn = refill.drive(
+        programs, None, jax.random.key(0), rows, 2, stride=4, tell=lambda *state: told.append(state[1:])
+    )
+    assert len(list(drawn)) == 2
+    assert [finished.tolist() for finished, *_ in told] == [[False, False]] * 2 + [[True, True]]
+    assert [turns.tolist() for *_, turns in told] == [[4, 4], [8, 8], [9, 9]]

@@ -1,0 +1,192 @@
+"""References in float64: dense rate matrices, matrix exponentials, the definitions, and exact laws of samplers.
+
+Nothing here uses the closed forms of `sedd_jax`; `exact_score_fn` and `dense_move` are JAX, so that samplers can trace
+them.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+import scipy.stats
+
+from sedd_jax.diffusion import graphs, samplers, time_grids
+from sedd_jax.model import categoricals
+
+
+def rate_matrix(graph: graphs.Graph) -> np.ndarray:
+    """Q, [V, V]: Q[y, x] is the rate from x to y; columns sum to 0."""
+    size = graph.num_states
+    q = -np.eye(size)
+    if isinstance(graph, graphs.Absorbing):
+        q[graph.mask_id] += 1
+    else:
+        q += 1 / size
+    return q
+
+
+def kernel(graph: graphs.Graph, sigma: float) -> np.ndarray:
+    """exp(sigma Q), [V, V]: p(xt = row | x0 = column)."""
+    return scipy.linalg.expm(sigma * rate_matrix(graph))
+
+
+def ratios(graph: graphs.Graph, sigma: float, xt: int, x0: int) -> np.ndarray:
+    """p(y | x0) / p(xt | x0) for every y, [V]; NaN where xt cannot come from x0."""
+    column = kernel(graph, sigma)[:, x0]
+    return column / column[xt] if column[xt] > 0 else np.full_like(column, np.nan)
+
+
+def score_entropy(q_row: np.ndarray, log_score: np.ndarray, ratio: np.ndarray, xt: int) -> float:
+    """Definition 3.1: sum over y != xt of Q(xt, y) [s_y - r_y log s_y + r_y (log r_y - 1)]."""
+    terms = np.exp(log_score) - ratio * log_score + ratio * (np.log(np.where(ratio > 0, ratio, 1.0)) - 1)
+    return float(np.delete(q_row * terms, xt).sum())
+
+
+def states(graph: graphs.Graph, length: int) -> np.ndarray:
+    """Every sequence, [V^L, L], in lexicographic order."""
+    return np.array(list(itertools.product(range(graph.num_states), repeat=length)), np.int32)
+
+
+def embed(graph: graphs.Graph, p0: np.ndarray) -> np.ndarray:
+    """A law over clean sequences, [N, ..., N], as one over all states, [V, ..., V]; the mask has to be the last."""
+    return np.pad(p0, [(0, graph.num_states - size) for size in p0.shape])
+
+
+def marginal(graph: graphs.Graph, p0: np.ndarray, sigma: float) -> np.ndarray:
+    """Law of xt at noise sigma over all states, [V, ..., V]."""
+    p = embed(graph, p0)
+    for axis in range(p.ndim):
+        p = np.moveaxis(np.tensordot(kernel(graph, sigma), p, (1, axis)), 0, axis)
+    return p
+
+
+def exact_scores(graph: graphs.Graph, p0: np.ndarray, sigma: float) -> np.ndarray:
+    """p(x with x_l = y) / p(x) for every state x, [V^L, L, V], and 0 where p(x) = 0."""
+    p = marginal(graph, p0, sigma)
+    table = np.zeros((p.size, p.ndim, graph.num_states))
+    for i, x in enumerate(states(graph, p.ndim)):
+        for position in range(p.ndim):
+            neighbours = p[(*x[:position], slice(None), *x[position + 1 :])]
+            table[i, position] = np.divide(
+                neighbours, p[tuple(x)], out=np.zeros_like(neighbours), where=p[tuple(x)] > 0
+            )
+    return table
+
+
+def step_weights(
+    graph: graphs.Graph, sampler: str, score: np.ndarray, xt: np.ndarray, delta_sigma: float, noise_rate: float
+) -> np.ndarray:
+    """Weights of one reverse step by its definition, [V^L, L, V]; `noise_rate` is dt dsigma_dt."""
+    q, eye = rate_matrix(graph), np.eye(graph.num_states)
+    if sampler == "tweedie":
+        staggered = score @ scipy.linalg.expm(-delta_sigma * q).T
+        return staggered * kernel(graph, delta_sigma)[xt]
+    jumps = noise_rate * q[xt] * score * (1 - eye[xt])
+    total = jumps.sum(-1, keepdims=True)
+    if sampler == "euler":
+        return jumps + eye[xt] * (1 - total)
+    stay = np.exp(-total)
+    return eye[xt] * stay + (1 - stay) * np.divide(jumps, total, out=np.zeros_like(jumps), where=total > 0)
+
+
+def step(weights: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """The law after every position draws from its weights; laws are [V^L], weights [V^L, L, V]."""
+    probs = np.maximum(weights, 0)
+    probs = probs / probs.sum(-1, keepdims=True)
+    joint = probs[:, 0]
+    for position in range(1, probs.shape[1]):
+        joint = (joint[:, :, None] * probs[:, position, None, :]).reshape(len(probs), -1)
+    return p @ joint
+
+
+def sampler_law(graph: graphs.Graph, noise, p0: np.ndarray, sampler: str, num_steps: int) -> np.ndarray:
+    """Exact law of `samplers.sample` with the exact score, [V^L]."""
+    xs = states(graph, p0.ndim)
+    sigma = lambda t: float(noise.sigma(jnp.float32(t)))
+    if isinstance(graph, graphs.Absorbing):
+        p = (xs == graph.mask_id).all(-1).astype(float)
+    else:
+        p = np.full(len(xs), 1 / len(xs))
+    dt = (1 - time_grids.T_END) / num_steps
+    for t in 1 - dt * np.arange(num_steps):
+        score = exact_scores(graph, p0, sigma(t))
+        noise_rate = dt * float(noise.dsigma_dt(jnp.float32(t)))
+        p = step(step_weights(graph, sampler, score, xs, sigma(t) - sigma(t - dt), noise_rate), p)
+    end = sigma(time_grids.T_END)
+    weights = step_weights(graph, "tweedie", exact_scores(graph, p0, end), xs, end, 0.0)
+    if isinstance(graph, graphs.Absorbing):
+        weights[..., graph.mask_id] = 0
+    return step(weights, p)
+
+
+def exact_score_fn(graph: graphs.Graph, p0: np.ndarray) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The exact score: (xt [B, L], sigma [B]) -> [B, L, V], one sigma for the whole batch."""
+    clean = embed(graph, p0)
+    limit = np.zeros(graph.num_states)
+    if isinstance(graph, graphs.Absorbing):
+        limit[graph.mask_id] = 1
+    else:
+        limit[:] = 1 / graph.num_states
+
+    def score_fn(xt: jax.Array, sigma: jax.Array) -> jax.Array:
+        stay = jnp.exp(-sigma[0])
+        forward = stay * np.eye(graph.num_states) - jnp.expm1(-sigma[0]) * np.tile(limit[:, None], graph.num_states)
+        p = jnp.asarray(clean, sigma.dtype)
+        for axis in range(p.ndim):
+            p = jnp.moveaxis(jnp.tensordot(forward.astype(p.dtype), p, (1, axis)), 0, axis)
+        here = p[tuple(xt.T)]
+        scores = []
+        for position in range(p.ndim):
+            others = [xt[:, i] for i in range(p.ndim) if i != position]
+            neighbours = jnp.moveaxis(p, position, -1)[tuple(others)].reshape(-1, graph.num_states)
+            scores.append(jnp.broadcast_to(neighbours, (len(xt), graph.num_states)) / here[:, None])
+        return jnp.stack(scores, axis=1)
+
+    return score_fn
+
+
+def jump_weights(jump_fn: samplers.JumpFn, score: jax.Array, xt: jax.Array) -> jax.Array:
+    """The whole array of weights that a step gives a whole array of scores, [B, L, V]."""
+    current = xt[..., None] == jnp.arange(score.shape[-1])[None, None]
+    return jump_fn(jnp.where(current, 0.0, score).sum(-1)).weights(score, xt)
+
+
+def dense_move(score_fn: Callable[[jax.Array, jax.Array], jax.Array], draw=categoricals.draw) -> samplers.MoveFn:
+    """A `samplers.MoveFn` that holds the score of every state."""
+
+    def move(key, xt, sigma, is_movable, jump_fn):
+        return jnp.where(is_movable, draw(key, jump_weights(jump_fn, score_fn(xt, sigma), xt)), xt)
+
+    return move
+
+
+def dense_leap(graph: graphs.Graph):
+    """A leap of `trapezoidal` that holds the rates to every state; features are scores."""
+
+    def leap(key, evaluations, xt, is_movable):
+        total = sum(one.slope[..., None] * one.features for one in evaluations)
+        current = xt[..., None] == jnp.arange(graph.num_states)[None, None]
+        weights = jnp.where(current, 0.0, jnp.maximum(total, 0.0))
+        away = weights.sum(-1, keepdims=True)
+        weights = weights * -jnp.expm1(-away) / jnp.maximum(away, 1e-30)
+        weights = jnp.where(current, jnp.exp(-away), weights)
+        return jnp.where(is_movable, categoricals.draw(key, weights), xt)
+
+    return leap
+
+
+def chi_square_p(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """p-value of counts under a law; outcomes expected fewer than five times are pooled."""
+    expected = probabilities * counts.sum()
+    assert counts[probabilities == 0].sum() == 0
+    rare = expected < 5
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    if expected[-1] < 5:  # Too little even together: into the largest.
+        observed[observed[:-1].argmax()] += observed[-1]
+        expected[expected[:-1].argmax()] += expected[-1]
+        observed, expected = observed[:-1], expected[:-1]
+    return float(scipy.stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue)

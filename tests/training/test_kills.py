@@ -1,0 +1,185 @@
+"""A run that is killed again and again, inside saves too, ends as the one that was never stopped.
+
+Real processes: `sedd train` in this interpreter's stead, with compiled programs kept from one life to the next.
+"""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from sedd_jax import runs
+from sedd_jax.evaluation import perplexity
+from tests.support import gcs_emulator, small_runs
+
+NUM_KILLS = 20
+SETTINGS = {
+    "data.length": 16,
+    "network.hidden_size": 32,
+    "network.num_layers": 1,
+    "network.num_heads": 2,
+    "network.cond_dim": 16,
+    "network.dtype": "float32",
+    "training.num_steps": 3 * NUM_KILLS,
+    "training.batch_size": 8,
+    "training.log_every": 1,
+    "training.eval_every": 0,
+    "training.sample_every": 0,
+    "training.checkpoint_every": 2,
+    "training.keep_checkpoints": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("kills")
+    small_runs.write_letters(directory, 3_000)
+    return directory
+
+
+def start(place, workdir, *arguments, variables=None, **settings):
+    values = SETTINGS | {"data.source": f"text:{place}/{{split}}.txt"} | settings
+    command = [sys.executable, "-m", "sedd_jax", "train", f"--workdir={workdir}", *arguments]
+    environment = small_runs.environment(place / "compiled") | (variables or {})
+    command += [f"--config.{name}={value}" for name, value in values.items()]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def train(*arguments, **settings):
+    """Exit status and standard error."""
+    child = start(*arguments, **settings)
+    err = child.communicate()[1]
+    return child.returncode, err
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place):
+    status, err = train(place, place / "uninterrupted")
+    assert status == 0, err
+    return place / "uninterrupted"
+
+
+def assert_same_run(workdir, expected):
+    assert small_runs.logged(workdir) == small_runs.logged(expected)
+    (step, params), (other_step, other) = runs.load(workdir).ema_params(), runs.load(expected).ema_params()
+    assert step == other_step
+    jax.tree.map(np.testing.assert_array_equal, params, other)
+
+
+def wait_for_steps(child, number):
+    for _ in range(number):
+        line = child.stderr.readline()
+        while line and not line.startswith("step "):
+            line = child.stderr.readline()
+
+
+def live_and_die(child, generator, workdir, how):
+    """Lets a run take a few steps, or none, and ends it at a random instant; whether a save was under way."""
+    wait_for_steps(child, generator.randrange(0, 5))
+    time.sleep(generator.uniform(0, 0.3))
+    child.send_signal(how)
+    saving = any("orbax-checkpoint-tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+    child.communicate()
+    return saving
+
+
+def test_twenty_kills_change_nothing(place, uninterrupted):
+    workdir, generator = place / "killed", random.Random(0)
+    endings, during_saves = [], 0
+    for number in range(NUM_KILLS):
+        child = start(place, workdir)
+        during_saves += live_and_die(child, generator, workdir, (signal.SIGTERM, signal.SIGKILL)[number % 2])
+        endings.append(child.returncode)
+    # A run that ended before the last kill would have been left alone.
+    assert 0 not in endings
+    assert endings.count(75) >= NUM_KILLS // 4
+    assert endings.count(-signal.SIGKILL) == NUM_KILLS // 2
+    assert during_saves >= 1
+    status, err = train(place, workdir)
+    assert status == 0, err
+    assert f"resumed {workdir}" in err
+    assert_same_run(workdir, uninterrupted)
+    # Nor has anything been left behind.
+    assert sorted(path.name for path in workdir.iterdir()) == sorted(path.name for path in uninterrupted.iterdir())
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["58", "60"]
+    assert not [path for path in place.iterdir() if "partial" in path.name]
+
+
+def test_a_damaged_checkpoint_is_used_by_nobody_and_the_one_before_only_when_told(place, uninterrupted):
+    workdir = place / "damaged"
+    shutil.copytree(uninterrupted, workdir)
+    largest = max((workdir / "checkpoints" / "60" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    status, err = train(place, workdir)
+    assert status == 1
+    assert err.startswith(f"sedd train: checkpoint {workdir}/checkpoints/60 is damaged or cannot be read (")
+    assert err.endswith("--step=58 uses the one before it\n")
+    assert err.count("\n") == 1
+    status, err = train(place, workdir, "--step=58")
+    assert status == 0, err
+    assert f"resumed {workdir} at step 58" in err
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_a_full_disk_stops_the_run_and_names_the_last_good_step(place, uninterrupted, small_disk):
+    workdir = small_disk / "run"
+    status, err = train(place, workdir, **{"training.keep_checkpoints": 40})
+    assert status == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("sedd train: ")
+    assert "No space left on device" in last
+    newest = int(last.rpartition("the newest checkpoint is of step ")[2].partition(";")[0])
+    assert 2 <= newest < 60
+    assert last.endswith(f"make {workdir} writable, then the same command goes on")
+    # The lines before are the run's own.
+    assert all(line.startswith("step ") for line in err.splitlines()[:-1])
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+    status, err = train(place, workdir, **{"training.keep_checkpoints": 40})
+    assert status == 0, err
+    assert f"resumed {workdir} at step {newest}" in err
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_a_run_in_a_bucket_survives_the_loss_of_its_machine(place, uninterrupted, tmp_path):
+    with gcs_emulator.Server("bucket") as server:
+        # The machine's own copy of the run is in its cache.
+        first, second = (server.environment() | {"XDG_CACHE_HOME": str(tmp_path / name)} for name in ("one", "two"))
+        workdir, seldom = "gs://bucket/runs/mine", {"training.checkpoint_every": 20}
+        child = start(place, workdir, variables=first, **seldom)
+        wait_for_steps(child, 45)
+        child.kill()
+        child.communicate()
+        kept = [name for name in server.blobs if name.endswith("/commit_success.txt")]
+        assert any(name.startswith("runs/mine/checkpoints/") for name in kept)
+        status, err = train(place, workdir, variables=second, **seldom)
+        assert status == 0, err
+        assert f"resumed {workdir} at step" in err
+        assert small_runs.without_speed(server.blobs["runs/mine/metrics.jsonl"].data.decode()) == small_runs.logged(
+            uninterrupted
+        )
+        names = {name.split("/")[2] for name in server.blobs}
+        assert names == {path.name for path in uninterrupted.iterdir()}
+        command = [sys.executable, "-m", "sedd_jax", "eval", f"--workdir={workdir}", "--num_times=1", "--json"]
+        environment = small_runs.environment(place / "compiled") | first
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    expected = perplexity.evaluate(uninterrupted, settings=perplexity.Settings(num_times=1))
+    assert found["workdir"] == workdir
+    assert found["step"] == expected["step"]
+    assert found["score_entropy"] == pytest.approx(expected["score_entropy"], rel=1e-4)
+
+
+def test_a_bucket_that_is_not_there_is_named(place):
+    with gcs_emulator.Server("bucket") as server:
+        status, err = train(place, "gs://other/run", variables=server.environment())
+    assert status == 1
+    assert err.startswith("sedd train: gs://other/run: ")
+    assert err.count("\n") == 1

@@ -1,0 +1,372 @@
+"""metric_writers: what is written reads back, survives kills and resumes, and looks right where it is shown."""
+
+import io
+import json
+import math
+import os
+import re
+import select
+import struct
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sedd_jax.training import curves, metric_writers
+
+TRAIN = {"train/loss": 3.21, "train/bits_per_character": 2.9}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A monotonic clock that stands still until a test moves it."""
+
+    class Clock:
+        now = 1000.0
+
+        def __call__(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(metric_writers, "time", types.SimpleNamespace(monotonic=clock))
+    return clock
+
+
+@pytest.fixture(autouse=True)
+def say_again():
+    metric_writers.say_missing.cache_clear()
+
+
+def make_writer(directory, **changes):
+    settings: dict[str, Any] = {
+        "num_steps": 2000,
+        "start_step": 0,
+        "unit": "character",
+        "tokens_per_step": 1000,
+        "flops_per_token": 6e6,
+        "peak_flops": None,
+        "stream": io.StringIO(),
+    }
+    return metric_writers.MetricWriter(directory, **{**settings, **changes})
+
+
+def write_lines(path, steps, *, start_step=0):
+    lines = metric_writers.JsonLines(path, start_step=start_step)
+    for step in steps:
+        lines.write(step, {"train/loss": float(step)})
+    lines.close()
+
+
+def steps_of(path):
+    return [record["step"] for record in metric_writers.read_json_lines(path)]
+
+
+def test_a_line_is_on_disk_before_close(tmp_path):
+    lines = metric_writers.JsonLines(tmp_path / "metrics.jsonl", start_step=0)
+    lines.write(7, TRAIN)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    lines.close()
+    assert json.loads(text) == {"step": 7, **TRAIN}
+
+
+def test_resume_drops_later_steps_and_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, range(10, 140, 10))
+    write_lines(path, range(110, 150, 10), start_step=100)
+    assert steps_of(path) == list(range(10, 150, 10))
+
+
+def test_a_torn_last_line_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, [10, 20])
+    whole = path.read_bytes()
+    # The last cut tears off the line end alone: the JSON is whole, yet the next line would be glued to it.
+    for cut in (5, 12, 1):
+        path.write_bytes(whole[:-cut])
+        assert steps_of(path) == [10]
+        write_lines(path, [20], start_step=20)
+        assert path.read_bytes() == whole
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"line 2 is not JSON .*delete that line"):
+        metric_writers.read_json_lines(path)
+
+
+def test_non_finite_values_stay_valid_json(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = metric_writers.JsonLines(path, start_step=0)
+    lines.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
+    lines.close()
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    record = json.loads(path.read_text(), parse_constant=refuse)
+    assert math.isnan(float(record["a"]))
+    assert [float(record["b"]), float(record["c"])] == [math.inf, -math.inf]
+
+
+def read_events(directory):
+    """The events of all files in a directory, from the record framing: length, its crc, payload, its crc."""
+    from tensorboardX.proto import event_pb2
+
+    event: Any = event_pb2
+
+    events = []
+    for path in sorted(directory.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            events.append(event.Event.FromString(data[12 : 12 + length]))
+            data = data[12 + length + 4 :]
+    return events
+
+
+def test_tensorboard_events_read_back(tmp_path):
+    board = metric_writers.TensorBoard(tmp_path, start_step=0)
+    board.write(10, TRAIN)
+    board.write(20, {"valid/score_entropy_bits": 2.5})
+    board.close()
+    events = read_events(tmp_path)
+    scalars = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
+    expected = {(10, name): value for name, value in TRAIN.items()} | {(20, "valid/score_entropy_bits"): 2.5}
+    assert scalars == pytest.approx(expected)
+    assert not any(event.session_log.status for event in events)
+
+
+def test_tensorboard_hides_the_steps_after_the_resumed_one(tmp_path):
+    metric_writers.TensorBoard(tmp_path, start_step=100).close()
+    # A start mark at step 101 makes TensorBoard drop what an earlier file holds from there on.
+    assert [e.step for e in read_events(tmp_path) if e.session_log.status == 1] == [101]
+
+
+def test_pace_counts_training_only(clock):
+    pace = metric_writers.Pace(num_steps=1000, start_step=100)
+    clock.now += 10
+    with pace.pause():
+        clock.now += 50
+    assert pace.lap(120) == pytest.approx((2.0, 880 / 2))
+    clock.now += 20
+    with pace.pause():
+        clock.now += 20
+    # Four steps a second while it trains, two on the clock, and the clock decides when it ends.
+    assert pace.lap(200) == pytest.approx((4.0, 800 / 2))
+
+
+def test_a_pause_ends_with_an_error_inside(clock):
+    pace = metric_writers.Pace(num_steps=10, start_step=0)
+
+    @pace.pause()
+    def evaluate():
+        clock.now += 5
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        evaluate()
+    clock.now += 1
+    assert pace.lap(1)[0] == pytest.approx(1.0)
+
+
+def test_plain_lines(tmp_path, clock):
+    stream = io.StringIO()
+    with make_writer(tmp_path, stream=stream, tokens_per_step=123, peak_flops=1e12, flops_per_token=3e7) as writer:
+        clock.now += 1
+        writer.write(100, TRAIN)
+        writer.say("a sample\x1b[2J")
+        bound = {"valid/score_entropy_bits": 2.5, "valid/score_entropy_bits_stderr": 0.01}
+        writer.write(100, {**bound, "valid/cross_entropy_bits": 2.4})
+    assert stream.getvalue().splitlines() == [
+        "step 100/2000  loss 3.210  bits/character 2.900  12.3k tokens/s  mfu 36.9%  left 0:00:19",
+        "a sample\\x1b[2J",
+        "step 100  held out: score entropy bits 2.500 ± 0.010  cross entropy bits 2.400",
+    ]
+    train, valid = metric_writers.read_json_lines(tmp_path / "metrics.jsonl")
+    assert train["train/tokens_per_second"] == pytest.approx(12300)
+    assert train["train/model_flop_utilization"] == pytest.approx(0.369)
+    assert valid == {"step": 100, **bound, "valid/cross_entropy_bits": 2.4}
+
+
+def test_without_a_known_peak_there_is_no_utilization(tmp_path):
+    stream = io.StringIO()
+    with make_writer(tmp_path, stream=stream) as writer:
+        writer.write(100, TRAIN)
+    assert "mfu" not in stream.getvalue()
+    (record,) = metric_writers.read_json_lines(tmp_path / "metrics.jsonl")
+    assert "train/model_flop_utilization" not in record
+
+
+def test_standard_error_is_the_default(tmp_path, capsys):
+    with make_writer(tmp_path, stream=None) as writer:
+        writer.write(100, TRAIN)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("step 100/2000  loss 3.210")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0.0, "0"), (987.0, "987"), (999.7, "1k"), (12345.0, "12.3k"), (4.567e6, "4.57M"), (3e13, "30T")],
+)
+def test_short_counts(count, text):
+    assert metric_writers._short(count) == text
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A stream on a pseudo terminal of 60 columns, and a function that returns what it shows, without styles."""
+    pty = pytest.importorskip("pty", reason="pseudo terminals need a POSIX system")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", "24")
+    reader, follower = pty.openpty()
+    stream = os.fdopen(follower, "w", encoding="utf-8")
+
+    def shown(until):
+        # What is written to a pseudo terminal arrives a little later and in pieces.
+        text = ""
+        while re.search(until, text, re.DOTALL) is None:
+            assert select.select([reader], [], [], 10)[0], f"{until!r} is not in {text!r}"
+            text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text + os.read(reader, 1 << 16).decode())
+        return text.replace("\r", "\n")
+
+    yield stream, shown
+    stream.close()
+    os.close(reader)
+
+
+def test_a_bar_on_a_terminal(tmp_path, clock, terminal):
+    pytest.importorskip("rich", reason="the bar needs rich")
+    stream, shown = terminal
+    with make_writer(tmp_path, stream=stream, peak_flops=1e12, tokens_per_step=123, flops_per_token=3e7) as writer:
+        shown("step 0/2000 .*the first step compiles")
+        clock.now += 1
+        writer.write(1000, TRAIN)
+        lines = shown(r"mfu 369\.0%").splitlines()
+        bar = next(line for line in lines if "step 1000" in line)
+        assert re.fullmatch(r"step 1000/2000 \S+ 50%  left 0:00:01 *", bar)
+        assert "loss 3.210  bits/character 2.900  123k tokens/s  mfu 369.0%" in lines
+        assert max(map(len, lines)) <= 60
+        writer.say("[red]text[/red] of a sample :smile:\x1b[2J")
+        shown(r"\[red\]text\[/red\] of a sample :smile:\\x1b\[2J.*step 1000/2000 .*mfu 369\.0%")
+
+
+def test_what_others_print_passes_above_the_bar(tmp_path, monkeypatch, terminal):
+    pytest.importorskip("rich", reason="the bar needs rich")
+    stream, shown = terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    with make_writer(tmp_path, stream=None):
+        shown("step 0/2000 .*the first step compiles")
+        print("a warning", file=sys.stderr)
+        shown("a warning.*step 0/2000 .*the first step compiles")
+    assert sys.stderr is stream
+
+
+def test_a_bar_elsewhere_leaves_standard_error_alone(tmp_path, capsys, terminal):
+    stream, _ = terminal
+    with make_writer(tmp_path, stream=stream):
+        print("a warning", file=sys.stderr)
+    assert capsys.readouterr().err == "a warning\n"
+
+
+def test_without_rich_a_terminal_gets_plain_lines(tmp_path, monkeypatch, terminal):
+    stream, shown = terminal
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with make_writer(tmp_path, stream=stream) as writer:
+        writer.write(100, TRAIN)
+    assert shown("left").startswith("step 100/2000  loss 3.210")
+
+
+def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch, terminal):
+    stream, shown = terminal
+    monkeypatch.setenv("TERM", "dumb")
+    with make_writer(tmp_path, stream=stream) as writer:
+        writer.write(100, TRAIN)
+    assert shown("left").startswith("step 100/2000  loss 3.210")
+
+
+def test_missing_packages_are_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for _ in range(2):
+        with make_writer(tmp_path) as writer:
+            writer.write(100, TRAIN)
+        curves.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" is not installed")[0] for line in lines] == ["tensorboardX", "matplotlib"]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl"]
+
+
+def test_smoothing_keeps_a_level_and_the_first_value():
+    values = np.concatenate([[16.0], np.full(299, 2.0)])
+    smooth = curves._smooth(values)
+    assert smooth[0] == 16.0
+    np.testing.assert_allclose(smooth[1:], 2.0)  # one huge first loss lifts nothing after it
+    noise = np.random.default_rng(0).normal(size=3000)
+    assert curves._smooth(noise)[150:-150].std() < 0.15
+
+
+def test_of_two_lines_for_a_step_the_later_counts():
+    records = [{"step": 2, "a": 1.0}, {"step": 1, "a": "nan"}, {"step": 0, "b": 5.0}, {"step": 2, "a": 3.0}]
+    steps, values = curves._series(records, "a")
+    assert (steps.tolist(), values.tolist()) == ([2.0], [3.0])
+
+
+def pixels_of(path, color):
+    """Rows and columns of the pixels close to a color, [n, 2], and the size of the picture."""
+    from matplotlib import colors, image
+
+    picture = image.imread(path)[..., :3]
+    near = np.abs(picture - np.asarray(colors.to_rgb(color))).max(axis=-1) < 0.04
+    return np.argwhere(near), picture.shape[:2]
+
+
+def test_the_picture_shows_each_curve_where_it_belongs(tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    lines = metric_writers.JsonLines(tmp_path / "metrics.jsonl", start_step=0)
+    for step in range(10, 2010, 10):
+        lines.write(step, {"train/bits_per_token": 3.0 + 3000 * math.exp(-step / 5)})
+        if step % 500 == 0:
+            error = {"valid/score_entropy_bits_stderr": 0.2}
+            lines.write(step, {"valid/score_entropy_bits": 4.0, "valid/cross_entropy_bits": 3.5, **error})
+    lines.close()
+    curves.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {"bigram entropy": 5.0})
+    assert sorted(os.listdir(tmp_path)) == ["loss.png", "metrics.jsonl"]
+    heights, extents = [], []
+    curve_colors = [curves.REFERENCE_COLOR, *(color for _, color in curves.BOUNDS.values())]
+    for color in [*curve_colors, curves.SMOOTH_COLOR]:
+        found, (height, width) = pixels_of(tmp_path / "loss.png", color)
+        assert (height, width) == (900, 1350)
+        axes = found[(found[:, 0] < 0.79 * height) & (found[:, 1] > 0.3 * width)]
+        assert len(axes) > 500
+        heights.append(np.median(axes[:, 0]) / height)
+        extents.append(np.ptp(axes[:, 0]))
+    # From the top: the reference at 5, the bounds at 4 and 3.5, training at 3; the first loss, 409, sets no scale.
+    assert heights == sorted(heights)
+    assert heights[-1] - heights[0] > 0.4
+    # Only the first bound has an error, 0.2 bits to either side: taller than a dot of ten pixels.
+    assert extents[1] > 60
+    assert extents[2] < 20
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("", True),
+        ('{"step": 10, "train/bits_per_token": "nan"}\n', True),
+        ('{"step": 9, "train/bits_per_token": 9.5}\n', False),
+    ],
+)
+def test_a_picture_of_no_point_or_one(tmp_path, text, note):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    (tmp_path / "metrics.jsonl").write_text(text)
+    curves.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {})
+    written, (height, width) = pixels_of(tmp_path / "loss.png", curves.REFERENCE_COLOR)
+    middle = np.abs(written - np.asarray([height, width]) / 2).max(axis=-1) < 150
+    assert bool(middle.any()) == note
+    dot, _ = pixels_of(tmp_path / "loss.png", curves.SMOOTH_COLOR)
+    assert (np.count_nonzero(dot[:, 0] < 0.79 * height) > 50) == (not note)
