@@ -1,5 +1,6 @@
 """The command line, `sedd COMMAND`. Results go to stdout, everything else to stderr."""
 
+import functools
 import json
 import logging as python_logging
 import pathlib
@@ -9,7 +10,7 @@ import traceback
 from absl import flags, logging
 
 from sedd_jax.cli import arguments
-from sedd_jax.runtime import hosts
+from sedd_jax.runtime import errors, hosts
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: launchers start a run again that ends with it.
 PACKAGE = pathlib.Path(__file__).parent.parent
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> int:
         return COMMANDS[name](rest) or 0
     except flags.Error as error:
         return _fail(f"sedd {name}", f"{error}; see `sedd {name} --help`", 2)
+    except errors.UserError as error:
+        return _fail(f"sedd {name}", error.worded(functools.partial(_spelled, name)), 1)
     except (ValueError, OSError, ImportError) as error:
         # Ours say what is wrong and what to do; one from deeper down is a bug and keeps its traceback.
         if not _raised_here(error):
@@ -368,6 +371,7 @@ def plan(argv: list[str]) -> None:
         print(json.dumps(result))
 
 
+_TAKE_CONFIGS = ("train", "bench", "plan")
 COMMANDS: dict[str, arguments.Command] = {
     "prepare": prepare,
     "train": train,
@@ -379,6 +383,14 @@ COMMANDS: dict[str, arguments.Command] = {
     "bench": bench,
     "plan": plan,
 }
+
+
+def _spelled(command: str, field: str) -> str:
+    """An input as a command takes it; a field of a run's config stays what it is where no flag sets it."""
+    if not field.startswith("config.") or command in _TAKE_CONFIGS:
+        return f"--{field}"
+    setting = field.removeprefix("config.sampling.")
+    return field if "." in setting else f"--{setting}"
 
 
 def _raised_here(error: BaseException) -> bool:
