@@ -1,5 +1,31 @@
 """Score entropy discrete diffusion (Lou, Meng, Ermon 2023, arXiv 2310.16834) in JAX.
 
+    import sedd_jax
+
+    run = sedd_jax.open("runs/quickstart")
+    print(run.sample(template="Hi {32}", num_samples=2)[0].text)
+
+Wings, each above those that it imports:
+
+| folder | what |
+|---|---|
+| `cli/` | the command line |
+| `front_door` | the same for Python: `open`, `train` |
+| `performance/` | benchmarks, and plans for devices that are not here |
+| `training/` | the training loop and what it writes |
+| `evaluation/` | likelihood, quality of samples, infilling, code |
+| `serving/` | the page of `sedd serve` |
+| `sampling/` | text from a run: templates, patterns, prompts, and the one engine that fills them |
+| `conversion/` | checkpoints to and from PyTorch and StableHLO |
+| `runs`, `config`, `checkpoints` | a run directory and what is in it |
+| `model/` | the network, its streamed head, what is drawn from it, the training objective |
+| `data/` | text, tokenizers, batches |
+| `diffusion/` | the paper, as pure functions of arrays |
+| `runtime/` | devices, processes, storage, errors |
+
+From the command line to the loss: `cli.main` -> `training.train` -> `model.objectives` -> `diffusion.losses` ->
+`diffusion.graphs`.
+
 Symbols, one meaning each:
 
 | name | meaning |
@@ -14,10 +40,50 @@ Symbols, one meaning each:
 ratio |
 | `nelbo`, `ppl_bound` | a bound on negative log-likelihood, and exp of it per token |
 | `nfe` | number of network evaluations |
+| `step`, `iteration` | a reverse step; a step or one of its repetitions by a corrector |
 
 Dimensions: B batch, L length, V states, P states padded for the hardware, D model, H heads, K head size, C condition,
-N layers.
-
-From the command line to the loss: `cli` -> `train.train` -> `train.train_step` -> `losses.denoising_score_entropy` ->
-`graphs.Absorbing.score_entropy`.
+N layers, E evaluations of the network.
 """
+
+import os as _os
+from typing import TYPE_CHECKING, Any
+
+from sedd_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from sedd_jax import front_door
+
+__all__ = ("UserError", "open", "train")
+
+
+def open(workdir: "str | _os.PathLike[str]", *, step: int | None = None) -> "front_door.OpenRun":
+    """Opens a run directory, to sample, fill gaps and bound the likelihood of text.
+
+    Args:
+        workdir: the run directory: text, a Path, or gs://BUCKET/RUN.
+        step: training step of the checkpoint; the newest if None.
+
+    Raises:
+        UserError: names what is wrong with the directory, and what to do.
+    """
+    from sedd_jax import front_door
+
+    return front_door.OpenRun(workdir, step)
+
+
+def train(config: Any, workdir: "str | _os.PathLike[str]", *, verbose: bool = False) -> "front_door.OpenRun":
+    """Trains a run, or goes on with it from its newest checkpoint, and opens it.
+
+    Args:
+        config: a file such as configs/quickstart.py, a `config.Config`, or the fields that differ from the defaults,
+            nested as in such a file.
+        workdir: run directory, made if it does not exist.
+        verbose: whether to show progress.
+
+    Raises:
+        UserError: names what is wrong, and what to do.
+    """
+    from sedd_jax import front_door
+
+    return front_door.train(config, workdir, verbose=verbose)

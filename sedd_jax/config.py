@@ -2,16 +2,21 @@
 
 import dataclasses
 import difflib
+import importlib.util
 import math
+import os
+import pathlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
 
-from sedd_jax.diffusion import first_hitting, graphs, noise_schedules, samplers, time_grids, trapezoidal
-from sedd_jax.model import attentions, controls, networks, optimizers, score_draws
-from sedd_jax.runtime import sharding
+from sedd_jax.diffusion import forward, graphs, noise_schedules
+from sedd_jax.model import attentions, networks, optimizers, sampling_config
+from sedd_jax.runtime import errors, sharding
+
+SamplingConfig = sampling_config.SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +39,10 @@ class GraphConfig:
     """The forward process.
 
     Attributes:
-        name: absorb, uniform, or autoregressive: none at all, the baseline that predicts tokens from those before.
+        name: which token may turn into which.
     """
 
-    name: str = "absorb"
+    name: str = dataclasses.field(default="absorb", metadata={"choices": lambda: graph_meanings()})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,7 @@ class TrainingConfig:
     Attributes:
         num_steps: optimizer steps.
         batch_size: sequences in a step, over all devices and micro-batches.
-        num_micro_batches: parts a step's batch is taken in, their gradients averaged.
+        num_micro_batches: gradient accumulation: micro-batches per optimizer step, their gradients averaged.
         log_every: steps between lines in metrics.jsonl.
         eval_every: steps between evaluations on held-out text; 0 is never.
         eval_sequences: held-out sequences in each of those evaluations, at most.
@@ -84,35 +89,6 @@ class TrainingConfig:
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 3
     keep_checkpoints_every: int = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """Samples drawn while training, and what `sedd sample` does unless told.
-
-    Attributes:
-        sampler: euler, tau_leaping, tweedie, theta_trapezoidal (two evaluations a step), or first_hitting (absorbing:
-            exact from num_steps + 1 = length on).
-        num_steps: reverse steps; one more evaluation denoises.
-        num_samples: sequences drawn at once.
-        draw: precise, or published (truncated float32 noise, which anneals; for comparison).
-        grid: where steps lie in time: uniform, sigma (as much noise each), cosine (short ones first), or times such as
-            1,0.8,0.3,0.
-        corrector_steps: how often each step is taken back, by the forward process, and again.
-        temperature: of the law of each token; below 1 is annealing: less entropy, flattered perplexity.
-        top_p: share of the likeliest tokens that are drawn at all; below 1 is annealing.
-        guidance: how often a token's law counts against that without what is given; 1 is the model's own (absorbing).
-    """
-
-    sampler: str = "tweedie"
-    num_steps: int = 128
-    num_samples: int = 4
-    draw: str = "precise"
-    grid: str = "uniform"
-    corrector_steps: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    guidance: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,9 +116,6 @@ class Config:
 # A ConfigDict is no Mapping.
 Nested = Mapping[str, Any] | ml_collections.ConfigDict
 
-# Fields of `SamplingConfig` that refine any sampler, with what leaves it as it is.
-REFINEMENTS = {field.name: field.default for field in dataclasses.fields(SamplingConfig)[4:]}
-CONTROLS = ("temperature", "top_p", "guidance")
 # What a run may change when it resumes; all else decides what its parameters are.
 MAY_CHANGE = (
     r"training\.(num_steps|log_every|eval_\w+|sample_every|\w*checkpoint\w*)",
@@ -153,6 +126,7 @@ MAY_CHANGE = (
 _DERIVED = {"network.num_states": 0, "network.causal": False}  # Known from the tokenizer and the graph only.
 _MAY_BE_ZERO = r"eval_every|sample_every|seed|warmup|keep_checkpoints_every|corrector_steps"
 AUTOREGRESSIVE = "autoregressive"
+_LISTED = "`sedd train --help` lists the fields"
 
 
 def default() -> ml_collections.ConfigDict:
@@ -164,7 +138,7 @@ def merge(partial: Nested) -> ml_collections.ConfigDict:
     """The defaults with the fields of `partial` put over them.
 
     Raises:
-        ValueError: names a field that does not exist and the nearest that does, or a value of the wrong type.
+        errors.UserError: names a field that does not exist and the nearest that does, or a value of the wrong type.
     """
     merged = default()
     for name, value in flatten(partial).items():
@@ -172,34 +146,74 @@ def merge(partial: Nested) -> ml_collections.ConfigDict:
         try:
             merged.update_from_flattened_dict({name: value})
         except TypeError:
-            raise ValueError(wrong_type(name, value, merged)) from None
+            raise wrong_type(name, value, merged) from None
     return merged
 
 
+def read_file(path: str | os.PathLike[str]) -> Nested:
+    """The fields that a file such as configs/quickstart.py sets.
+
+    Raises:
+        errors.UserError: where it is no such file, or fails.
+    """
+    refuse = lambda problem, remedy: errors.UserError(problem, field="config", value=path, remedy=remedy)
+    if not pathlib.Path(path).is_file():
+        raise refuse("is not a file", "give one of configs/*.py")
+    spec = importlib.util.spec_from_file_location("sedd_config", path)
+    if spec is None or spec.loader is None:
+        raise refuse("is not a Python file", "give one of configs/*.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config()
+    except Exception as error:
+        # The file is the user's, and so is what goes wrong in it.
+        raise refuse(f"fails with {type(error).__name__}: {error}", "mend the file") from error
+
+
 def check_field(name: str, config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError with the nearest field's name where `name` is not one of the config's."""
+    """Raises errors.UserError with the nearest field's name where `name` is not one of the config's."""
     fields = flatten(config)
     if name not in fields:
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-        hint = f"did you mean config.{nearest[0]}?" if nearest else "`sedd train --help` lists the fields"
-        raise ValueError(f"config.{name} is not a field: {hint}")
+        hint = f"did you mean {errors.name(f'config.{nearest[0]}')}?" if nearest else _LISTED
+        raise errors.UserError("is not a field", field=f"config.{name}", remedy=hint)
 
 
-def wrong_type(name: str, value: Any, config: ml_collections.ConfigDict) -> str:
-    """The message for a value that does not fit its field."""
-    want = type(flatten(config)[name]).__name__
-    return f"config.{name}={value!r} must be of type {want}"
+def wrong_type(name: str, value: Any, config: ml_collections.ConfigDict) -> errors.UserError:
+    """The error for a value that does not fit its field."""
+    return _mistyped(name, value, type(flatten(config)[name]))
+
+
+def _mistyped(name: str, value: Any, kind: type) -> errors.UserError:
+    return errors.UserError(f"must be of type {kind.__name__}", field=f"config.{name}", value=repr(value))
 
 
 def parse(config: Nested) -> Config:
     """Frozen dataclasses from a full ConfigDict (or the same as nested mappings), validated.
 
     Raises:
-        ValueError: names the field, its value and the remedy.
+        errors.UserError: names the field, its value and the remedy.
     """
     parsed = _parse(Config, dict(config), "")
     validate(parsed)
     return parsed
+
+
+def read(saved: Mapping[str, Any]) -> Config:
+    """The config of a run directory, also of an earlier version.
+
+    A field that the run lacks was added since. It gets the value that means "as before": `metadata["before"]` of the
+    field where there is one, else its default.
+
+    Raises:
+        errors.UserError: names a field that is unknown or has an impossible value.
+    """
+    config = _filled(Config, saved)
+    remat = config["network"]["remat"]
+    if isinstance(remat, bool):  # What it was before it had names.
+        config["network"]["remat"] = "blocks" if remat else "none"
+    return parse(config)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -240,126 +254,121 @@ def describe(config: Nested) -> Iterator[tuple[str, Any, str]]:
 
 
 def validate(config: Config) -> None:
-    """Raises ValueError where values are impossible on their own or together."""
-    _validate_choice("graph.name", config.graph.name, (*graphs.GRAPHS, AUTOREGRESSIVE))
-    _validate_choice("noise.name", config.noise.name, noise_schedules.SCHEDULES)
-    known = (*samplers.SAMPLERS, trapezoidal.NAME, first_hitting.NAME)
-    _validate_choice("sampling.sampler", config.sampling.sampler, known)
-    _validate_choice("sampling.draw", config.sampling.draw, score_draws.DRAWS)
-    _validate_choice("network.remat", config.network.remat, ("none", *networks.REMAT_POLICIES))
-    _validate_choice("network.dropout_generator", config.network.dropout_generator, ("threefry", "rbg"))
-    _validate_choice("network.attention", config.network.attention, ("auto", *attentions.ATTENTIONS))
-    _validate_choice("network.dtype", config.network.dtype, ("float32", "bfloat16"))
+    """Raises errors.UserError where values are impossible on their own or together."""
+    _validate_choices(config)
     if config.seed >= 2**32:
-        raise ValueError(f"config.seed={config.seed} is more than keys hold: give one below 2**32")
+        raise _refused(config, "seed", "is more than keys hold", "give one below 2**32")
     for name, value in flatten(to_dict(config)).items():
         at_least = 0 if re.search(_MAY_BE_ZERO, name) else 1
         if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("mesh.") and value < at_least:
-            raise ValueError(f"config.{name}={value} must be at least {at_least}")
+            raise _refused(config, name, f"must be at least {at_least}")
         if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"config.{name}={value} must be a finite number, at least 0")
+            raise _refused(config, name, "must be a finite number, at least 0")
     network, training, noise = config.network, config.training, config.noise
     if network.hidden_size % (2 * network.num_heads):
-        raise ValueError(
-            f"config.network.hidden_size={network.hidden_size} must be divisible by twice config.network.num_heads="
-            f"{network.num_heads}, since rotary positions pair features"
+        raise _refused(
+            config,
+            "network.hidden_size",
+            f"must be divisible by twice {errors.name('config.network.num_heads')}={network.num_heads}, since rotary "
+            "positions pair features",
         )
     if not network.dropout < 1:
-        raise ValueError(f"config.network.dropout={network.dropout} must be below 1")
-    if config.graph.name != "absorb" and network.scale_by_sigma:
-        raise ValueError(
-            "config.network.scale_by_sigma=True only has a meaning for the absorbing graph: set it to False for "
-            f"{config.graph.name}"
+        raise _refused(config, "network.dropout", "must be below 1")
+    if network.scale_by_sigma and not (is_diffusion(config) and graph_class(config.graph).scales_by_sigma):
+        raise _refused(
+            config,
+            "network.scale_by_sigma",
+            "only has a meaning for the absorbing graph",
+            f"set it to False for {config.graph.name}",
         )
     if network.normalize and not network.scale_by_sigma:
-        raise ValueError(
-            "config.network.normalize=True fixes the sum of the scores, which depends on sigma: set "
-            "config.network.scale_by_sigma=True"
+        raise _refused(
+            config,
+            "network.normalize",
+            "fixes the sum of the scores, which depends on sigma",
+            f"set {errors.name('config.network.scale_by_sigma')}=True",
         )
-    if config.sampling.sampler == first_hitting.NAME and config.graph.name == "uniform":
-        raise ValueError(
-            "config.sampling.sampler=first_hitting follows masks, of which config.graph.name=uniform has none: set "
-            "config.sampling.sampler=tweedie"
-        )
-    time_grids.find(config.sampling.grid)
-    if config.sampling.sampler == first_hitting.NAME and config.sampling.grid != "uniform":
-        raise ValueError(
-            f"config.sampling.grid={config.sampling.grid} has no meaning for first_hitting, which has a clock of its "
-            "own: leave it at uniform"
-        )
-    _validate_control(config)
+    sampling_config.validate(
+        config.sampling,
+        config.graph.name,
+        has_mask=graph_class(config.graph).has_mask,
+        is_diffusion=is_diffusion(config),
+    )
     if training.batch_size % training.num_micro_batches:
-        raise ValueError(
-            f"config.training.batch_size={training.batch_size} must be divisible by config.training.num_micro_batches="
-            f"{training.num_micro_batches}"
+        raise _refused(
+            config,
+            "training.batch_size",
+            f"must be divisible by {errors.name('config.training.num_micro_batches')}={training.num_micro_batches}",
         )
-    if noise.eps >= 1 or noise.eps == 0 or not 0 < noise.sigma_min < noise.sigma_max:
-        raise ValueError(
-            f"config.noise needs 0 < eps < 1 and 0 < sigma_min < sigma_max, not eps={noise.eps}, "
-            f"sigma_min={noise.sigma_min}, sigma_max={noise.sigma_max}"
-        )
-
-
-def _validate_control(config: Config) -> None:
-    sampling = config.sampling
-    # Less is float32's noise.
-    if sampling.temperature < 1e-6 or not 1e-6 <= sampling.top_p <= 1 or sampling.guidance <= 0:
-        raise ValueError(
-            "config.sampling needs temperature >= 1e-6, 1e-6 <= top_p <= 1 and guidance > 0, not "
-            f"temperature={sampling.temperature}, top_p={sampling.top_p}, guidance={sampling.guidance}"
-        )
-    changed = [name for name in CONTROLS if getattr(sampling, name) != 1]
-    if changed and sampling.draw != "precise":
-        raise ValueError(
-            f"config.sampling.{changed[0]} is a control of precise draws: set config.sampling.draw=precise"
-        )
-    if sampling.guidance != 1 and (config.graph.name != "absorb" or sampling.sampler == trapezoidal.NAME):
-        raise ValueError(
-            f"config.sampling.guidance={sampling.guidance} takes an absorbing run, where what is given can be masked, "
-            f"and a sampler of one evaluation a step, not graph.name={config.graph.name} with "
-            f"sampler={sampling.sampler}: leave it at 1"
+    if not 0 < noise.eps < 1:
+        raise _refused(config, "noise.eps", "must be between 0 and 1")
+    if not 0 < noise.sigma_min < noise.sigma_max:
+        raise _refused(
+            config,
+            "noise.sigma_min",
+            f"must be above 0 and below {errors.name('config.noise.sigma_max')}={noise.sigma_max}",
         )
 
 
-def make_control(sampling: SamplingConfig) -> controls.Control:
-    """How the law of tokens is changed."""
-    return controls.Control(**{name: getattr(sampling, name) for name in CONTROLS})
+def _validate_choices(config: Config) -> None:
+    for name, choices in {
+        "graph.name": tuple(graph_meanings()),
+        "noise.name": tuple(noise_schedules.SCHEDULES),
+        "network.remat": ("none", *networks.REMAT_POLICIES),
+        "network.dropout_generator": ("threefry", "rbg"),
+        "network.attention": ("auto", *attentions.ATTENTIONS),
+        "network.dtype": ("float32", "bfloat16"),
+    }.items():
+        if flatten(to_dict(config))[name] not in choices:
+            raise _refused(config, name, "is unknown", f"choose one of {', '.join(choices)}")
 
 
-def make_noise(config: NoiseConfig) -> noise_schedules.NoiseSchedule:
-    """The schedule that a config names."""
-    if config.name == "loglinear":
-        return noise_schedules.LogLinear(eps=config.eps)
-    return noise_schedules.Geometric(sigma_min=config.sigma_min, sigma_max=config.sigma_max)
+def _refused(config: Config, name: str, problem: str, remedy: str = "") -> errors.UserError:
+    value = flatten(to_dict(config))[name]
+    return errors.UserError(problem, field=f"config.{name}", value=value, remedy=remedy)
 
 
-def make_graph(config: GraphConfig, vocab_size: int, mask_id: int | None) -> graphs.Graph:
-    """The graph over a tokenizer's tokens; a tokenizer without a mask gets one after its last token.
+def is_diffusion(config: Config) -> bool:
+    """Whether a run is a diffusion model, not the baseline that predicts each token from those before it."""
+    return config.graph.name != AUTOREGRESSIVE
 
-    The autoregressive baseline has the states of the absorbing graph: its mask begins every sequence.
+
+def graph_meanings() -> dict[str, str]:
+    """What `graph.name` may be, and what each is."""
+    baseline = {AUTOREGRESSIVE: "no diffusion: the baseline that predicts each token from those before"}
+    return {name: graph.meaning for name, graph in graphs.GRAPHS.items()} | baseline
+
+
+def graph_class(config: GraphConfig) -> type[Any]:
+    """The class of a graph. The baseline has the states of the absorbing one: its mask begins every sequence."""
+    return graphs.GRAPHS["absorb" if config.name == AUTOREGRESSIVE else config.name]
+
+
+def make_process(config: Config, vocab_size: int, mask_id: int | None) -> forward.Process:
+    """The forward process that a config names, over a tokenizer's tokens.
+
+    Args:
+        config: the config.
+        vocab_size: the tokenizer's tokens.
+        mask_id: a mask among its own ids; None where it has none, so that the graph adds one if it needs it.
     """
-    if config.name != "uniform":
-        return graphs.Absorbing(vocab_size=vocab_size, mask_id=vocab_size if mask_id is None else mask_id)
-    return graphs.Uniform(vocab_size=vocab_size if mask_id is None else vocab_size + 1)
-
-
-def _validate_choice(name: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"config.{name}={value!r} is unknown: choose one of {', '.join(choices)}")
+    schedule = noise_schedules.SCHEDULES[config.noise.name]
+    noise = schedule(**{field.name: getattr(config.noise, field.name) for field in dataclasses.fields(schedule)})
+    return forward.Process(graph_class(config.graph).from_tokenizer(vocab_size, mask_id), noise)
 
 
 def _parse(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = [name for name in values if name not in fields]
     if unknown:
-        raise ValueError(f"config.{prefix}{unknown[0]} is not a field: `sedd train --help` lists the fields")
+        raise errors.UserError("is not a field", field=f"config.{prefix}{unknown[0]}", remedy=_LISTED)
     parsed = {}
     for name, field in fields.items():
         path = prefix + name
         if path in _DERIVED:
             parsed[name] = _DERIVED[path]
         elif name not in values:
-            raise ValueError(f"config.{path} is missing")
+            raise errors.UserError("is missing", field=f"config.{path}", remedy=_LISTED)
         elif dataclasses.is_dataclass(field.type):
             parsed[name] = _parse(field.type, dict(values[name]), f"{path}.")
         else:
@@ -367,11 +376,22 @@ def _parse(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
     return cls(**parsed)
 
 
+def _filled(cls: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a section as they were saved, those that it lacks as before."""
+    filled = dict(saved)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            filled[field.name] = _filled(field.type, saved.get(field.name, {}))
+        elif field.default is not dataclasses.MISSING and f"network.{field.name}" not in _DERIVED:
+            filled.setdefault(field.name, field.metadata.get("before", field.default))
+    return filled
+
+
 def _convert(name: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"config.{name}={value!r} must be of type {kind.__name__}")
+        raise _mistyped(name, value, kind)
     return value
 
 
@@ -379,7 +399,10 @@ def _meanings(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
     text = " ".join((cls.__doc__ or "").split("Attributes:")[-1].split())
     names = "|".join(field.name for field in dataclasses.fields(cls))
     parts = re.split(rf"(?:^|\s)({names}): ", text)
-    yield from ((prefix + name, meaning) for name, meaning in zip(parts[1::2], parts[2::2], strict=True))
+    choices = {field.name: field.metadata.get("choices", dict) for field in dataclasses.fields(cls)}
+    for name, meaning in zip(parts[1::2], parts[2::2], strict=True):
+        known = "; ".join(f"{choice} ({what})" for choice, what in choices[name]().items())
+        yield prefix + name, f"{meaning.removesuffix('.')}: {known}." if known else meaning
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
             yield from _meanings(field.type, f"{prefix}{field.name}.")

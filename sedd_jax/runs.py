@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -11,9 +12,11 @@ import jax
 from sedd_jax import checkpoints
 from sedd_jax import config as configs
 from sedd_jax.data import alphabets, batches, corpora, shards, tokenizers
-from sedd_jax.diffusion import graphs, noise_schedules
-from sedd_jax.model import networks
-from sedd_jax.runtime import sharding, storage
+from sedd_jax.diffusion import forward, graphs, samplers
+from sedd_jax.model import autoregression, networks, sampling_config
+from sedd_jax.runtime import errors, sharding, storage
+
+TIME_GRID = "time_grid.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,22 +33,57 @@ class Run:
     config: configs.Config
     tokenizer: tokenizers.Tokenizer
 
-    @property
-    def graph(self) -> graphs.Graph:
-        return configs.make_graph(self.config.graph, self.tokenizer.vocab_size, self.tokenizer.mask_id)
+    @functools.cached_property
+    def process(self) -> forward.Process:
+        """The forward process."""
+        return configs.make_process(self.config, self.tokenizer.vocab_size, self.tokenizer.mask_id)
 
     @property
-    def noise(self) -> noise_schedules.NoiseSchedule:
-        return configs.make_noise(self.config.noise)
+    def graph(self) -> graphs.Graph:
+        """The graph of the forward process."""
+        return self.process.graph
 
     @property
     def network(self) -> networks.NetworkConfig:
+        """Sizes of the network."""
         return dataclasses.replace(self.config.network, num_states=self.graph.num_states, causal=self.is_autoregressive)
 
     @property
     def is_autoregressive(self) -> bool:
         """Whether the run is the baseline that predicts each token from those before."""
-        return self.config.graph.name == configs.AUTOREGRESSIVE
+        return not configs.is_diffusion(self.config)
+
+    def sampling(self, **changed: Any) -> configs.SamplingConfig:
+        """The run's sampling settings with some fields changed; the grid "tuned" becomes the times that were found.
+
+        Raises:
+            errors.UserError: names the field that cannot be.
+        """
+        if changed.get("grid") == "tuned":
+            changed["grid"] = self.tuned_grid()
+        sampling = dataclasses.replace(self.config.sampling, **changed)
+        configs.validate(dataclasses.replace(self.config, sampling=sampling))
+        return sampling
+
+    def sampler(self, settings: configs.SamplingConfig) -> samplers.Sampler:
+        """The sampler of some settings; the baseline has one of its own."""
+        if self.is_autoregressive:
+            return autoregression.LeftToRight(length=self.config.data.length)
+        return sampling_config.make_sampler(settings)
+
+    def tuned_grid(self) -> str:
+        """The time grid that `sedd tune-grid` found for this run, as its times.
+
+        Raises:
+            errors.UserError: where it has found none.
+        """
+        storage.download(self.workdir, TIME_GRID)
+        if not (self.local / TIME_GRID).exists():
+            raise errors.UserError(
+                f"{self.workdir} has no tuned grid",
+                remedy=f"`sedd tune-grid --workdir={self.workdir} --num_steps=N` makes one",
+            )
+        return ",".join(f"{t:.7g}" for t in read_json(self.local / TIME_GRID)["times"])
 
     @property
     def local(self) -> pathlib.Path:
@@ -61,30 +99,64 @@ class Run:
         storage.download(self.workdir, "data")
         directory = self.local / "data"
         if not directory.exists():
-            raise ValueError(
-                f"{self.workdir} has no text of its own, as a converted checkpoint has none: give --data, or sample"
+            raise errors.UserError(
+                f"{self.workdir} has no text of its own, as a converted checkpoint has none",
+                remedy=f"give {errors.name('data')}, or sample",
             )
         return batches.open_split(directory, name, self.config.data.length, tokenizer=self.tokenizer)
 
-    def ema_params(self, mesh: jax.sharding.Mesh | None = None, step: int | None = None) -> tuple[int, networks.Params]:
-        """Step and moving average of a checkpoint (the newest if None), laid out on a mesh (one device if None)."""
-        return self.params("ema_params", mesh, step)
+    def restore(self, step: int | None = None, *, weights: str = "ema_params") -> "OpenRun":
+        """The run with the weights of a checkpoint on the mesh of all devices.
+
+        Args:
+            step: the checkpoint; the newest if None.
+            weights: ema_params, their moving average, or params.
+        """
+        mesh = sharding.make_mesh(sharding.MeshConfig())
+        found, params = self.params(weights, mesh, step)
+        return OpenRun(run=self, step=found, model=networks.Model(self.network, params), mesh=mesh)
 
     def params(
         self, name: str, mesh: jax.sharding.Mesh | None = None, step: int | None = None
     ) -> tuple[int, networks.Params]:
-        """`ema_params`, or the parameters themselves where `name` is params."""
+        """Step of a checkpoint (the newest if None) and `ema_params` or `params` of it, on a mesh (one device if None).
+
+        Raises:
+            errors.UserError: where there is no such checkpoint, or it is damaged.
+        """
         mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
         if not self.checkpoint_dir.exists():
-            raise ValueError(
-                f"{self.workdir} has no checkpoint yet: train longer than config.training.checkpoint_every"
+            raise errors.UserError(
+                f"{self.workdir} has no checkpoint yet",
+                remedy=f"train longer than {errors.name('config.training.checkpoint_every')}",
             )
         with contextlib.closing(checkpoints.Checkpoints(self.checkpoint_dir)) as saved:
             found = saved.find(step)
             if found is None:
-                raise ValueError(f"{self.workdir} has no complete checkpoint: train longer")
+                raise errors.UserError(f"{self.workdir} has no complete checkpoint", remedy="train longer")
             shapes = jax.eval_shape(lambda: networks.init(jax.random.key(0), self.network))
             return found, saved.restore_params(found, sharding.shapes_on(mesh, shapes), name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class OpenRun:
+    """A run with the weights of one checkpoint on the devices.
+
+    Attributes:
+        run: the run.
+        step: of the checkpoint.
+        model: its network, usually the moving average of its parameters.
+        mesh: the devices.
+    """
+
+    run: Run
+    step: int
+    model: networks.Model
+    mesh: jax.sharding.Mesh
+
+    def on_devices(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which what is compiled runs on the mesh."""
+        return jax.set_mesh(self.mesh)
 
 
 def start(workdir: storage.Directory, config: configs.Config) -> None:
@@ -93,14 +165,19 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
     A new directory appears whole or not at all; in a bucket config.json comes last.
 
     Raises:
-        ValueError: where the directory is not a run's, its config differs in what may not, or its text is damaged.
+        errors.UserError: where the directory is no run's, its config differs in what may not, or its text is damaged.
     """
     local = storage.local_copy(workdir)
     if storage.holds(workdir, "config.json"):
         run = load(workdir)
         changed = configs.changes(run.config, config)
         if changed:
-            raise ValueError(f"{workdir} was started with another config: {'; '.join(changed)}; use another --workdir")
+            raise errors.UserError(
+                f"was started with another config: {'; '.join(changed)}",
+                field="workdir",
+                value=workdir,
+                remedy="give another",
+            )
         storage.download(workdir, "data", "metrics.jsonl", "samples", "tensorboard")
         if (local / "data").exists():
             shards.verify(local / "data")
@@ -110,7 +187,9 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
     # A start that was killed may have left these in a bucket, where nothing can appear whole.
     ours = {"data", "tokenizer.json", *tokenizers.FILES.values()} if storage.is_remote(workdir) else set()
     if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - ours):
-        raise ValueError(f"{workdir} exists and is not a run directory: use another --workdir")
+        raise errors.UserError(
+            "exists and is not a run directory", field="workdir", value=workdir, remedy="give another"
+        )
     storage.clear(workdir)
     with storage.new_directory(local) as partial:
         tokenizer = _fill(partial / "data", config.data)
@@ -138,9 +217,11 @@ def _fill(directory: pathlib.Path, config: configs.DataConfig) -> tokenizers.Tok
     else:
         is_same = tokenizers.build(wanted, lambda: ()).fingerprint() == header["tokenizer_fingerprint"]
     if not is_same:
-        raise ValueError(
-            f"{prepared} was prepared with another tokenizer than config.data.tokenizer={wanted}: set it to {spec}, or "
-            f"prepare {header['source']} again"
+        raise errors.UserError(
+            f"is another tokenizer than {prepared} was prepared with",
+            field="config.data.tokenizer",
+            value=wanted,
+            remedy=f"set it to {spec}, or prepare {header['source']} again",
         )
     shards.verify(prepared)
     shards.link(directory, prepared)
@@ -164,17 +245,18 @@ def load(workdir: storage.Directory) -> Run:
     """Opens a run directory.
 
     Raises:
-        ValueError: where it is none, or its files are damaged.
+        errors.UserError: where it is none, or its files are damaged.
     """
     if not storage.holds(workdir, "config.json"):
-        raise ValueError(
-            f"{workdir} is not a run directory, it has no config.json: give the --workdir of a training run"
+        raise errors.UserError(
+            "is not a run directory, it has no config.json",
+            field="workdir",
+            value=workdir,
+            remedy="give that of a training run",
         )
     storage.download(workdir, "config.json", "tokenizer.json", *tokenizers.FILES.values())
     local = storage.local_copy(workdir)
-    saved = read_json(local / "config.json")
-    # What refines a sampler may be newer than the run, whose weights do not depend on it.
-    config = configs.parse(saved | {"sampling": configs.REFINEMENTS | saved.get("sampling", {})})
+    config = configs.read(read_json(local / "config.json"))
     tokenizer = tokenizers.read(local / "tokenizer.json")
     return Run(workdir=workdir, config=config, tokenizer=tokenizer)
 
@@ -195,9 +277,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """What `write_json` wrote.
 
     Raises:
-        ValueError: where the file is damaged.
+        errors.UserError: where the file is damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise errors.UserError(f"{path} is damaged: {error}") from error

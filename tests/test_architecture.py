@@ -1,6 +1,7 @@
 """The wings of the house: imports go down their list and never in a circle, and heavy libraries stay in their rooms."""
 
 import ast
+import itertools
 import pathlib
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from tests.support import places
 WINGS = (
     "__main__",
     "cli",
+    "front_door",
     "performance",
     "training",
     "evaluation",
@@ -27,7 +29,7 @@ WINGS = (
     "diffusion",
     "runtime",
 )
-NOT_YET = {("sampling.generate", "evaluation.tune_grid")}
+TRUE_PATH = ("cli.main", "training.train", "model.objectives", "diffusion.losses", "diffusion.graphs")
 ROOMS = {
     "flax": {"model.networks", "model.train_state"},
     "orbax": {"checkpoints"},
@@ -81,7 +83,7 @@ def test_imports_are_of_modules():
 @pytest.mark.parametrize("module", FILES)
 def test_imports_never_go_up(module):
     above = {name for name in _ours(module) if _floor(name) < _floor(module)}
-    assert not {(module, name) for name in above} - NOT_YET
+    assert not above
 
 
 def test_the_mathematics_imports_only_jax_and_numpy():
@@ -90,6 +92,15 @@ def test_the_mathematics_imports_only_jax_and_numpy():
         if module.startswith("diffusion."):
             assert {name.split(".")[0] for name in _imports(path)} <= outside
             assert all(name.startswith("diffusion.") for name in _ours(module))
+
+
+def test_the_path_from_the_command_line_to_the_loss_is_true():
+    for module, following in itertools.pairwise(TRUE_PATH):
+        assert following in _ours(module)
+    shown = " -> ".join(f"`{module}`" for module in TRUE_PATH)
+    assert shown in " ".join((places.PACKAGE / "__init__.py").read_text(encoding="utf-8").split())
+    readme = (places.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert " -> ".join(module.replace(".", "/") for module in TRUE_PATH) in readme
 
 
 def test_imports_are_never_circular():
@@ -120,9 +131,10 @@ def test_a_wing_has_few_rooms():
     assert not full
 
 
-def test_help_loads_no_heavy_library():
+@pytest.mark.parametrize("start", ["from sedd_jax.cli import main; main.main(['--help'])", "import sedd_jax"])
+def test_help_and_import_load_no_heavy_library(start):
     code = (
-        "import sys; from sedd_jax.cli import main; main.main(['--help']); "
+        f"import sys; {start}; "
         "print([m for m in ('jax', 'flax', 'orbax', 'matplotlib', 'tiktoken', 'pyarrow', 'torch') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -1,5 +1,6 @@
 """What commands share: flags, configs given on the command line, and help."""
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -9,8 +10,8 @@ from typing import Any
 
 from absl import flags
 
-# Flags of `define_refinements`.
-REFINEMENTS = ("grid", "corrector_steps", "temperature", "top_p", "guidance")
+from sedd_jax.runtime import errors
+
 Command = Callable[[list[str]], int | None]  # From arguments to an exit status, None for success.
 
 
@@ -37,14 +38,22 @@ def parse_config(
     return given | {"config": configs.parse(given["config"])}
 
 
-def define_refinements(values: flags.FlagValues) -> None:
-    """Flags that refine any sampler; the run's config if not given."""
-    times = "times of steps: uniform, sigma, cosine, tuned (by `sedd tune-grid`), or such as 1,0.8,0.3,0"
-    flags.DEFINE_string("grid", None, times, flag_values=values)
-    flags.DEFINE_integer("corrector_steps", None, "how often each step is taken back and again", flag_values=values)
-    flags.DEFINE_float("temperature", None, "of each token's law; below 1 is annealing", flag_values=values)
-    flags.DEFINE_float("top_p", None, "share of the likeliest tokens kept; below 1 is annealing", flag_values=values)
-    flags.DEFINE_float("guidance", None, "above 1 follows the given text more closely", flag_values=values)
+def refinements() -> tuple[str, ...]:
+    """Names of the flags that refine any sampler."""
+    from sedd_jax.model import sampling_config
+
+    return tuple(sampling_config.REFINEMENTS)
+
+
+def define_sampling(values: flags.FlagValues, *names: str) -> None:
+    """Flags that set fields of a run's sampling config; what is not given is the run's own."""
+    from sedd_jax import config as configs
+
+    define: dict[Any, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    kinds = {field.name: field.type for field in dataclasses.fields(configs.SamplingConfig)}
+    meanings = {name: meaning for name, _, meaning in configs.describe(configs.default())}
+    for name in names:
+        define[kinds[name]](name, None, meanings[f"sampling.{name}"], flag_values=values)
 
 
 def define_processes(values: flags.FlagValues) -> None:
@@ -78,13 +87,18 @@ def _load_config(argv: list[str]) -> tuple[str, Any, list[str]]:
     if not path:
         return path, {}, rest
     if not pathlib.Path(path).is_file():
-        raise ValueError(f"--config={path} is not a file: give one of configs/*.py")
+        raise errors.UserError("is not a file", field="config", value=path, remedy="give one of configs/*.py")
     spec = importlib.util.spec_from_file_location("sedd_config", path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"--config={path} is not a Python file: give one of configs/*.py")
+        raise errors.UserError("is not a Python file", field="config", value=path, remedy="give one of configs/*.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return path, module.get_config(), rest
+    try:
+        spec.loader.exec_module(module)
+        return path, module.get_config(), rest
+    except Exception as error:
+        # The file is the user's, and so is what goes wrong in it.
+        problem = f"fails with {type(error).__name__}: {error}"
+        raise errors.UserError(problem, field="config", value=path, remedy="mend the file") from error
 
 
 def parse(values: flags.FlagValues, argv: list[str], *directories: str) -> dict[str, Any]:

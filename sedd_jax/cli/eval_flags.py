@@ -1,23 +1,103 @@
-"""`sedd eval`: what it can measure, and the flags that each measurement takes."""
+"""`sedd eval`: its flags, and the table of what it can measure."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from absl import flags
 
 from sedd_jax.cli import arguments
+from sedd_jax.runtime import storage
 
-_SAMPLING = ("num_steps", "draw", *arguments.REFINEMENTS, "seed", "batch_size", "num_samples")
-# What is asked for -> the flags it takes beside --workdir, --step, --json and those of processes.
-_MODES = {
-    "likelihood": ("data", "split", "protocol", "num_times", "target_stderr", "batch_size", "seed"),
-    "zero_shot": ("suite_data", "protocol", "num_times", "target_stderr", "batch_size", "seed"),
-    "humaneval": ("problems", "timeout_s", "sampler", *_SAMPLING),
-    "generate": ("judge", "sampler", *_SAMPLING),
-    "curve": ("judge", "samplers", *arguments.REFINEMENTS, "batch_size", "num_samples", "seed"),
-    "infill": ("judge", "num_draws", "sampler", *_SAMPLING),
-    "code": ("num_samples", "num_steps", "seed"),
-    "report": (),
-}
+# What is measured, and what to print of it.
+Measured = tuple[dict[str, Any], Any]
+_PASSES = ("protocol", "num_times", "target_stderr", "batch_size", "seed")
+
+
+class Mode(NamedTuple):
+    """Something that can be measured.
+
+    Attributes:
+        flags: those it takes beside --workdir, --step, --json and those of processes.
+        measure: (run directory, values of those flags and of --step that are given) -> result and what to print.
+    """
+
+    flags: tuple[str, ...]
+    measure: Callable[[storage.Directory, dict[str, Any]], Measured]
+
+
+def _likelihood(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
+    from sedd_jax.evaluation import perplexity
+
+    settings = perplexity.Settings(**{name: given.pop(name) for name in _PASSES if name in given})
+    result = perplexity.evaluate(workdir, **given, settings=settings)
+    return result, perplexity.table(result)
+
+
+def _zero_shot(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
+    from sedd_jax.evaluation import perplexity, zero_shot
+
+    settings = perplexity.Settings(**{name: given.pop(name) for name in _PASSES if name in given})
+    result = zero_shot.evaluate_sets(workdir, directory=given["suite_data"], step=given.get("step"), settings=settings)
+    return result, zero_shot.table(result)
+
+
+def _humaneval(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
+    from sedd_jax.evaluation import code_problems
+
+    result = code_problems.measure(workdir, **given)
+    return result, code_problems.table(result)
+
+
+def _generate(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
+    from sedd_jax.evaluation import generation_quality
+
+    result = generation_quality.measure(workdir, **given)
+    return result, generation_quality.table(result)
+
+
+def _curve(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
+    from sedd_jax.evaluation import quality_curves
+
+    points, samplers = _points(given.pop("curve")), given.pop("samplers").split(",")
+    result = quality_curves.measure(workdir, **given, **points, samplers=samplers)
+    return result, quality_curves.table(result)
+
+
+def _infill(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
+    from sedd_jax.evaluation import refilling
+
+    result = refilling.measure(workdir, given.pop("infill"), **given)
+    return result, refilling.table(result)
+
+
+def _code(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
+    from sedd_jax.evaluation import code_quality
+
+    result = code_quality.measure(workdir, **given)
+    return result, code_quality.table(result)
+
+
+def _report(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
+    from sedd_jax.evaluation import report
+
+    path = report.write(workdir)
+    return {"report": str(path)}, f"wrote {path}"
+
+
+def modes() -> dict[str, Mode]:
+    """Everything that can be measured, by what it is asked for with."""
+    refinements = tuple(arguments.refinements())
+    drawn = ("num_steps", "draw", *refinements, "seed", "batch_size", "num_samples")
+    return {
+        "likelihood": Mode(("data", "split", *_PASSES), _likelihood),
+        "zero_shot": Mode(("suite_data", *_PASSES), _zero_shot),
+        "humaneval": Mode(("problems", "timeout_s", "sampler", *drawn), _humaneval),
+        "generate": Mode(("judge", "sampler", *drawn), _generate),
+        "curve": Mode(("judge", "samplers", *refinements, "batch_size", "num_samples", "seed"), _curve),
+        "infill": Mode(("judge", "num_draws", "sampler", *drawn), _infill),
+        "code": Mode(("num_samples", "num_steps", "seed"), _code),
+        "report": Mode((), _report),
+    }
 
 
 def define(values: flags.FlagValues) -> None:
@@ -48,18 +128,15 @@ def define(values: flags.FlagValues) -> None:
     choice("code", False, "share of samples and infills that Python parses", flag_values=values)
     choice("report", False, "write RUN/report.html from all that was measured", flag_values=values)
     text("judge", None, "an autoregressive run, or GPT-2 in a directory for transformers", flag_values=values)
-    text("sampler", None, "of what is drawn: the run's if not given", flag_values=values)
     text("samplers", "tweedie,tau_leaping", "with --curve: which", flag_values=values)
-    arguments.define_refinements(values)
-    text("draw", None, "precise, or published (float32 noise that anneals)", flag_values=values)
     number("num_samples", None, "sequences, windows, or attempts at a problem: 64, or 10", 1, flag_values=values)
     number("num_draws", 1, "with --infill: how often a window is refilled", 1, flag_values=values)
-    number("num_steps", None, "reverse steps of what is drawn; the run's if not given", flag_values=values)
+    arguments.define_sampling(values, "sampler", "num_steps", "draw", *arguments.refinements())
     choice("json", False, "end with one line of JSON", flag_values=values)
     arguments.define_processes(values)
 
 
-def measure(values: flags.FlagValues, given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def measure(values: flags.FlagValues, given: dict[str, Any]) -> Measured:
     """Measures what the flags ask for.
 
     Args:
@@ -69,75 +146,39 @@ def measure(values: flags.FlagValues, given: dict[str, Any]) -> tuple[dict[str, 
     Returns:
         The result and what to print of it.
     """
-    mode = _mode(values, given)
-    chosen = {name: given[name] for name in ("step", *_MODES[mode]) if given.get(name) is not None}
-    workdir = given["workdir"]
-    program: Any
-    if mode in ("likelihood", "zero_shot"):
-        from sedd_jax.evaluation import perplexity as program
-
-        names = ("protocol", "num_times", "target_stderr", "batch_size", "seed")
-        settings = program.Settings(**{name: given[name] for name in names})
-        others = {name: value for name, value in chosen.items() if name not in names}
-        if mode == "likelihood":
-            result = program.evaluate(workdir, **others, settings=settings)
-        else:
-            from sedd_jax.evaluation import zero_shot as program
-
-            result = program.evaluate_sets(
-                workdir, directory=given["suite_data"], step=given["step"], settings=settings
-            )
-    elif mode == "report":
-        from sedd_jax.evaluation import report
-
-        path = report.write(workdir)
-        return {"report": str(path)}, f"wrote {path}"
-    elif mode == "code":
-        from sedd_jax.evaluation import code_quality as program
-
-        result = program.measure(workdir, **chosen)
-    elif mode == "humaneval":
-        from sedd_jax.evaluation import code_problems as program
-
-        result = program.measure(workdir, **chosen)
-    elif mode == "infill":
-        from sedd_jax.evaluation import refilling as program
-
-        result = program.measure(workdir, given["infill"], **chosen)
-    elif mode == "generate":
-        from sedd_jax.evaluation import generation_quality as program
-
-        result = program.measure(workdir, **chosen)
-    else:
-        from sedd_jax.evaluation import quality_curves as program
-
-        samplers = chosen.pop("samplers").split(",")
-        result = program.measure(workdir, **chosen, **_points(given["curve"]), samplers=samplers)
-    return result, program.table(result)
+    asked = _asked(given)
+    name = given["suite"] if asked == "suite" else asked or "likelihood"
+    shown = "" if asked is None else f" with --{asked}" + (f"={name}" if asked == "suite" else "")
+    table = modes()
+    _check(values, table, name, shown)
+    for flag, what in (("judge", "RUN"), ("problems", "FILE")):
+        is_needed = flag in table[name].flags and name != "infill"
+        if is_needed and not given[flag]:
+            hint = ": an autoregressive run, or GPT-2 in a directory" if flag == "judge" else ""
+            raise flags.IllegalFlagValueError(f"--{flag}={what} must be given{shown}{hint}")
+    wanted = ("step", *table[name].flags, *([asked] if asked in ("curve", "infill") else []))
+    chosen = {flag: given[flag] for flag in wanted if given.get(flag) is not None}
+    return table[name].measure(given["workdir"], chosen)
 
 
-def _mode(values: flags.FlagValues, given: dict[str, Any]) -> str:
-    """What is asked for.
+def _asked(given: dict[str, Any]) -> str | None:
+    """The flag that says what is asked for; None for a likelihood.
 
     Raises:
-        flags.IllegalFlagValueError: where that is two things, or a flag of another is given, or one is missing.
+        flags.IllegalFlagValueError: where that is two things.
     """
     asked = [name for name in ("suite", "generate", "curve", "infill", "code", "report") if given[name]]
     if len(asked) > 1:
         raise flags.IllegalFlagValueError(f"--{asked[0]} goes without --{asked[1]}")
-    mode = (given["suite"] if asked == ["suite"] else asked[0]) if asked else "likelihood"
-    shown = "" if not asked else f" with --{asked[0]}" + (f"={mode}" if asked == ["suite"] else "")
-    for name in {name for names in _MODES.values() for name in names} - set(_MODES[mode]):
-        if values[name].present:
-            owners = [other for other, names in _MODES.items() if name in names]
-            raise flags.IllegalFlagValueError(f"--{name} has no meaning{shown}: it is of {', '.join(owners)}")
-    if mode in ("generate", "curve") and not given["judge"]:
-        raise flags.IllegalFlagValueError(
-            f"--judge=RUN must be given{shown}: an autoregressive run, or GPT-2 in a directory"
-        )
-    if mode == "humaneval" and not given["problems"]:
-        raise flags.IllegalFlagValueError(f"--problems=FILE must be given{shown}")
-    return mode
+    return asked[0] if asked else None
+
+
+def _check(values: flags.FlagValues, table: dict[str, Mode], name: str, shown: str) -> None:
+    """Raises flags.IllegalFlagValueError where a flag of another measurement is given."""
+    for flag in {flag for mode in table.values() for flag in mode.flags} - set(table[name].flags):
+        if values[flag].present:
+            owners = [other for other, mode in table.items() if flag in mode.flags]
+            raise flags.IllegalFlagValueError(f"--{flag} has no meaning{shown}: it is of {', '.join(owners)}")
 
 
 def _points(curve: str) -> dict[str, Any]:

@@ -155,75 +155,16 @@ def sample(argv: list[str]) -> None:
 
     sedd sample --workdir=RUN [--num_steps=128] [--prefix=... --suffix=... | --template='Hi, I am {32}.'] [--watch]
     """
+    from sedd_jax.cli import sample_flags
+
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint; the newest if not given", flag_values=values)
-    flags.DEFINE_integer("num_steps", None, "reverse steps; the run's config if not given", flag_values=values)
-    flags.DEFINE_integer("num_samples", None, "texts; the run's config if not given", flag_values=values)
-    flags.DEFINE_string(
-        "sampler",
-        None,
-        "tweedie, euler, tau_leaping, theta_trapezoidal or first_hitting; the run's if not given",
-        flag_values=values,
-    )
-    flags.DEFINE_string("draw", None, "precise, or published (float32 noise that anneals)", flag_values=values)
-    arguments.define_refinements(values)
-    flags.DEFINE_integer("seed", 0, "the same seed draws the same text", 0, 2**32 - 1, flag_values=values)
-    flags.DEFINE_string("prefix", "", "text the samples start with", flag_values=values)
-    flags.DEFINE_string("suffix", "", "text the samples end with", flag_values=values)
-    flags.DEFINE_string(
-        "template",
-        "",
-        "text with gaps: {n} is n tokens to fill, {n:REGEX} with text that matches, {{ a brace",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "prompts",
-        "",
-        'a text for each line of this .jsonl, {"template": ...} or {"prefix": ..., "suffix": ...}; num_samples at once',
-        flag_values=values,
-    )
-    flags.DEFINE_integer("num_tokens", None, "of a text longer than the model, in blocks", flag_values=values)
-    flags.DEFINE_integer("block", None, "tokens in a further block; half of the model's length", flag_values=values)
-    flags.DEFINE_bool("fit", False, "end at the template's end, not at the model's length", flag_values=values)
-    flags.DEFINE_bool("stop_at_eos", False, "cut text at the first end of text that is drawn", flag_values=values)
-    flags.DEFINE_bool("watch", False, "show the text as it is denoised", flag_values=values)
-    flags.DEFINE_string("out", "", "also write text, tokens, seed, nfe and sampler to this .jsonl", flag_values=values)
-    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
-    arguments.define_processes(values)
+    sample_flags.define(values)
     if arguments.asks_for_help(argv):
         arguments.print_help(sample, values)
         return
     given = arguments.parse(values, argv, "workdir")
     is_first = arguments.join_processes(given)
-    given = {name: value for name, value in given.items() if value is not None}
-    wants_watch, out, as_json = given.pop("watch"), given.pop("out"), given.pop("json")
-    if out and not pathlib.Path(out).absolute().parent.is_dir():
-        raise ValueError(f"--out={out} is in a directory that does not exist: make it first")
-    from sedd_jax.runtime import terminals
-    from sedd_jax.sampling import generate as program
-    from sedd_jax.sampling import prompts, sliding_blocks
-
-    # Where texts may differ in length, each is written once it is finished.
-    refills = {name: given.pop(name) for name in ("prompts", "fit", "stop_at_eos")}
-    if "num_tokens" in given and any(refills.values()):
-        raise flags.IllegalFlagValueError("--num_tokens goes without --prompts, --fit and --stop_at_eos")
-    if "block" in given and "num_tokens" not in given:
-        raise flags.IllegalFlagValueError("--block goes with --num_tokens")
-    with terminals.watcher(shows_text=wants_watch) as watch:
-        if "num_tokens" in given:
-            samples = sliding_blocks.sample(**given, watch=watch)
-        elif any(refills.values()):
-            samples = prompts.sample(**given, **refills, out=out, watch=watch)
-        else:
-            samples = program.generate(**given, watch=watch)
-    for drawn in samples:
-        annealed = program.annealing(drawn)
-        print(f"--- sample {drawn.index + 1} of {len(samples)}{annealed and f', annealed: {annealed}'}\n{drawn.text}")
-    if out and is_first and not any(refills.values()):
-        program.write_jsonl(samples, pathlib.Path(out))
-    if as_json:
-        print(json.dumps([program.as_dict(drawn) for drawn in samples], ensure_ascii=False))
+    print(sample_flags.draw(given, is_first=is_first))
 
 
 def tune_grid(argv: list[str]) -> None:

@@ -203,7 +203,7 @@ def _write_run(directory: pathlib.Path, model: Model, compares: bool) -> verific
     if not compares:
         return None
     theirs = verification.load(published_configs.to_sedd(run), model.tensors)
-    return _agreeing(theirs, written.ema_params()[1], run, is_conditioned=model.is_conditioned)
+    return _agreeing(theirs, written.params("ema_params")[1], run, is_conditioned=model.is_conditioned)
 
 
 def _write_torch(

@@ -150,7 +150,7 @@ def _checked(
     origin: dict[str, Any],
 ) -> Checkpoint:
     """A checkpoint whose tensors are those that its config means."""
-    num_states = configs.make_graph(config.graph, num_tokens, None).num_states
+    num_states = configs.graph_class(config.graph).from_tokenizer(num_tokens, None).num_states
     try:
         torch_weights.check(tensors, dataclasses.replace(config.network, num_states=num_states))
     except ValueError as error:

@@ -134,7 +134,7 @@ def check_publishable(run: runs.Run) -> None:
     """Raises ValueError where the published program knows no model like the run's."""
     if run.is_autoregressive:
         raise ValueError(f"{run.workdir} is an autoregressive run: the published layout is for diffusion models")
-    if run.graph.num_states - 1 != getattr(run.graph, "mask_id", run.graph.num_states - 1):
+    if run.graph.has_mask and run.graph.mask_id != run.graph.num_states - 1:
         raise ValueError(
             f"{run.workdir} has its mask at id {run.tokenizer.mask_id}: the published layout knows only the last id"
         )

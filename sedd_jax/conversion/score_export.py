@@ -37,7 +37,8 @@ def export(tensors: Mapping[str, np.ndarray], network: networks.NetworkConfig, l
     def log_score(tensors: Any, tokens: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
         wide = {name: tensor.astype(jnp.float32) for name, tensor in tensors.items()}
         params = torch_weights.arrange(wide, network, jnp)
-        return score_heads.log_score(network, params, networks.apply(network, params, tokens, sigma), tokens, sigma)
+        model = networks.Model(network, params)
+        return score_heads.log_score(model, networks.apply(model, tokens, sigma), tokens, sigma)
 
     (batch,) = jax.export.symbolic_shape("batch")
     shapes = {name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -50,7 +50,7 @@ def compare(
     shape = (len(_SIGMAS), min(length, _LENGTH))
     tokens = np.random.default_rng(0).integers(network.num_states, size=shape)
     sigma = np.array(_SIGMAS, np.float32)
-    features = networks.apply(network, params, jnp.asarray(tokens, jnp.int32), jnp.asarray(sigma))
+    features = networks.apply(networks.Model(network, params), jnp.asarray(tokens, jnp.int32), jnp.asarray(sigma))
     ours = np.asarray(score_heads.logits(params, features))[..., : network.num_states]
     with torch.inference_mode():
         told = torch.from_numpy(sigma if is_conditioned else np.zeros_like(sigma))

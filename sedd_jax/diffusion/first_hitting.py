@@ -1,24 +1,24 @@
 """The first-hitting sampler (Zheng et al. 2024, arXiv 2409.02908): absorbing diffusion without steps in time.
 
-Of n masks the next is left at a time whose law is known, at a position that is any of them alike. So one evaluation
-of the network for each token draws from the reverse process itself, whatever the schedule. Here one evaluation may also
-fill several masks, which is as fast as the other samplers and, like them, no longer exact.
+Of n masks the next is left at a time whose distribution is known, at a position that is any of them alike. So one
+network evaluation for each token draws from the reverse process itself, whatever the noise schedule. One evaluation may
+also fill several masks, which is as fast as the other samplers and, like them, no longer exact.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import graphs, noise_schedules, samplers, time_grids
+from sedd_jax.diffusion import correctors, forward, graphs, steps, time_grids
 
-NAME = "first_hitting"
 _LAST = 2**31 - 1  # Number of the last evaluation, which no other has.
 _CLOCK, _RANK, _TOKENS, _BACK = range(4)  # What a trajectory's key is folded with for each thing drawn.
 
 
-class Course(NamedTuple):
+class Plan(NamedTuple):
     """What is drawn beforehand for whole sequences: every evaluation finds its part by the number of masks left.
 
     Attributes:
@@ -32,111 +32,82 @@ class Course(NamedTuple):
     sigma: Float[Array, "B L"]
 
 
-def reverse_steps(
-    key: Key[Array, ""],
-    move_fn: samplers.MoveFn,
-    graph: graphs.Absorbing,
-    noise: noise_schedules.NoiseSchedule,
-    given: samplers.Given,
-    xt: Int[Array, "B L"],
-    start: Int[Array, ""] | int,
-    stop: Int[Array, ""] | int,
-    num_steps: Int[Array, ""] | int,
-    *,
-    corrector_steps: int = 0,
-) -> Int[Array, "B L"]:
-    """Takes the evaluations `start` to `stop` of `num_steps`, after which one is left for `finish`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstHitting:
+    """Every evaluation fills an even share of a sequence's masks: shares differ by one at most.
 
-    All fill even shares of a sequence's masks: one each, so that the draw is exact, where num_steps + 1 is at least
-    their number. Every sequence has a clock of its own. Arguments are those of `samplers.reverse_steps`; evaluations
-    that find no mask in the batch are left out. A corrector step takes as many tokens back, whichever, and fills their
-    places again: of one token a Gibbs step, which keeps the law whatever was filled before.
+    The draw is exact where each share is one mask, that is with at least as many evaluations as masks. Every sequence
+    has a clock of its own. A corrector step masks as many tokens again, whichever, and fills their places anew: of one
+    token a Gibbs step, which keeps the distribution whatever was filled before.
+
+    Attributes:
+        traits: what the sampler is, needs and takes.
+        corrector_steps: how often each evaluation is taken back and again.
     """
-    course = draw_course(key, graph, noise, given)
-    turns = 1 + corrector_steps
 
-    def is_left(carry: tuple[Int[Array, ""], Int[Array, "B L"]]) -> Array:
-        number, xt = carry
-        return (number < stop * turns) & (_is_mask(graph, given, xt).any() | (number % turns > 0))
+    traits: steps.Traits
+    corrector_steps: int = 0
 
-    def step(carry: tuple[Int[Array, ""], Int[Array, "B L"]]) -> tuple[Int[Array, ""], Int[Array, "B L"]]:
-        number, xt = carry
-        numbers = jnp.full(len(xt), number)
-        steps = jnp.asarray(num_steps)
-        return number + 1, turn(key, course, number, move_fn, graph, given, xt, numbers, steps, turns=turns)
+    def num_steps(self, num_steps: int, num_gaps: int) -> int:
+        """As many as asked for, but no more evaluations than there are gaps."""
+        return min(num_steps, max(0, num_gaps - 1))
 
-    return jax.lax.while_loop(is_left, step, (jnp.asarray(start * turns), given.clamp(xt)))[1]
+    def begin(self, key: Key[Array, ""], process: forward.Process, given: steps.Given) -> Plan:
+        """Draws order and clock of each sequence.
 
+        Where n masks are left at a time when a token is masked with probability m, the next goes at m u^(1/n), u
+        uniform.
+        """
+        key_clock, key_rank = _part(key, _CLOCK), _part(key, _RANK)
+        shape, noise = given.tokens.shape, process.noise
+        num_gaps = (~given.is_given).sum(1)
+        # Ranks, since two uniform numbers of so many are often the same.
+        rank = jnp.argsort(jnp.argsort(jax.random.uniform(key_rank, shape), axis=1), axis=1)
+        count = jnp.arange(1, shape[1] + 1)[None]
+        log_decay = jnp.where(count <= num_gaps[:, None], -jax.random.exponential(key_clock, shape) / count, 0.0)
+        start = jnp.log(-jnp.expm1(-noise.sigma(jnp.float32(1.0))))
+        log_mask_prob = start + jnp.cumsum(log_decay[:, ::-1], axis=1)[:, ::-1]
+        sigma = jnp.maximum(-jnp.log1p(-jnp.exp(log_mask_prob)), noise.sigma(jnp.float32(time_grids.T_END)))
+        return Plan(num_gaps, rank, sigma)
 
-def turn(
-    key: Key[Array, ""],
-    course: Course,
-    draw: Int[Array, ""],
-    move_fn: samplers.MoveFn,
-    graph: graphs.Absorbing,
-    given: samplers.Given,
-    xt: Int[Array, "B L"],
-    number: Int[Array, "B"],
-    num_steps: Int[Array, "*B"],
-    *,
-    turns: int,
-) -> Int[Array, "B L"]:
-    """Takes an evaluation of each sequence for the first time, or again: `turns` times each.
+    def take(
+        self,
+        key: Key[Array, ""],
+        iteration: Int[Array, ""],
+        draws: steps.Draws,
+        process: forward.Process,
+        batch: steps.Batch,
+        is_last: Bool[Array, "B"] | None = None,
+    ) -> Int[Array, "B L"]:
+        """Fills the next share of each sequence's masks, or, in a corrector step, as many again."""
+        del is_last  # The last evaluation fills a share as all others do.
+        num_gaps, repeats = batch.plan.num_gaps, 1 + self.corrector_steps
+        # None is for nothing, where there are fewer masks than evaluations.
+        evaluations = jnp.clip(num_gaps, 1, batch.num_steps + 1)
+        filled_before = lambda step: step * num_gaps // evaluations
+        step = batch.iteration // repeats
+        share = filled_before(step + 1) - filled_before(step)
+        xt = batch.xt
+        if repeats > 1:
+            is_filled = ~batch.given.is_given & ~process.graph.is_noise(xt)
+            assert process.graph.mask_id is not None
+            key_back = jax.random.fold_in(_part(key, _BACK), iteration)
+            masked = correctors.mask_again(key_back, process.graph.mask_id, xt, is_filled, share)
+            xt = jnp.where((batch.iteration % repeats > 0)[:, None], masked, xt)
+        return _fill(jax.random.fold_in(_part(key, _TOKENS), iteration), draws, process.graph, batch, xt, share)
 
-    Args:
-        key: of the whole trajectory.
-        course: of each sequence.
-        draw: a number that no other call with this key has.
-        move_fn: draws tokens.
-        graph: the forward process.
-        given: known tokens.
-        xt: state before.
-        number: turns that each sequence has taken.
-        num_steps: one less than the evaluations that fill each sequence, or all, in shares that differ by one at most.
-        turns: of a step.
-    """
-    # None is for nothing, where there are fewer masks than evaluations.
-    evaluations = jnp.clip(course.num_gaps, 1, num_steps + 1)
-    filled_before = lambda step: step * course.num_gaps // evaluations
-    share = filled_before(number // turns + 1) - filled_before(number // turns)
-    if turns > 1:
-        taken_back = _take_back(jax.random.fold_in(_part(key, _BACK), draw), graph, given, xt, share)
-        xt = jnp.where((number % turns > 0)[:, None], taken_back, xt)
-    return _fill(jax.random.fold_in(_part(key, _TOKENS), draw), course, move_fn, graph, given, xt, share)
-
-
-def finish(
-    key: Key[Array, ""],
-    move_fn: samplers.MoveFn,
-    graph: graphs.Absorbing,
-    noise: noise_schedules.NoiseSchedule,
-    given: samplers.Given,
-    xt: Int[Array, "B L"],
-) -> Int[Array, "B L"]:
-    """Fills all masks that are left in one evaluation; the key is that of `reverse_steps`."""
-    course = draw_course(key, graph, noise, given)
-    own_key = jax.random.fold_in(_part(key, _TOKENS), _LAST)
-    return _fill(own_key, course, move_fn, graph, given, given.clamp(xt), course.num_gaps)
-
-
-def draw_course(
-    key: Key[Array, ""], graph: graphs.Absorbing, noise: noise_schedules.NoiseSchedule, given: samplers.Given
-) -> Course:
-    """Draws order and clock of each sequence.
-
-    Where n masks are left at a time when a token is masked with probability m, the next goes at m u^(1/n), u uniform.
-    """
-    key_clock, key_rank = _part(key, _CLOCK), _part(key, _RANK)
-    shape = given.tokens.shape
-    num_gaps = (~given.is_given).sum(1)
-    # Ranks, since two uniform numbers of so many are often the same.
-    rank = jnp.argsort(jnp.argsort(jax.random.uniform(key_rank, shape), axis=1), axis=1)
-    count = jnp.arange(1, shape[1] + 1)[None]
-    log_decay = jnp.where(count <= num_gaps[:, None], -jax.random.exponential(key_clock, shape) / count, 0.0)
-    start = jnp.log(-jnp.expm1(-noise.sigma(jnp.float32(1.0))))
-    log_mask_prob = start + jnp.cumsum(log_decay[:, ::-1], axis=1)[:, ::-1]
-    sigma = jnp.maximum(-jnp.log1p(-jnp.exp(log_mask_prob)), noise.sigma(jnp.float32(time_grids.T_END)))
-    return Course(num_gaps, rank, sigma)
+    def finish(
+        self,
+        key: Key[Array, ""],
+        key_last: Key[Array, ""],
+        draws: steps.Draws,
+        process: forward.Process,
+        batch: steps.Batch,
+    ) -> Int[Array, "B L"]:
+        """Fills all masks that are left in one evaluation."""
+        del key_last  # No evaluation of `take` has the number of the last one.
+        own_key = jax.random.fold_in(_part(key, _TOKENS), _LAST)
+        return _fill(own_key, draws, process.graph, batch, batch.given.clamp(batch.xt), batch.plan.num_gaps)
 
 
 def _part(key: Key[Array, ""], part: int) -> Key[Array, ""]:
@@ -146,37 +117,17 @@ def _part(key: Key[Array, ""], part: int) -> Key[Array, ""]:
 
 def _fill(
     key: Key[Array, ""],
-    course: Course,
-    move_fn: samplers.MoveFn,
-    graph: graphs.Absorbing,
-    given: samplers.Given,
+    draws: steps.Draws,
+    graph: graphs.Graph,
+    batch: steps.Batch,
     xt: Int[Array, "B L"],
     count: Int[Array, "B"],
 ) -> Int[Array, "B L"]:
     """Fills the next `count` masks of each sequence, from the score at the time when the first of them is left."""
-    is_mask = _is_mask(graph, given, xt)
+    is_mask = graph.is_noise(xt) & ~batch.given.is_given
     num_masks = is_mask.sum(1)
-    sigma = jnp.take_along_axis(course.sigma, jnp.maximum(num_masks - 1, 0)[:, None], axis=1)[:, 0]
-    order = jnp.where(is_mask, course.rank, -1)
+    sigma = jnp.take_along_axis(batch.plan.sigma, jnp.maximum(num_masks - 1, 0)[:, None], axis=1)[:, 0]
+    order = jnp.where(is_mask, batch.plan.rank, -1)
     lowest = jnp.take_along_axis(jnp.sort(order, descending=True), jnp.maximum(count - 1, 0)[:, None], axis=1)
     is_next = is_mask & (order >= lowest)
-    law = lambda total: graph.denoise_jump(total, xt, sigma)
-    return move_fn(key, xt, sigma, is_next, law)
-
-
-def _take_back(
-    key: Key[Array, ""],
-    graph: graphs.Absorbing,
-    given: samplers.Given,
-    xt: Int[Array, "B L"],
-    count: Int[Array, "B"],
-) -> Int[Array, "B L"]:
-    """Masks `count` of the tokens that have been filled, any of them alike."""
-    chance = jax.random.uniform(key, xt.shape)
-    place = jnp.argsort(jnp.argsort(jnp.where(given.is_given | graph.is_noise(xt), 2.0, chance), axis=1), axis=1)
-    is_filled = ~given.is_given & ~graph.is_noise(xt)
-    return jnp.where(is_filled & (place < count[:, None]), graph.mask_id, xt)
-
-
-def _is_mask(graph: graphs.Absorbing, given: samplers.Given, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
-    return graph.is_noise(xt) & ~given.is_given
+    return draws.move(key, xt, sigma, is_next, lambda total: graph.denoise_jump(total, xt, sigma))

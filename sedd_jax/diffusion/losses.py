@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from sedd_jax.diffusion import graphs, noise_schedules
+from sedd_jax.diffusion import forward, graphs, noise_schedules, scores
 
-SummaryFn = Callable[[Int[Array, "B L"], Int[Array, "B L"], Float[Array, "B"]], graphs.ScoreSummary]
+SummaryFn = Callable[[Int[Array, "B L"], Int[Array, "B L"], Float[Array, "B"]], scores.ScoreSummary]
 T_MIN = 1e-3
 
 
@@ -18,8 +18,8 @@ class Bounds(NamedTuple):
 
     Attributes:
         score_entropy: the training loss (equation 10).
-        cross_entropy: the tighter bound from the same score, rescaled to what the ratios are known to sum to; for the
-            uniform graph, where that sum is not known, equal to `score_entropy`.
+        cross_entropy: the tighter bound from the same score, rescaled to the sum that the true ratios are known to
+            have; equal to `score_entropy` where the graph has no such sum.
     """
 
     score_entropy: Float[Array, "B"]
@@ -29,51 +29,40 @@ class Bounds(NamedTuple):
 def sample_times(key: Key[Array, ""], batch_size: int, *, t_min: float = T_MIN) -> Float[Array, "B"]:
     """Low-discrepancy times: one uniform offset, then evenly spaced over [t_min, 1] (Kingma et al. 2021, appendix I).
 
-    Each time is uniform on its own, together they cover the interval, which lowers the variance of the batch's loss.
+    Each time is uniform on its own. Together they cover the interval, which lowers the variance of the batch's loss.
     """
     u = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
     return t_min + (1 - t_min) * u
 
 
 def bounds(
-    summary_fn: SummaryFn,
-    graph: graphs.Graph,
-    noise: noise_schedules.NoiseSchedule,
-    x0: Int[Array, "B L"],
-    xt: Int[Array, "B L"],
-    t: Float[Array, "B"],
+    summary_fn: SummaryFn, process: forward.Process, x0: Int[Array, "B L"], xt: Int[Array, "B L"], t: Float[Array, "B"]
 ) -> Bounds:
     """Both bounds at given times and noised tokens.
 
     Args:
-        summary_fn: (xt, x0, sigma) -> the network's `graphs.ScoreSummary`.
-        graph: the forward process.
-        noise: the schedule.
+        summary_fn: (xt, x0, sigma) -> the network's `scores.ScoreSummary`.
+        process: the forward process.
         x0: clean tokens.
         xt: noised tokens.
         t: time of each sequence.
     """
+    graph: graphs.Graph = process.graph
+    noise: noise_schedules.NoiseSchedule = process.noise
     sigma, dsigma_dt = noise.sigma(t), noise.dsigma_dt(t)
     summary = summary_fn(xt, x0, sigma)
-    score_entropy = dsigma_dt * graph.score_entropy(summary, sigma, xt, x0).sum(-1)
-    if isinstance(graph, graphs.Uniform):
-        return Bounds(score_entropy=score_entropy, cross_entropy=score_entropy)
     return Bounds(
-        score_entropy=score_entropy, cross_entropy=dsigma_dt * graph.cross_entropy(summary, sigma, xt).sum(-1)
+        score_entropy=dsigma_dt * graph.score_entropy(summary, sigma, xt, x0).sum(-1),
+        cross_entropy=dsigma_dt * graph.cross_entropy(summary, sigma, xt, x0).sum(-1),
     )
 
 
 def denoising_score_entropy(
-    key: Key[Array, ""],
-    summary_fn: SummaryFn,
-    graph: graphs.Graph,
-    noise: noise_schedules.NoiseSchedule,
-    x0: Int[Array, "B L"],
-    t: Float[Array, "B"],
+    key: Key[Array, ""], summary_fn: SummaryFn, process: forward.Process, x0: Int[Array, "B L"], t: Float[Array, "B"]
 ) -> Bounds:
-    """The loss of each sequence (equation 10): noise x0 to time t, compare score and true ratio by score entropy.
+    """The loss of each sequence (equation 10): noise x0 to time t, then compare score and true ratio by score entropy.
 
     With t from `sample_times` the mean over the batch estimates the integral over [t_min, 1].
     """
-    xt = graph.sample_transition(key, x0, noise.sigma(t))
-    return bounds(summary_fn, graph, noise, x0, xt, t)
+    xt = process.graph.sample_transition(key, x0, process.noise.sigma(t))
+    return bounds(summary_fn, process, x0, xt, t)

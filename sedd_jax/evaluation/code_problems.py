@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.evaluation import generation_quality, results, sandbox, tables
-from sedd_jax.runtime import sharding, storage
-from sedd_jax.sampling import generate, templates
+from sedd_jax.runtime import storage
+from sedd_jax.sampling import templates
 
 _KS = (1, 10, 100)
 # Where a function that follows a prompt is over.
@@ -95,14 +96,14 @@ def measure(
     sandbox.check()
     found = read(problems)
     run = runs.load(workdir)
-    sampling = generate.sampling_of(run, num_samples=batch_size, **settings)
+    sampling = run.sampling(num_samples=batch_size, **settings)
     references = [assemble(problem, problem.canonical_solution) for problem in found]
     for problem, outcome in zip(found, _run_all(references, timeout_s), strict=True):
         if outcome != sandbox.Outcome.PASSED:
             raise ValueError(f"{problems}: the solution that {problem.task_id} comes with {outcome}: mend or remove it")
-    step, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()), step)
+    opened = run.restore(step)
     result = {
-        **results.circumstances(run, step),
+        **results.circumstances(run, opened.step),
         "problems": str(problems),
         "data_sha256": hashlib.sha256(pathlib.Path(problems).read_bytes()).hexdigest(),
         "num_problems": len(found),
@@ -119,7 +120,7 @@ def measure(
             asked[problem] = _template(run, problem)
         except ValueError as error:
             left_out[problem.task_id] = str(error)
-    attempts = _attempt(run, params, sampling, asked, num_samples, seed)
+    attempts = _attempt(opened, sampling, asked, num_samples, seed)
     outcomes = _run_all([assemble(problem, code) for problem, code in attempts], timeout_s)
     passed = collections.Counter(
         problem for (problem, _), outcome in zip(attempts, outcomes, strict=True) if outcome == sandbox.Outcome.PASSED
@@ -183,15 +184,21 @@ def _template(run: runs.Run, problem: Problem) -> templates.Template:
 
 
 def _attempt(
-    run: runs.Run, params: Any, sampling: Any, asked: dict[Problem, templates.Template], num_samples: int, seed: int
+    opened: runs.OpenRun,
+    sampling: configs.SamplingConfig,
+    asked: dict[Problem, templates.Template],
+    num_samples: int,
+    seed: int,
 ) -> list[tuple[Problem, str]]:
     """Every problem's attempts, one after another."""
     if not asked:
         return []
     rows = lambda field: np.repeat(np.stack([getattr(template, field) for template in asked.values()]), num_samples, 0)
-    drawn = generation_quality.fill(run, params, sampling, rows("tokens"), rows("is_given"), seed)
+    drawn = generation_quality.fill(opened, sampling, rows("tokens"), rows("is_given"), seed)
     problems = [problem for problem in asked for _ in range(num_samples)]
-    return [(problem, _code(run, problem, row, asked[problem])) for problem, row in zip(problems, drawn, strict=True)]
+    return [
+        (problem, _code(opened.run, problem, row, asked[problem])) for problem, row in zip(problems, drawn, strict=True)
+    ]
 
 
 def _code(run: runs.Run, problem: Problem, row: Int[np.ndarray, "L"], template: templates.Template) -> str:

@@ -6,15 +6,14 @@ import re
 import warnings
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from sedd_jax import runs
-from sedd_jax.diffusion import samplers
+from sedd_jax.diffusion import steps
 from sedd_jax.evaluation import generation_quality, results, tables
-from sedd_jax.runtime import sharding, storage
+from sedd_jax.runtime import storage
 from sedd_jax.sampling import generate
 
 # Lines that go on with a statement although they are not indented.
@@ -78,7 +77,7 @@ def measure(
     """
     run = runs.load(workdir)
     changed = {} if num_steps is None else {"num_steps": num_steps}
-    sampling = generate.sampling_of(run, num_samples=num_samples, **changed)
+    sampling = run.sampling(num_samples=num_samples, **changed)
     held_out = run.split("valid")
     sequences = np.random.default_rng(seed).permutation(held_out.sequences()).astype(np.int32)
     real = [parses(_text(run, row)) for row in sequences]
@@ -89,10 +88,9 @@ def measure(
     gap = slice(length // 2 - length // 16, length // 2 + length // 16)
     is_given = np.ones(length, bool)
     is_given[gap] = False
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    step, params = run.ema_params(mesh, step)
+    opened = run.restore(step)
     result = {
-        **results.circumstances(run, step),
+        **results.circumstances(run, opened.step),
         "data_sha256": held_out.sha256,
         "length": length,
         "gap": gap.stop - gap.start,
@@ -101,10 +99,10 @@ def measure(
         "seed": seed,
     }
     name = results.name("code", result)
-    nothing = samplers.Given(jnp.zeros(chosen.shape, jnp.int32), jnp.zeros(chosen.shape, bool))
-    around = samplers.Given(jnp.asarray(chosen), jnp.broadcast_to(is_given, chosen.shape))
-    with jax.set_mesh(mesh):
-        samples, filled = (generate.draw_tokens(run, params, given, sampling, seed=seed) for given in (nothing, around))
+    nothing = steps.Given(jnp.zeros(chosen.shape, jnp.int32), jnp.zeros(chosen.shape, bool))
+    around = steps.Given(jnp.asarray(chosen), jnp.broadcast_to(is_given, chosen.shape))
+    with opened.on_devices():
+        samples, filled = (generate.draw_tokens(opened, given, sampling, seed=seed) for given in (nothing, around))
     closed = np.delete(chosen, np.r_[gap], axis=1)
     result["held_out"] = _share(real)
     for kind, rows in (("samples", samples), ("refilled", filled), ("gap_closed", closed)):

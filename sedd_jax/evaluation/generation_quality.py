@@ -3,15 +3,14 @@
 import math
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.evaluation import judges, results, tables
-from sedd_jax.model import networks
-from sedd_jax.runtime import sharding, storage
+from sedd_jax.model import sampling_config
+from sedd_jax.runtime import storage
 from sedd_jax.sampling import generate
 
 # Samples whose unigram entropy is this far below that of held-out text, in nats, are called annealed.
@@ -43,14 +42,14 @@ def measure(
         For samples and held-out text what `read` finds, and the first samples as text.
     """
     run, reader = runs.load(workdir), judges.open_judge(judge)
-    sampling = generate.sampling_of(run, num_samples=batch_size, **settings)
-    step, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()), step)
+    sampling = run.sampling(num_samples=batch_size, **settings)
+    opened = run.restore(step)
     real, sha256 = held_out(run, num_samples, seed)
     # Before anything is drawn, in case the judge cannot read this text.
     of_text = read(run, reader, real)
-    samples = draw(run, params, sampling, num_samples, seed)
+    samples = draw(opened, sampling, num_samples, seed)
     result = {
-        **results.circumstances(run, step),
+        **results.circumstances(run, opened.step),
         "judge": reader.name,
         "judge_first": reader.first,
         "length": run.config.data.length,
@@ -108,16 +107,11 @@ def annealing(samples: dict[str, Any], real: dict[str, Any]) -> list[str]:
 def described(run: runs.Run, sampling: configs.SamplingConfig, num_gaps: int | None = None) -> dict[str, Any]:
     """How samples with so many tokens to fill (the whole length if None) are drawn, for a result."""
     return {
-        "sampler": "autoregressive" if run.is_autoregressive else sampling.sampler,
+        "sampler": generate.sampler_name(run, sampling),
         "nfe": generate.num_evaluations(run, sampling, num_gaps),
         "draw": sampling.draw,
-        **refinements(sampling),
+        **sampling_config.refinements(sampling),
     }
-
-
-def refinements(sampling: configs.SamplingConfig) -> dict[str, Any]:
-    """What may change about any sampler, for a result."""
-    return {name: getattr(sampling, name) for name in configs.REFINEMENTS}
 
 
 def how(result: dict[str, Any]) -> str:
@@ -126,11 +120,13 @@ def how(result: dict[str, Any]) -> str:
 
 
 def changed(result: dict[str, Any]) -> list[str]:
-    """Those of `refinements` that change something."""
+    """The refinements of a sampler that change something."""
     # Results from before there was such a setting do not name it.
-    found = {name: result[name] for name in configs.REFINEMENTS if name in result}
+    found = {name: result[name] for name in sampling_config.REFINEMENTS if name in result}
     kind = lambda name: "annealed, " if name in ("temperature", "top_p") and found[name] < 1 else ""
-    return [f"{kind(name)}{name}={value}" for name, value in found.items() if value != configs.REFINEMENTS[name]]
+    return [
+        f"{kind(name)}{name}={value}" for name, value in found.items() if value != sampling_config.REFINEMENTS[name]
+    ]
 
 
 def held_out(run: runs.Run, num_samples: int, seed: int) -> tuple[Int[np.ndarray, "S L"], str]:
@@ -142,25 +138,22 @@ def held_out(run: runs.Run, num_samples: int, seed: int) -> tuple[Int[np.ndarray
     ), split.sha256
 
 
-def draw(
-    run: runs.Run, params: networks.Params, sampling: configs.SamplingConfig, num_samples: int, seed: int
-) -> Int[np.ndarray, "S L"]:
+def draw(opened: runs.OpenRun, sampling: configs.SamplingConfig, num_samples: int, seed: int) -> Int[np.ndarray, "S L"]:
     """Samples from nothing, `sampling.num_samples` at once, on the mesh of all devices."""
-    nothing = np.zeros((num_samples, run.config.data.length), np.int32)
-    return fill(run, params, sampling, nothing, nothing.astype(bool), seed)
+    nothing = np.zeros((num_samples, opened.run.config.data.length), np.int32)
+    return fill(opened, sampling, nothing, nothing.astype(bool), seed)
 
 
 def fill(
-    run: runs.Run,
-    params: networks.Params,
+    opened: runs.OpenRun,
     sampling: configs.SamplingConfig,
     tokens: Int[np.ndarray, "S L"],
     is_given: np.ndarray,
     seed: int,
 ) -> Int[np.ndarray, "S L"]:
     """Sequences that agree with what is given of each, `sampling.num_samples` at once, on the mesh of all devices."""
-    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig())):
-        return np.concatenate(list(generate.draw_batches(run, params, tokens, is_given, sampling, seed=seed)))
+    with opened.on_devices():
+        return np.concatenate(list(generate.draw_batches(opened, tokens, is_given, sampling, seed=seed)))
 
 
 def read(run: runs.Run, judge: judges.Judge, tokens: Int[np.ndarray, "S L"], num_draws: int = 1) -> dict[str, Any]:

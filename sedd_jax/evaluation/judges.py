@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sedd_jax import runs
-from sedd_jax.diffusion import graphs
 from sedd_jax.model import autoregression
 from sedd_jax.runtime import sharding, storage
 
@@ -105,19 +104,15 @@ class RunJudge(Judge):
 
     def __init__(self, workdir: storage.Directory):
         self.run = run = runs.load(workdir)
-        graph, network = run.graph, run.network
         if not run.is_autoregressive:
             raise ValueError(
                 f"--judge={workdir} is no autoregressive run: train one with config.graph.name=autoregressive"
             )
-        assert isinstance(graph, graphs.Absorbing)
-        self._mesh = sharding.make_mesh(sharding.MeshConfig())
-        step, self.params = run.ema_params(self._mesh)
-        self.name, self.length = f"{workdir}  step {step}", run.config.data.length
-        self._read = jax.jit(
-            lambda params, x: sharding.replicate(autoregression.log_likelihood(network, params, x, graph))
-        )
-        self._look = jax.jit(lambda params, x: sharding.replicate(autoregression.features(network, params, x, graph)))
+        self.opened = run.restore()
+        self.name, self.length = f"{workdir}  step {self.opened.step}", run.config.data.length
+        graph = run.graph
+        self._read = jax.jit(lambda model, x: sharding.replicate(autoregression.log_likelihood(model, x, graph)))
+        self._look = jax.jit(lambda model, x: sharding.replicate(autoregression.features(model, x, graph)))
 
     def tokens(self, run: runs.Run, rows: Int[np.ndarray, "S L"]) -> Rows:
         if run.tokenizer.fingerprint() == self.run.tokenizer.fingerprint():
@@ -125,12 +120,12 @@ class RunJudge(Judge):
         return [self.run.tokenizer.encode(run.tokenizer.decode(row)) for row in rows]
 
     def _log_likelihood(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B _"]:
-        with jax.set_mesh(self._mesh):
-            return np.asarray(self._read(self.params, batch))
+        with self.opened.on_devices():
+            return np.asarray(self._read(self.opened.model, batch))
 
     def _features(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B L D"]:
-        with jax.set_mesh(self._mesh):
-            return np.asarray(self._look(self.params, batch).astype(jnp.float32))
+        with self.opened.on_devices():
+            return np.asarray(self._look(self.opened.model, batch).astype(jnp.float32))
 
 
 class TransformersJudge(Judge):

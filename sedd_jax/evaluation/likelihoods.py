@@ -7,22 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, Key
+from jaxtyping import Array, Float, Integer, Key
 
 from sedd_jax import runs
-from sedd_jax.diffusion import graphs, losses
-from sedd_jax.model import autoregression, networks, score_heads
+from sedd_jax.diffusion import forward, losses
+from sedd_jax.model import networks, objectives
 from sedd_jax.runtime import sharding
 
 # (params, key, x0, t) -> what is estimated of each sequence, [K, B] in nats.
 ValuesFn = Callable[[networks.Params, Key[Array, ""], Any, Any], Float[Array, "K B"]]
 
 
-BOUNDS = {
-    "absorb": ("score_entropy", "cross_entropy"),
-    "uniform": ("score_entropy",),
-    "autoregressive": ("negative_log_likelihood",),
-}
+# What a run can have, in the order in which figures are shown.
+BOUNDS = ("score_entropy", "cross_entropy", "negative_log_likelihood")
 
 
 class Estimate(NamedTuple):
@@ -39,40 +36,9 @@ class Pass(NamedTuple):
     variances: list[float]
 
 
-def sequence_bounds(
-    params: networks.Params,
-    key: Key[Array, ""],
-    x0: Int[Array, "B L"],
-    t: Float[Array, "B"],
-    *,
-    run: runs.Run,
-    dropout_key: Key[Array, ""] | None = None,
-) -> losses.Bounds:
-    """The bounds of each sequence for one draw of noise at times t; what training minimises and evaluation reports.
-
-    Of the autoregressive baseline both are -log p(x0) itself, whatever the noise and the time.
-    """
-    if run.is_autoregressive:
-        assert isinstance(run.graph, graphs.Absorbing)
-        exact = -autoregression.log_likelihood(run.network, params, x0, run.graph, dropout_key).sum(-1)
-        return losses.Bounds(score_entropy=exact, cross_entropy=exact)
-    summary_fn = _summary_fn(run, params, dropout_key)
-    return losses.denoising_score_entropy(key, summary_fn, run.graph, run.noise, x0, t)
-
-
-def sequence_reconstruction(
-    params: networks.Params, key: Key[Array, ""], x0: Int[Array, "B L"], *, run: runs.Run
-) -> Float[Array, "B"]:
-    """-log of the probability that the last step gives each sequence back from one draw of noise at T_MIN, in nats."""
-    sigma = run.noise.sigma(jnp.full(len(x0), losses.T_MIN))
-    xt = run.graph.sample_transition(key, x0, sigma)
-    summary = _summary_fn(run, params)(xt, x0, sigma)
-    return run.graph.reconstruction(summary, sigma, xt, x0).sum(-1)
-
-
-def prior(run: runs.Run) -> float:
-    """What the law of the noised tokens at t = 1 differs from the one generation starts with, in nats per token."""
-    return float(run.graph.limit_divergence(run.noise.sigma(jnp.float32(1.0))))
+def prior(process: forward.Process) -> float:
+    """KL divergence of noised tokens at t = 1 from what generation starts with, in nats per token: the prior term."""
+    return float(process.graph.limit_divergence(process.noise.sigma(jnp.float32(1.0))))
 
 
 def make_values_fn(run: runs.Run, *, with_reconstruction: bool = False) -> ValuesFn:
@@ -81,11 +47,14 @@ def make_values_fn(run: runs.Run, *, with_reconstruction: bool = False) -> Value
     Every process holds all of its values.
     """
 
+    process = run.process
+
     def values(params, key, x0, t):
-        found = sequence_bounds(params, key, x0, t, run=run)
+        model = networks.Model(run.network, params)
+        found = objectives.sequence_bounds(key, model, process, x0, t)
         rows = [found.score_entropy, found.cross_entropy]
         if with_reconstruction:
-            rows.append(sequence_reconstruction(params, jax.random.fold_in(key, 1), x0, run=run))
+            rows.append(objectives.sequence_reconstruction(jax.random.fold_in(key, 1), model, process, x0))
         return sharding.replicate(jnp.stack(rows))
 
     return jax.jit(values)
@@ -173,13 +142,8 @@ def make_held_out(run: runs.Run) -> Callable[[Any], dict[str, float]]:
 
 
 def named_bounds(run: runs.Run, estimates: Sequence[Estimate]) -> dict[str, Estimate]:
-    """What estimates are called: the uniform graph, whose ratios have no known sum, has no cross-entropy bound."""
-    return dict(zip(BOUNDS[run.config.graph.name], estimates, strict=False))
-
-
-def _summary_fn(run: runs.Run, params: networks.Params, dropout_key: Key[Array, ""] | None = None) -> losses.SummaryFn:
-    def summary_fn(xt: Int[Array, "B L"], x0: Int[Array, "B L"], sigma: Float[Array, "B"]):
-        features = networks.apply(run.network, params, xt, sigma, dropout_key)
-        return score_heads.summarize(run.network, params, features, xt, x0, sigma, run.graph.is_noise(xt))
-
-    return summary_fn
+    """What estimates are called: the exact likelihood of the baseline, or the bounds that the graph has."""
+    if run.is_autoregressive:
+        return {"negative_log_likelihood": estimates[0]}
+    names = ("score_entropy", "cross_entropy") if run.graph.has_cross_entropy else ("score_entropy",)
+    return dict(zip(names, estimates, strict=False))

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Integer
 
@@ -82,16 +81,15 @@ def evaluate(
     split = split or ("valid" if data is None else "test")
     with tempfile.TemporaryDirectory() as scratch:
         text = _open(run, data, split, pathlib.Path(scratch))
-        mesh = sharding.make_mesh(sharding.MeshConfig())
-        step, params = run.ema_params(mesh, step)
+        opened = run.restore(step)
         # What a pass is a function of.
-        drawn = {"step": step, "split": split, "data_sha256": text.sha256, "length": text.length}
+        drawn = {"step": opened.step, "split": split, "data_sha256": text.sha256, "length": text.length}
         drawn |= {"protocol": protocol, "seed": settings.seed, "batch_size": settings.batch_size}
-        with jax.set_mesh(mesh):
+        with opened.on_devices():
             name = results.name("likelihood", drawn | {"devices": sharding.num_batch_devices()})
-            done = _passes(run, params, text.sequences(), settings, name)
+            done = _passes(opened, text.sequences(), settings, name)
     result = {
-        **results.circumstances(run, step),
+        **results.circumstances(run, opened.step),
         **drawn,
         "source": data or run.config.data.source,
         "num_sequences": text.num_sequences,
@@ -121,9 +119,10 @@ def _open(run: runs.Run, data: str | None, split: str, scratch: pathlib.Path) ->
 
 
 def _passes(
-    run: runs.Run, params: Any, sequences: Integer[np.ndarray, "S L"], settings: Settings, name: str
+    opened: runs.OpenRun, sequences: Integer[np.ndarray, "S L"], settings: Settings, name: str
 ) -> list[likelihoods.Pass]:
     """Passes until there are as many as asked for, those that the run directory holds among them."""
+    run = opened.run
     done = [likelihoods.Pass(**part) for part in results.read_parts(run, name)]
     values_fn = likelihoods.make_values_fn(run, with_reconstruction=settings.protocol == "strict")
     with terminals.progress() as report:
@@ -134,7 +133,7 @@ def _passes(
 
         drawn = likelihoods.passes(
             values_fn,
-            params,
+            opened.model.params,
             sequences,
             batch_size=settings.batch_size,
             seed=settings.seed,
@@ -167,7 +166,7 @@ def _figures(
     bounds = likelihoods.named_bounds(run, estimates)
     figures: dict[str, Any] = {}
     if settings.protocol == "strict":
-        prior, reconstruction = likelihoods.prior(run), estimates[2]
+        prior, reconstruction = likelihoods.prior(run.process), estimates[2]
         figures["prior_nats_per_token"] = prior
         figures["reconstruction_nats_per_token"] = reconstruction.mean
         figures["reconstruction_nats_per_token_stderr"] = reconstruction.stderr
@@ -212,9 +211,8 @@ def table(result: dict[str, Any]) -> tables.Table:
         f"{result['workdir']}  step {result['step']}  {result['source']} {result['split']}",
         f"{result['num_sequences']} sequences of {result['length']} tokens, {times}{result['dtype']}",
     ]
-    names = [name for names in likelihoods.BOUNDS.values() for name in names if name in result]
     rows, notes = [], []
-    for name in dict.fromkeys(names):
+    for name in (name for name in likelihoods.BOUNDS if name in result):
         title = "exact" if name == "negative_log_likelihood" else name.replace("_", "-")
         cells = []
         for figure, most_digits in (

@@ -9,11 +9,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.evaluation import generation_quality, judges, results, tables
-from sedd_jax.model import score_draws
-from sedd_jax.runtime import processes, sharding, storage
+from sedd_jax.model import controls, sampling_config, score_draws
+from sedd_jax.runtime import processes, storage
 from sedd_jax.sampling import generate
 
 _FIGURES = ("gen_ppl_per_sequence", "gen_ppl_per_sequence_stderr", "gen_ppl_pooled", "unigram_entropy", "distinct_2")
@@ -47,7 +46,8 @@ def measure(
         num_samples: sequences for each point.
         batch_size: sequences drawn at once.
         seed: of the samples of every point.
-        **settings: fields of `config.SamplingConfig` that differ from the run's at every point, `config.REFINEMENTS`.
+        **settings: fields of `config.SamplingConfig` that differ from the run's at every point: those in
+            `sampling_config.REFINEMENTS`.
 
     Returns:
         `points`, and the same figures of held-out text and, where the judge is a run with the same tokens and length,
@@ -56,22 +56,22 @@ def measure(
     run, reader = runs.load(workdir), judges.open_judge(judge)
     if run.is_autoregressive:
         raise ValueError(f"{workdir} is autoregressive, which takes a step for every token: measure it with --generate")
-    common = generate.sampling_of(run, **settings, sampler=samplers[0], draw="precise")
-    step, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()), step)
+    common = run.sampling(**settings, sampler=samplers[0], draw="precise")
+    opened = run.restore(step)
     real, sha256 = generation_quality.held_out(run, num_samples, seed)
     result = {
-        **results.circumstances(run, step),
+        **results.circumstances(run, opened.step),
         "judge": reader.name,
         "length": run.config.data.length,
         "data_sha256": sha256,
         "num_samples": num_samples,
         "batch_size": batch_size,
         "seed": seed,
-        **generation_quality.refinements(common),
+        **sampling_config.refinements(common),
         # Before anything is drawn: of another judge of the same name it is another, and so are the points kept.
         "held_out": generation_quality.read(run, reader, real),
     }
-    is_controlled = any(getattr(common, name) != 1 for name in configs.CONTROLS)
+    is_controlled = sampling_config.make_control(common) != controls.Control()
     draws = ["precise"] if is_controlled else list(score_draws.DRAWS)
     wanted = [
         {"sampler": name, "draw": draw, "num_steps": steps}
@@ -79,14 +79,14 @@ def measure(
         for draw in draws
         for steps in num_steps or [_steps_of(run, name, nfe, settings) for nfe in num_evaluations]
     ]
-    samplings = [generate.sampling_of(run, num_samples=batch_size, **settings, **point) for point in wanted]
+    samplings = [run.sampling(num_samples=batch_size, **settings, **point) for point in wanted]
     parts = results.name("curve_points", result)
     name = results.name("curve", {**result, "points": wanted})
     done = results.read_parts(run, parts)
     is_of = lambda part, point: all(part[key] == value for key, value in point.items())
     for point, sampling in zip(wanted, samplings, strict=True):
         if not any(is_of(part, point) for part in done):
-            samples = generation_quality.draw(run, params, sampling, num_samples, seed)
+            samples = generation_quality.draw(opened, sampling, num_samples, seed)
             done.append(
                 {
                     **point,
@@ -108,7 +108,7 @@ def measure(
 def _steps_of(run: runs.Run, sampler: str, nfe: int, settings: dict[str, Any]) -> int:
     """The steps that a sampler takes with so many evaluations; ValueError where it takes none."""
     nfe_of = lambda steps: generate.num_evaluations(
-        run, generate.sampling_of(run, **settings, sampler=sampler, draw="precise", num_steps=steps)
+        run, run.sampling(**settings, sampler=sampler, draw="precise", num_steps=steps)
     )
     first, each = nfe_of(1), nfe_of(2) - nfe_of(1)
     if nfe < first:
@@ -124,8 +124,8 @@ def _of_judge(
         return None
     if judge.run.tokenizer.fingerprint() != run.tokenizer.fingerprint():
         return None
-    sampling = generate.sampling_of(judge.run, num_samples=batch_size, draw="precise")
-    drawn = generation_quality.draw(judge.run, judge.params, sampling, num_samples, seed)
+    sampling = judge.run.sampling(num_samples=batch_size, draw="precise")
+    drawn = generation_quality.draw(judge.opened, sampling, num_samples, seed)
     return {"nfe": run.config.data.length, **generation_quality.read(run, judge, drawn)}
 
 

@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from sedd_jax import runs
 from sedd_jax.evaluation import generation_quality, judges, results, tables
-from sedd_jax.runtime import sharding, storage
-from sedd_jax.sampling import generate
+from sedd_jax.runtime import storage
 
 # The paper's: the first and the last 25 of 100 tokens are given, or, as usual for prompts, the first 50.
 PRESETS = {"paper": "25{50}25", "prompt": "50{50}"}
@@ -58,13 +57,13 @@ def measure(
             f"--infill={pattern} takes {len(is_given)} tokens, the run's sequences have {length}: give another pattern"
         )
     reader = None if judge is None else judges.open_judge(judge)
-    sampling = generate.sampling_of(run, num_samples=batch_size, **settings)
-    step, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()), step)
+    sampling = run.sampling(num_samples=batch_size, **settings)
+    opened = run.restore(step)
     real, sha256 = generation_quality.held_out(run, num_samples, seed)
     # The model knows only its full length, so what follows the window is a gap, too, and cut.
     known = np.pad(is_given, (0, length - len(is_given)))
     result = {
-        **results.circumstances(run, step),
+        **results.circumstances(run, opened.step),
         "judge": None if reader is None else reader.name,
         "pattern": PRESETS.get(pattern, pattern),
         "data_sha256": sha256,
@@ -79,7 +78,7 @@ def measure(
     held_out = None if reader is None else generation_quality.read(run, reader, real[:, : len(is_given)])
     known = np.broadcast_to(known, real.shape)
     draws = [
-        generation_quality.fill(run, params, sampling, real, known, seed=seed * num_draws + draw)[:, : len(is_given)]
+        generation_quality.fill(opened, sampling, real, known, seed=seed * num_draws + draw)[:, : len(is_given)]
         for draw in range(num_draws)
     ]
     real = real[:, : len(is_given)]

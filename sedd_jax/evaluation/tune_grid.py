@@ -1,7 +1,8 @@
 """Tuning a time grid to a checkpoint: the times between which a number of steps loses least likelihood.
 
-What a step loses (`step_bounds`) depends on its two times alone, so the best path through a set of candidates is found
-by dynamic programming (Watson et al. 2021, arXiv 2106.03802), and one evaluation at a time serves all steps from it.
+What a step loses (`graphs.Graph.step_bound`) depends on its two times alone. So dynamic programming finds the best path
+through a set of candidates (Watson et al. 2021, arXiv 2106.03802), and one evaluation at a time serves all steps from
+it.
 """
 
 import functools
@@ -15,12 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from sedd_jax import runs
-from sedd_jax.diffusion import step_bounds, time_grids
+from sedd_jax.diffusion import time_grids
 from sedd_jax.evaluation import results, tables
-from sedd_jax.model import networks, score_heads
+from sedd_jax.model import networks, objectives
 from sedd_jax.runtime import processes, sharding, storage, terminals
 
-FILE = "time_grid.json"
 _CANDIDATES = 64  # times, at least
 # (params, key, x0, times that steps start at, [B], and end at, [n]) -> what each loses, nats per token [n].
 _LossFn = Callable[[networks.Params, Key[Array, ""], Any, Any, Any], Float[Array, "n"]]
@@ -57,29 +57,32 @@ def tune(
         raise ValueError(f"{workdir} is autoregressive: it takes its steps token by token, not in time")
     if num_steps < 1 or num_sequences < 2:
         raise ValueError(f"num_steps={num_steps} must be at least 1, num_sequences={num_sequences} at least 2")
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    step, params = run.ema_params(mesh, step)
+    opened = run.restore(step)
     split = run.split("valid")
     chosen = np.random.default_rng(seed).permutation(split.num_sequences)[:num_sequences]
     if len(chosen) < 2:
         raise ValueError(f"{workdir} has {len(chosen)} held-out sequences: two are needed, prepare more text")
     sequences = split.sequences()[np.sort(chosen)].astype(np.int32)
     candidates = np.linspace(1, time_grids.T_END, max(_CANDIDATES, 4 * num_steps) + 1)
-    with jax.set_mesh(mesh), terminals.progress() as report:
+    with opened.on_devices(), terminals.progress() as report:
         width = len(candidates) - 1
-        losses = functools.partial(_losses, _make_loss_fn(run), params, width, batch_size=batch_size, seed=seed)
+        losses = functools.partial(
+            _losses, _make_loss_fn(run), opened.model.params, width, batch_size=batch_size, seed=seed
+        )
         table = np.full((len(candidates),) * 2, np.inf)
         for i in range(width):
             table[i, i + 1 :] = losses(sequences[::2], candidates[i], candidates[i + 1 :])
             report("losses", (i + 1) / width, (i + 1) * sequences[::2].size)
         tuned = candidates[best_path(table, num_steps)]
         judged = sequences[1::2]
-        grids = {name: time_grids.times(name, run.noise, num_steps) for name in time_grids.NAMES} | {"tuned": tuned}
+        grids = {name: time_grids.times(name, run.process.noise, num_steps) for name in time_grids.NAMES} | {
+            "tuned": tuned
+        }
         bound = lambda times: float(sum(losses(judged, a, np.array([b]))[0] for a, b in itertools.pairwise(times)))
         bounds = {name: bound(times) for name, times in grids.items()}
         bound_of_all = bound(candidates)
     result = {
-        **results.circumstances(run, step),
+        **results.circumstances(run, opened.step),
         "data_sha256": split.sha256,
         "num_steps": num_steps,
         "num_sequences": len(sequences),
@@ -90,24 +93,11 @@ def tune(
     result |= {"times": [float(t) for t in tuned], "bounds": bounds, "bound_of_all": bound_of_all}
     result["num_candidates"] = width
     if processes.is_first():
-        runs.write_json(run.local / FILE, {"times": result["times"], "num_steps": num_steps, "step": step})
-        storage.upload(run.workdir, FILE)
+        kept = {"times": result["times"], "num_steps": num_steps, "step": opened.step}
+        runs.write_json(run.local / runs.TIME_GRID, kept)
+        storage.upload(run.workdir, runs.TIME_GRID)
     results.keep(run, name, result)
     return result
-
-
-def read(run: runs.Run) -> str:
-    """The grid that `tune` found for a run, as its times.
-
-    Raises:
-        ValueError: where it has found none.
-    """
-    storage.download(run.workdir, FILE)
-    if not (run.local / FILE).exists():
-        raise ValueError(
-            f"{run.workdir} has no tuned grid: `sedd tune-grid --workdir={run.workdir} --num_steps=N` makes one"
-        )
-    return ",".join(f"{t:.7g}" for t in runs.read_json(run.local / FILE)["times"])
 
 
 def best_path(losses: Float[np.ndarray, "n n"], num_steps: int) -> Int[np.ndarray, "m"]:
@@ -138,24 +128,23 @@ def table(result: dict[str, Any]) -> tables.Table:
         notes=[
             f"lost: over {result['num_candidates']} steps; bounds leave out the terms at both ends",
             f"times {','.join(f'{t:.4g}' for t in result['times'])}",
-            f"kept in {result['workdir']}/{FILE}: --grid=tuned takes it",
+            f"kept in {result['workdir']}/{runs.TIME_GRID}: --grid=tuned takes it",
         ],
     )
 
 
 def _make_loss_fn(run: runs.Run) -> _LossFn:
     """A compiled function of a batch."""
-    bound = step_bounds.BOUNDS[type(run.graph)]
+    graph, noise = run.process.graph, run.process.noise
 
     def losses(params, key, x0, t, ends):
-        sigma = run.noise.sigma(t)
-        xt = run.graph.sample_transition(key, x0, sigma)
-        features = networks.apply(run.network, params, xt, sigma)
-        summary = score_heads.summarize(run.network, params, features, xt, x0, sigma, run.graph.is_noise(xt))
+        sigma = noise.sigma(t)
+        xt = graph.sample_transition(key, x0, sigma)
+        summary = objectives.summary_fn(networks.Model(run.network, params), run.process)(xt, x0, sigma)
 
         def loss(end: Float[Array, ""]) -> Float[Array, ""]:
-            after = jnp.broadcast_to(run.noise.sigma(end), sigma.shape)
-            return bound(run.graph, summary, sigma, after, xt, x0).mean()
+            after = jnp.broadcast_to(noise.sigma(end), sigma.shape)
+            return graph.step_bound(summary, sigma, after, xt, x0).mean()
 
         return sharding.replicate(jax.lax.map(loss, ends))
 

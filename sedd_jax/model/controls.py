@@ -92,68 +92,76 @@ def choice(
         classes: the class that each position's token is to be of; -1 for any.
     """
 
-    def draw(vocabulary: tiles.Vocabulary, features, xt, log_scale, is_movable, slope, offset, keys, moves, *arrays):
-        del is_movable
+    def draw(
+        vocabulary: tiles.Vocabulary,
+        weights: score_draws.Weights,
+        keys: Array,
+        moves: Bool[Array, "B L"],
+        unguided: Float[Array, "B L D"] | None,
+        classes: Int[Array, "B L"] | None,
+    ) -> Int[Array, "B L"]:
+        def of_rows(states: tiles.States, row_keys: Array, *inputs: Any) -> Int[Array, " r"]:
+            of_row = jnp.exp(_of_rows(control, class_of, states, *inputs))
+            return states.ids[jax.vmap(categoricals.draw)(jax.random.wrap_key_data(row_keys), of_row)]
 
-        def of_rows(states: tiles.States, row_keys: Any, *inputs: Any) -> Int[Array, " r"]:
-            weights = jnp.exp(_of_rows(control, class_of, states, *inputs))
-            return states.ids[jax.vmap(categoricals.draw)(jax.random.wrap_key_data(row_keys), weights)]
-
-        return _visit_whole_rows(
-            vocabulary, moves, (keys, features, xt, log_scale, slope, offset, *arrays), of_rows, xt
-        )
+        return _visit_whole_rows(vocabulary, moves, (keys, weights, unguided, classes), of_rows, weights.xt)
 
     return score_draws.Choice(draw, (unguided, classes))
 
 
 def class_log_weights(
     control: Control,
-    config: networks.NetworkConfig,
-    params: networks.Params,
+    model: networks.Model,
     features: Float[Array, "B L D"],
     unguided: Float[Array, "B L D"] | None,
-    class_of: Int[Array, "V"],
-    num_classes: int,
+    automaton_classes: tuple[Int[Array, "V"], int],
     xt: Int[Array, "B L"],
     is_needed: Bool[Array, "B L"],
 ) -> Float[Array, "B L C"]:
-    """Log of the share that each class of tokens has under control, above minus infinity, where needed; 0 elsewhere."""
+    """Log of the share that each class of tokens has under control, above minus infinity, where needed; 0 elsewhere.
+
+    Args:
+        control: how the distribution is changed.
+        model: the network.
+        features: its output at xt.
+        unguided: its output without what is given; None where there is no guidance.
+        automaton_classes: the class of every state, and the number C of classes.
+        xt: current states.
+        is_needed: where it is asked for.
+    """
+    class_of, num_classes = automaton_classes
 
     def of_rows(states: tiles.States, *inputs: Any) -> Float[Array, "r C"]:
-        weights = jnp.exp(_of_rows(control, None, states, *inputs, classes=None))
-        shares = jnp.matmul(weights, jax.nn.one_hot(class_of[states.ids], num_classes), precision="highest")
-        return jnp.log(jnp.maximum(shares / weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny))
+        of_row = jnp.exp(_of_rows(control, None, states, *inputs, classes=None))
+        shares = jnp.matmul(of_row, jax.nn.one_hot(class_of[states.ids], num_classes), precision="highest")
+        return jnp.log(jnp.maximum(shares / of_row.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny))
 
-    def over_rows(vocabulary: tiles.Vocabulary, features, xt, log_scale, is_needed, *arrays):
-        zeros = jnp.zeros((*xt.shape, num_classes))
-        return _visit_whole_rows(vocabulary, is_needed, (features, xt, log_scale, *arrays), of_rows, zeros)
+    def over_rows(vocabulary: tiles.Vocabulary, weights: score_draws.Weights, is_needed: Any, unguided: Any) -> Array:
+        zeros = jnp.zeros((*weights.xt.shape, num_classes))
+        return _visit_whole_rows(vocabulary, is_needed, (weights, unguided), of_rows, zeros)
 
     one = jnp.ones((*xt.shape, 1))
-    return score_draws.over_head(
-        config, params, features[:, :, None], xt, 0 * one, is_needed, over_rows, one, None, unguided
-    )
+    weights = score_draws.Weights(features[:, :, None], xt, 0 * one, one)
+    return score_draws.over_head(model, over_rows, weights, is_needed, unguided)
 
 
 def _of_rows(
     control: Control,
     class_of: Int[Array, "V"] | None,
     states: tiles.States,
-    features: Float[Array, "r E D"],
-    xt: Int[Array, " r"],
-    log_scale: Float[Array, "r E"],
-    slope: Float[Array, "r E"],
-    offset: Float[Array, " r"] | None,
+    weights: score_draws.Weights,
     unguided: Float[Array, "r D"] | None,
     classes: Int[Array, " r"] | None,
 ) -> Float[Array, "r v"]:
     """`reweigh` of the weights that `score_draws` draws from."""
-    weights = score_draws.weights(states, features, xt, log_scale, slope, offset)
+    found = weights.of(states)
     is_allowed = None
     if class_of is not None and classes is not None:
         is_allowed = (class_of[states.ids][None] == classes[:, None]) | (classes < 0)[:, None]
-    of_step = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
+    of_step = jnp.where(found > 0, jnp.log(jnp.where(found > 0, found, 1.0)), -jnp.inf)
     without = None if unguided is None else states.logits(unguided)
-    return reweigh(control, of_step, states.logits(features[:, 0]), without, states.other_than(xt), is_allowed)
+    logits = states.logits(weights.features[:, 0])
+    return reweigh(control, of_step, logits, without, states.other_than(weights.xt), is_allowed)
 
 
 def _visit_whole_rows(

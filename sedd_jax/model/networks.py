@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
@@ -83,6 +84,19 @@ class NetworkConfig:
         d = self.hidden_size
         weights = self.num_layers * (4 + 2 * self.mlp_ratio) * d * d + d * self.num_states
         return 6.0 * weights + 12.0 * self.num_layers * d * length
+
+
+@flax.struct.dataclass
+class Model:
+    """A network: its sizes, which are static, and its parameters.
+
+    Attributes:
+        config: sizes.
+        params: parameters of `ScoreNetwork`.
+    """
+
+    config: NetworkConfig = flax.struct.field(pytree_node=False)
+    params: Params
 
 
 class ScoreNetwork(nn.Module):
@@ -199,15 +213,15 @@ def init(key: PRNGKeyArray, config: NetworkConfig) -> Params:
 
 
 def apply(
-    config: NetworkConfig,
-    params: Params,
+    model: Model,
     xt: Int[Array, "B L"],
     sigma: Float[Array, "B"],
     dropout_key: Key[Array, ""] | None = None,
     lengths: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B L D"]:
     """Features of noised tokens, see `ScoreNetwork`."""
-    return ScoreNetwork(config).apply({"params": params}, xt, sigma, dropout_key, lengths)  # pyrefly: ignore[bad-return]
+    module = ScoreNetwork(model.config)
+    return module.apply({"params": model.params}, xt, sigma, dropout_key, lengths)  # pyrefly: ignore[bad-return]
 
 
 def _dense(features: int, fan_in: int, dtype: str, name: str, *, use_bias: bool = True) -> nn.Dense:

@@ -1,10 +1,9 @@
 """Drawing the next token of every position that may move, from features, without an array over the vocabulary.
 
-The score is summed over blocks of states. One draw decides between staying and the blocks; where it leaves, a second
+The score is summed over blocks of states. One draw decides between staying and the blocks. Where it leaves, a second
 one, over the states of that block alone, decides the token. Both are `categoricals.draw`, so both are precise.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import graphs
+from sedd_jax.diffusion import steps
 from sedd_jax.model import categoricals, networks, score_heads, tiles
 from sedd_jax.runtime import sharding
 
@@ -22,59 +21,86 @@ BLOCK_STATES = 2048
 DRAWN_ROWS = 16
 
 
-class Choice(NamedTuple):
-    """Which tokens the positions that move get, where that is not the law of the step; see `controls`.
+class Weights(NamedTuple):
+    """The weight of every state at each position, without its array over states.
+
+    The weight of y != xt is max(sum over E of slope_E score_E(y) + offset, 0), where score_E = exp(z_E + log_scale_E)
+    and z_E is the head's output for the features of evaluation E. That of xt is 0.
 
     Attributes:
-        fn: (vocabulary, features, xt, log scale, is_movable, slope, offset, keys, moves, *arrays) -> xt after it.
+        features: of E evaluations of the network.
+        xt: current states.
+        log_scale: what is added to the head's output to make it log score.
+        slope: factors of the scores.
+        offset: what is added to them; None where it is 0 everywhere.
+    """
+
+    features: Float[Array, "*p E D"]
+    xt: Int[Array, "*p"]
+    log_scale: Float[Array, "*p E"]
+    slope: Float[Array, "*p E"]
+    offset: Float[Array, "*p"] | None = None
+
+    def of(self, states: tiles.States) -> Float[Array, "r v"]:
+        """The weights of a block of states, for positions that have been gathered as rows."""
+        found = (self.slope[..., None] * jnp.exp(states.logits(self.features) + self.log_scale[..., None])).sum(1)
+        if self.offset is not None:
+            found = found + self.offset[:, None]
+        return jnp.where(states.other_than(self.xt), jnp.maximum(found, 0.0), 0.0)
+
+
+# What runs over one device's positions: (vocabulary, weights, *arrays [B, L, ...]) -> [B, L, ...].
+VisitFn = Callable[..., Any]
+
+
+class Choice(NamedTuple):
+    """Which tokens the positions that move get, where that is not the distribution of the step; see `controls`.
+
+    Attributes:
+        fn: (vocabulary, weights, keys, which positions move, *arrays) -> xt after it.
         arrays: [B, L, ...] each.
     """
 
-    fn: Callable[..., Int[Array, "B L"]]
+    fn: VisitFn
     arrays: tuple[Any, ...]
 
 
 def draw(
     key: Key[Array, ""],
-    config: networks.NetworkConfig,
-    params: networks.Params,
-    features: Float[Array, "B L D"],
+    model: networks.Model,
+    evaluation: steps.Evaluation,
     xt: Int[Array, "B L"],
-    sigma: Float[Array, "B"],
     is_movable: Bool[Array, "B L"],
-    jump_fn: Callable[[Float[Array, "B L"]], graphs.Jump],
+    jump_fn: steps.JumpFn,
     choice: Choice | None = None,
 ) -> Int[Array, "B L"]:
     """Draws the next state of every position where `is_movable`; the others keep theirs.
 
-    The same law as `categoricals.draw` of `jump_fn(total).weights(score, xt)`; the head runs at movable positions only.
+    The same distribution as `categoricals.draw` of `jump_fn(total).weights(score, xt)`; the head runs at movable
+    positions only.
 
     Args:
         key: of this step.
-        config: sizes of the network.
-        params: its parameters.
-        features: its output.
+        model: the network.
+        evaluation: its output, and the total noise of each sequence.
         xt: current states.
-        sigma: total noise of each sequence.
         is_movable: where the state may change.
-        jump_fn: from the sum of the score over all y != xt to the law of the step.
-        choice: which token a position gets that moves; None for the law of the step.
+        jump_fn: from the sum of the score over all y != xt to the weights of the step.
+        choice: which token a position gets that moves; None for the distribution of the step.
     """
-    log_scale = score_heads.scale_needed(config, params, features, xt, sigma, is_movable)
-    blocks = functools.partial(over_head, config, params, features[:, :, None], xt, log_scale[..., None], is_movable)
-    sums = blocks(_block_sums, jnp.ones((*xt.shape, 1)), None)
+    weights = _score(model, evaluation, xt, is_movable)
+    sums = over_head(model, _block_sums, weights, is_movable)
     jump = jump_fn(sums.sum(-1))
-    slope = jump.slope[..., None]
+    weights = weights._replace(slope=jump.slope[..., None], offset=jump.offset)
     # With an offset, weights clipped at 0 are no multiple of the score: another pass sums them.
-    sums = slope * sums if jump.offset is None else blocks(_block_sums, slope, jump.offset)
-    return _draw_from_sums(key, blocks, sums, jump.stay, slope, jump.offset, xt, is_movable, choice)
+    sums = weights.slope * sums if jump.offset is None else over_head(model, _block_sums, weights, is_movable)
+    return _draw_from_sums(key, model, weights, sums, jump.stay, is_movable, choice)
 
 
 def leap(
     key: Key[Array, ""],
-    config: networks.NetworkConfig,
-    params: networks.Params,
-    evaluations: Sequence[tuple[Float[Array, "B L D"], Float[Array, "B"], Float[Array, "B L"]]],
+    model: networks.Model,
+    rates: Sequence[steps.Rates],
     xt: Int[Array, "B L"],
     is_movable: Bool[Array, "B L"],
     *,
@@ -87,64 +113,67 @@ def leap(
 
     Args:
         key: of this leap.
-        config: sizes of the network.
-        params: its parameters.
-        evaluations: features, total noise, and what the score is multiplied by, of each.
+        model: the network.
+        rates: of each evaluation.
         xt: current states; the score of any other state is that of going there.
         is_movable: where the state may change.
         draw: a name in `DRAWS`.
-        choice: which token a position gets that moves; None for the law of the rates.
+        choice: which token a position gets that moves; None for the distribution of the rates.
     """
-    features, sigmas, slopes = zip(*evaluations, strict=True)
     scales = [
-        score_heads.scale_needed(config, params, f, xt, sigma, is_movable)
-        for f, sigma in zip(features, sigmas, strict=True)
+        score_heads.scale_needed(model, one.evaluation.features, xt, one.evaluation.sigma, is_movable) for one in rates
     ]
-    slope = jnp.stack(slopes, axis=-1)
-    blocks = functools.partial(
-        over_head, config, params, jnp.stack(features, axis=2), xt, jnp.stack(scales, axis=-1), is_movable
+    weights = Weights(
+        features=jnp.stack([one.evaluation.features for one in rates], axis=2),
+        xt=xt,
+        log_scale=jnp.stack(scales, axis=-1),
+        slope=jnp.stack([one.slope for one in rates], axis=-1),
     )
-    sums = blocks(_block_sums, slope, None)
+    sums = over_head(model, _block_sums, weights, is_movable)
     total = sums.sum(-1)
-    share = jnp.where(total > 0, -jnp.expm1(-total) / jnp.where(total > 0, total, 1.0), 0.0)
+    share = jnp.where(total > 0, -jnp.expm1(-total) / jnp.where(total > 0, total, 1.0), 0.0)[..., None]
     if draw == "published":
         keys = jax.random.key_data(_position_keys(key, xt))
-        return blocks(_race, share[..., None] * slope, None, jnp.exp(-total), keys)
-    return _draw_from_sums(key, blocks, share[..., None] * sums, jnp.exp(-total), slope, None, xt, is_movable, choice)
+        return over_head(model, _race, weights._replace(slope=share * weights.slope), is_movable, jnp.exp(-total), keys)
+    return _draw_from_sums(key, model, weights, share * sums, jnp.exp(-total), is_movable, choice)
 
 
 def draw_published(
     key: Key[Array, ""],
-    config: networks.NetworkConfig,
-    params: networks.Params,
-    features: Float[Array, "B L D"],
+    model: networks.Model,
+    evaluation: steps.Evaluation,
     xt: Int[Array, "B L"],
-    sigma: Float[Array, "B"],
     is_movable: Bool[Array, "B L"],
-    jump_fn: Callable[[Float[Array, "B L"]], graphs.Jump],
+    jump_fn: steps.JumpFn,
 ) -> Int[Array, "B L"]:
     """`draw` as the published PyTorch program does it, truncated noise included; for comparison only.
 
     Every state runs a race of its own (`categoricals.race_published`), so this needs noise for all of them.
     """
-    log_scale = score_heads.scale_needed(config, params, features, xt, sigma, is_movable)
-    blocks = functools.partial(over_head, config, params, features[:, :, None], xt, log_scale[..., None], is_movable)
-    jump = jump_fn(blocks(_block_sums, jnp.ones((*xt.shape, 1)), None).sum(-1))
+    weights = _score(model, evaluation, xt, is_movable)
+    jump = jump_fn(over_head(model, _block_sums, weights, is_movable).sum(-1))
     keys = jax.random.key_data(_position_keys(key, xt))
-    return blocks(_race, jump.slope[..., None], jump.offset, jump.stay, keys)
+    weights = weights._replace(slope=jump.slope[..., None], offset=jump.offset)
+    return over_head(model, _race, weights, is_movable, jump.stay, keys)
 
 
 DRAWS = {"precise": draw, "published": draw_published}
 
 
+def _score(
+    model: networks.Model, evaluation: steps.Evaluation, xt: Int[Array, "B L"], is_movable: Bool[Array, "B L"]
+) -> Weights:
+    """The score itself as weights."""
+    log_scale = score_heads.scale_needed(model, evaluation.features, xt, evaluation.sigma, is_movable)
+    return Weights(evaluation.features[:, :, None], xt, log_scale[..., None], jnp.ones((*xt.shape, 1)))
+
+
 def _draw_from_sums(
     key: Key[Array, ""],
-    blocks: Callable[..., Any],
+    model: networks.Model,
+    weights: Weights,
     sums: Float[Array, "B L k"],
     stay: Float[Array, "B L"],
-    slope: Float[Array, "B L E"],
-    offset: Float[Array, "B L"] | None,
-    xt: Int[Array, "B L"],
     is_movable: Bool[Array, "B L"],
     choice: Choice | None,
 ) -> Int[Array, "B L"]:
@@ -152,10 +181,10 @@ def _draw_from_sums(
     key_block, key_state = jax.random.split(key)
     options = jnp.concatenate([sums, stay[..., None]], axis=-1)
     block = jnp.where(is_movable, categoricals.draw(key_block, options), sums.shape[-1])
-    keys = jax.random.key_data(_position_keys(key_state, xt))
+    keys = jax.random.key_data(_position_keys(key_state, weights.xt))
     if choice is None:
-        return blocks(_draw_states, slope, offset, keys, block)
-    return blocks(choice.fn, slope, offset, keys, block < sums.shape[-1], *choice.arrays)
+        return over_head(model, _draw_states, weights, keys, block)
+    return over_head(model, choice.fn, weights, keys, block < sums.shape[-1], *choice.arrays)
 
 
 def _position_keys(key: Key[Array, ""], xt: Int[Array, "B L"]) -> Key[Array, "B L"]:
@@ -164,79 +193,48 @@ def _position_keys(key: Key[Array, ""], xt: Int[Array, "B L"]) -> Key[Array, "B 
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, places)
 
 
-def over_head(
-    config: networks.NetworkConfig,
-    params: networks.Params,
-    features: Float[Array, "B L E D"],
-    xt: Int[Array, "B L"],
-    log_scale: Float[Array, "B L E"],
-    is_movable: Bool[Array, "B L"],
-    fn: Callable[..., Any],
-    *arrays: Any,
-) -> Any:
-    """Calls fn(vocabulary, features, xt, log_scale, is_movable, *arrays) for each device's positions and all states."""
+def over_head(model: networks.Model, fn: VisitFn, weights: Weights, *arrays: Any) -> Any:
+    """Calls fn(vocabulary, weights, *arrays) for each device's positions and all states.
+
+    Args:
+        model: whose head it is.
+        fn: what is to be done.
+        weights: of every position.
+        arrays: [B, L, ...] each, or None.
+    """
+    config, features = model.config, weights.features
     width = min(BLOCK_STATES, config.padded_states)
 
-    def run(kernel: Array, bias: Array, *arrays: Any) -> Any:
-        return fn(tiles.Vocabulary(kernel, bias, 0, config.num_states, width), *arrays)
+    def run(kernel: Array, bias: Array, weights: Weights, *arrays: Any) -> Any:
+        return fn(tiles.Vocabulary(kernel, bias, 0, config.num_states, width), weights, *arrays)
 
-    tokens = PartitionSpec(sharding.mapped_axes(len(xt))[0])
-    inputs = (features, xt, log_scale, is_movable, *arrays)
-    specs = (PartitionSpec(), PartitionSpec(), *(tokens,) * len(inputs))
+    tokens = PartitionSpec(sharding.mapped_axes(len(features))[0])
+    specs = (PartitionSpec(), PartitionSpec(), *(tokens,) * (1 + len(arrays)))
     return sharding.per_device(run, specs, tokens)(
-        params["head_kernel"].astype(features.dtype), params["head_bias"], *inputs
+        model.params["head_kernel"].astype(features.dtype), model.params["head_bias"], weights, *arrays
     )
 
 
-def weights(
-    states: tiles.States,
-    features: Float[Array, "r E D"],
-    xt: Int[Array, " r"],
-    log_scale: Float[Array, "r E"],
-    slope: Float[Array, "r E"],
-    offset: Float[Array, " r"] | None,
-) -> Float[Array, "r v"]:
-    """Weights of the states y != xt of a block, a sum over E evaluations and the offset, at least 0; and 0 for xt."""
-    found = (slope[..., None] * jnp.exp(states.logits(features) + log_scale[..., None])).sum(1)
-    if offset is not None:
-        found = found + offset[:, None]
-    return jnp.where(states.other_than(xt), jnp.maximum(found, 0.0), 0.0)
-
-
-def _block_sums(
-    vocabulary: tiles.Vocabulary, features: Any, xt: Any, log_scale: Any, is_movable: Any, slope: Any, offset: Any
-) -> Float[Array, "B L k"]:
-    """The sum of the weights over every block, 0 where nothing moves."""
+def _block_sums(vocabulary: tiles.Vocabulary, weights: Weights, is_movable: Bool[Array, "B L"]) -> Array:
+    """The sum of the weights over every block, [B, L, k], 0 where nothing moves."""
     rows = tiles.choose(is_movable, _chunk_size(is_movable))
-    inputs = gather(rows, (features, xt, log_scale, slope, offset))
+    gathered = gather(rows, weights)
 
     def visit_block(k: Int[Array, ""], sums: Float[Array, "n k"]) -> Float[Array, "n k"]:
         states = vocabulary.block(k)
 
         def visit(i: Int[Array, ""], sums: Float[Array, "n k"]) -> Float[Array, "n k"]:
-            of_chunk = weights(states, *_chunk(rows, inputs, i))
+            of_chunk = _chunk(rows, gathered, i).of(states)
             return jax.lax.dynamic_update_slice(sums, of_chunk.sum(-1, keepdims=True), (i, k))
 
         return rows.visit(visit, sums)
 
     sums = jnp.zeros((len(rows.order), vocabulary.num_blocks))
-    return rows.scatter(jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, sums), xt.shape)
+    return rows.scatter(jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, sums), is_movable.shape)
 
 
-def _draw_states(
-    vocabulary: tiles.Vocabulary,
-    features: Any,
-    xt: Any,
-    log_scale: Any,
-    is_movable: Any,
-    slope: Any,
-    offset: Any,
-    keys: Any,
-    block: Int[Array, "B L"],
-) -> Int[Array, "B L"]:
-    """Draws a state of the chosen block for every position that chose one."""
-    del is_movable  # Positions that stay have chosen no block.
-    inputs = (features, xt, log_scale, slope, offset)
+def _draw_states(vocabulary: tiles.Vocabulary, weights: Weights, keys: Array, block: Int[Array, "B L"]) -> Array:
+    """Draws a state of the chosen block for every position that chose one; positions that stay have chosen none."""
 
     def visit_block(k: Int[Array, ""], xt: Int[Array, "B L"]) -> Int[Array, "B L"]:
         rows = tiles.choose(block == k, min(xt.size, DRAWN_ROWS))
@@ -244,30 +242,22 @@ def _draw_states(
         def visit(i: Int[Array, ""], flat: Int[Array, " n"]) -> Int[Array, " n"]:
             chunk = tiles.Rows(rows.chunk(rows.order, i), rows.count, rows.size)
             states = vocabulary.block(k)
-            of_chunk = weights(states, *gather(chunk, inputs))
+            of_chunk = gather(chunk, weights).of(states)
             row_keys = jax.random.wrap_key_data(chunk.gather(keys))
             tokens = states.ids[jax.vmap(categoricals.draw)(row_keys, of_chunk)]
             return flat.at[chunk.order].set(tokens.astype(flat.dtype), mode="drop")
 
         return rows.visit(visit, xt.reshape(-1)).reshape(xt.shape)
 
-    return jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, xt)
+    return jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, weights.xt)
 
 
 def _race(
-    vocabulary: tiles.Vocabulary,
-    features: Any,
-    xt: Any,
-    log_scale: Any,
-    is_movable: Any,
-    slope: Any,
-    offset: Any,
-    stay: Any,
-    keys: Any,
-) -> Int[Array, "B L"]:
+    vocabulary: tiles.Vocabulary, weights: Weights, is_movable: Bool[Array, "B L"], stay: Array, keys: Array
+) -> Array:
     """The winner of the published race over all states."""
     rows = tiles.choose(is_movable, _chunk_size(is_movable))
-    inputs = gather(rows, (features, xt, log_scale, slope, offset))
+    gathered = gather(rows, weights)
     stay, row_keys = rows.gather(stay), rows.gather(keys)
 
     def visit_block(k: Int[Array, ""], best: Any) -> Any:
@@ -275,8 +265,8 @@ def _race(
 
         def visit(i: Int[Array, ""], best: Any) -> Any:
             value, token = (rows.chunk(x, i) for x in best)
-            chunk = _chunk(rows, inputs, i)
-            of_chunk = jnp.where(states.equal_to(chunk[1]), rows.chunk(stay, i)[:, None], weights(states, *chunk))
+            chunk = _chunk(rows, gathered, i)
+            of_chunk = jnp.where(states.equal_to(chunk.xt), rows.chunk(stay, i)[:, None], chunk.of(states))
             block_keys = jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(rows.chunk(row_keys, i)), k)
             race = jnp.where(
                 states.ids[None] >= 0, jax.vmap(categoricals.race_published)(block_keys, of_chunk), -jnp.inf
@@ -290,17 +280,17 @@ def _race(
 
     start = (jnp.full(len(rows.order), -jnp.inf), jnp.zeros(len(rows.order), jnp.int32))
     _, winners = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, start)
-    return jnp.where(is_movable, rows.scatter(winners, xt.shape), xt)
+    return jnp.where(is_movable, rows.scatter(winners, is_movable.shape), weights.xt)
 
 
 def _chunk_size(is_movable: Bool[Array, "B L"]) -> int:
     return tiles.chunk_size(is_movable.size, score_heads.TILE_ROWS[sharding.platform()])
 
 
-def gather(rows: tiles.Rows, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The chosen rows of arrays [B, L, ...]; None stays None."""
+def gather(rows: tiles.Rows, arrays: Any) -> Any:
+    """The chosen rows of a tree of arrays [B, L, ...]."""
     return jax.tree.map(rows.gather, arrays)
 
 
-def _chunk(rows: tiles.Rows, arrays: tuple[Any, ...], i: Int[Array, ""]) -> tuple[Any, ...]:
-    return jax.tree.map(lambda x: rows.chunk(x, i), arrays)
+def _chunk(rows: tiles.Rows, weights: Weights, i: Int[Array, ""]) -> Weights:
+    return jax.tree.map(lambda x: rows.chunk(x, i), weights)

@@ -6,14 +6,14 @@ are gathered first, and a loop over them ends where they end.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from sedd_jax.diffusion import graphs
+from sedd_jax.diffusion import scores
 from sedd_jax.model import networks, tiles
 from sedd_jax.runtime import sharding
 
@@ -23,61 +23,67 @@ TILE_ROWS = {"cpu": 512, "gpu": 8192, "tpu": 8192}
 _NEVER = -1e30  # A logit that no state has; finite, so that differences of it are.
 
 
+class _Positions(NamedTuple):
+    """What a loss reads at each position."""
+
+    features: Float[Array, "B L D"]
+    xt: Int[Array, "B L"]
+    x0: Int[Array, "B L"]
+    is_needed: Bool[Array, "B L"]
+
+
 def logits(params: networks.Params, features: Float[Array, "*B D"]) -> Float[Array, "*B P"]:
     """The head's raw output z over the padded vocabulary, accumulated in float32."""
     return tiles.head_product(features, params["head_kernel"].astype(features.dtype), params["head_bias"])
 
 
 def log_score(
-    config: networks.NetworkConfig,
-    params: networks.Params,
+    model: networks.Model,
     features: Float[Array, "B L D"],
     xt: Int[Array, "B L"],
     sigma: Float[Array, "B"],
 ) -> Float[Array, "B L V"]:
     """log of the score s(xt, sigma)_y for every state y, 0 at the current token: the whole array, for inspection."""
-    z = logits(params, features)[..., : config.num_states]
-    current = xt[..., None] == jnp.arange(config.num_states)[None, None]
+    z = logits(model.params, features)[..., : model.config.num_states]
+    current = xt[..., None] == jnp.arange(model.config.num_states)[None, None]
     logsumexp = jax.nn.logsumexp(jnp.where(current, -jnp.inf, z), axis=-1)
-    return jnp.where(current, 0.0, z + log_scale(config, sigma, logsumexp)[..., None])
+    return jnp.where(current, 0.0, z + log_scale(model.config, sigma, logsumexp)[..., None])
 
 
 def summarize(
-    config: networks.NetworkConfig,
-    params: networks.Params,
+    model: networks.Model,
     features: Float[Array, "B L D"],
     xt: Int[Array, "B L"],
     x0: Int[Array, "B L"],
     sigma: Float[Array, "B"],
     is_needed: Bool[Array, "B L"],
-) -> graphs.ScoreSummary:
-    """`graphs.summarize(log_score(...), xt, x0)` where `is_needed`, 0 elsewhere, without the array over states.
+) -> scores.ScoreSummary:
+    """`scores.summarize(log_score(...), xt, x0)` where `is_needed`, 0 elsewhere, without the array over states.
 
     Differentiable in parameters and features; the backward pass computes the logits of each tile again.
     """
-    raw = _summarize(config.num_states, params["head_kernel"], params["head_bias"], features, xt, x0, is_needed)
-    scale = log_scale(config, sigma, raw.logsumexp)
+    raw = _summarize(model.config.num_states, *_head(model), features, xt, x0, is_needed)
+    scale = log_scale(model.config, sigma, raw.logsumexp)
     needed = lambda x: jnp.where(is_needed, x, 0.0)
-    return graphs.ScoreSummary(
+    return scores.ScoreSummary(
         logsumexp=needed(raw.logsumexp + scale),
-        mean=needed((raw.mean + (config.num_states - 1) * scale) / config.num_states),
+        mean=needed((raw.mean + (model.config.num_states - 1) * scale) / model.config.num_states),
         at_x0=needed(jnp.where(xt == x0, 0.0, raw.at_x0 + scale)),
     )
 
 
 def scale_needed(
-    config: networks.NetworkConfig,
-    params: networks.Params,
+    model: networks.Model,
     features: Float[Array, "B L D"],
     xt: Int[Array, "B L"],
     sigma: Float[Array, "B"],
     is_needed: Bool[Array, "B L"],
 ) -> Float[Array, "B L"]:
     """`log_scale` where `is_needed`, without the array over states; the head runs only where scores are normalised."""
-    if not config.normalize:
-        return log_scale(config, sigma, jnp.zeros(xt.shape))
-    raw = _summarize(config.num_states, params["head_kernel"], params["head_bias"], features, xt, xt, is_needed)
-    return log_scale(config, sigma, raw.logsumexp)
+    if not model.config.normalize:
+        return log_scale(model.config, sigma, jnp.zeros(xt.shape))
+    raw = _summarize(model.config.num_states, *_head(model), features, xt, xt, is_needed)
+    return log_scale(model.config, sigma, raw.logsumexp)
 
 
 def log_scale(
@@ -99,6 +105,10 @@ def log_scale(
     return -jnp.log(jnp.expm1(sigma))[:, None] - log_num
 
 
+def _head(model: networks.Model) -> tuple[Float[Array, "D P"], Float[Array, " P"]]:
+    return model.params["head_kernel"], model.params["head_bias"]
+
+
 def _make_tiles(
     num_states: int, tensor: tuple[str, ...], kernel: Any, bias: Any, is_needed: Bool[Array, "B L"]
 ) -> tuple[tiles.Rows, tiles.Vocabulary]:
@@ -112,29 +122,31 @@ def _make_tiles(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summarize(
     num_states: int, kernel: Array, bias: Array, features: Array, xt: Array, x0: Array, is_needed: Array
-) -> graphs.ScoreSummary:
+) -> scores.ScoreSummary:
     """Of the logits z over y != xt: logsumexp, sum (as `mean`), and z at x0; 0 where not needed."""
     batch, tensor = sharding.mapped_axes(len(xt))
     run = functools.partial(_summarize_part, num_states, tensor)
     tokens = PartitionSpec(batch)
-    in_specs = (PartitionSpec(None, tensor), PartitionSpec(tensor), *(tokens,) * 4)
-    return sharding.per_device(run, in_specs, tokens)(kernel.astype(features.dtype), bias, features, xt, x0, is_needed)
+    in_specs = (PartitionSpec(None, tensor), PartitionSpec(tensor), tokens)
+    positions = _Positions(features, xt, x0, is_needed)
+    return sharding.per_device(run, in_specs, tokens)(kernel.astype(features.dtype), bias, positions)
 
 
-def _summarize_forward(num_states: int, *inputs: Array) -> tuple[graphs.ScoreSummary, Any]:
+def _summarize_forward(num_states: int, *inputs: Array) -> tuple[scores.ScoreSummary, Any]:
     raw = _summarize(num_states, *inputs)
     return raw, (inputs, raw.logsumexp)
 
 
-def _summarize_backward(num_states: int, residuals: Any, gradient: graphs.ScoreSummary) -> tuple[Any, ...]:
-    (kernel, bias, features, xt, x0, is_needed), logsumexp = residuals
-    batch, tensor = sharding.mapped_axes(len(xt))
-    run = functools.partial(_gradient_part, num_states, batch, tensor)
+def _summarize_backward(num_states: int, residuals: Any, gradient: scores.ScoreSummary) -> tuple[Any, ...]:
+    (kernel, bias, *inputs), logsumexp = residuals
+    positions = _Positions(*inputs)
+    batch, tensor = sharding.mapped_axes(len(positions.xt))
+    run = functools.partial(_gradient_part, num_states, (batch, tensor))
     tokens = PartitionSpec(batch)
-    in_specs = (PartitionSpec(None, tensor), PartitionSpec(tensor), *(tokens,) * 6)
+    in_specs = (PartitionSpec(None, tensor), PartitionSpec(tensor), *(tokens,) * 3)
     out_specs = (PartitionSpec("fsdp" if "fsdp" in batch else None, tensor), PartitionSpec(tensor), tokens)
     of_kernel, of_bias, of_features = sharding.per_device(run, in_specs, out_specs)(
-        kernel.astype(features.dtype), bias, features, xt, x0, is_needed, logsumexp, gradient
+        kernel.astype(positions.features.dtype), bias, positions, logsumexp, gradient
     )
     return of_kernel, of_bias, of_features, None, None, None
 
@@ -143,11 +155,11 @@ _summarize.defvjp(_summarize_forward, _summarize_backward)
 
 
 def _summarize_part(
-    num_states: int, tensor: tuple[str, ...], kernel: Any, bias: Any, features: Any, xt: Any, x0: Any, is_needed: Any
-) -> graphs.ScoreSummary:
+    num_states: int, tensor: tuple[str, ...], kernel: Array, bias: Array, positions: _Positions
+) -> scores.ScoreSummary:
     """`_summarize` of one device's positions, with the other devices' parts of the vocabulary."""
-    rows, vocabulary = _make_tiles(num_states, tensor, kernel, bias, is_needed)
-    features, xt, x0 = rows.gather(features), rows.gather(xt), rows.gather(x0)
+    rows, vocabulary = _make_tiles(num_states, tensor, kernel, bias, positions.is_needed)
+    features, xt, x0 = (rows.gather(x) for x in positions[:3])
 
     def visit_block(k: Int[Array, ""], sums: Any) -> Any:
         states = vocabulary.block(k)
@@ -170,25 +182,22 @@ def _summarize_part(
     largest = jax.lax.pmax(top, tensor)
     mass, total, at_x0 = jax.lax.psum((mass * jnp.exp(top - largest), total, at_x0), tensor)
     logsumexp = jnp.where(mass > 0, largest + jnp.log(jnp.where(mass > 0, mass, 1.0)), 0.0)
-    return graphs.ScoreSummary(*(rows.scatter(x, is_needed.shape) for x in (logsumexp, total, at_x0)))
+    return scores.ScoreSummary(*(rows.scatter(x, positions.xt.shape) for x in (logsumexp, total, at_x0)))
 
 
 def _gradient_part(
     num_states: int,
-    batch: tuple[str, ...],
-    tensor: tuple[str, ...],
-    kernel: Any,
-    bias: Any,
-    features: Any,
-    xt: Any,
-    x0: Any,
-    is_needed: Any,
-    logsumexp: Any,
-    gradient: graphs.ScoreSummary,
-) -> tuple[Any, Any, Any]:
+    axes: tuple[tuple[str, ...], tuple[str, ...]],
+    kernel: Array,
+    bias: Array,
+    positions: _Positions,
+    logsumexp: Float[Array, "B L"],
+    gradient: scores.ScoreSummary,
+) -> tuple[Array, Array, Array]:
     """Gradients of kernel, bias and features from those of one device's summary; the logits are computed again."""
-    rows, vocabulary = _make_tiles(num_states, tensor, kernel, bias, is_needed)
-    f, xt, x0, logsumexp = (rows.gather(x) for x in (features, xt, x0, logsumexp))
+    batch, tensor = axes
+    rows, vocabulary = _make_tiles(num_states, tensor, kernel, bias, positions.is_needed)
+    f, xt, x0, logsumexp = (rows.gather(x) for x in (*positions[:3], logsumexp))
     by_logsumexp, by_total, by_x0 = (rows.gather(x) for x in gradient)
     product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
@@ -221,5 +230,5 @@ def _gradient_part(
     if "fsdp" in batch:
         of_kernel = jax.lax.psum_scatter(of_kernel, "fsdp", scatter_dimension=0, tiled=True)
     of_kernel = jax.lax.psum(of_kernel, tuple(axis for axis in batch if axis != "fsdp"))
-    of_features = rows.scatter(jax.lax.psum(of_f, tensor).astype(features.dtype), is_needed.shape)
+    of_features = rows.scatter(jax.lax.psum(of_f, tensor).astype(f.dtype), positions.xt.shape)
     return of_kernel, jax.lax.psum(of_bias, batch), of_features

@@ -16,10 +16,10 @@ import numpy as np
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import samplers
+from sedd_jax.diffusion import steps
 from sedd_jax.model import attentions, networks, optimizers
 from sedd_jax.runtime import accelerators, sharding
-from sedd_jax.sampling import generate
+from sedd_jax.sampling import generate, trajectories
 from sedd_jax.training import train
 
 
@@ -83,10 +83,14 @@ def sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callab
     tokens = np.random.default_rng(0).integers(run.tokenizer.vocab_size, size=shape, dtype=np.int32)
     limit = run.graph.sample_limit(jax.random.key(0), shape)
     xt = jnp.where(jnp.arange(shape[1])[None] % 2 == 0, limit, tokens)
-    reverse_steps, _ = generate.make_sampling_fns(run.network, run.graph, run.noise, settings)
-    half = settings.num_steps // 2
-    inputs = (params, jax.random.key(0), samplers.nothing_given(shape), xt, half, half + 1, settings.num_steps)
-    compile_seconds, compiled = _compile(lambda: reverse_steps.lower(*inputs))
+    rules = generate.rules_of(run, settings)
+    programs: Any = trajectories.make_programs(run.network, rules)
+    sequences = generate.together(steps.nothing_given(shape), settings.num_steps)
+    slots = programs.begin_fn(jax.random.key(0), jax.random.key(1), sequences)
+    half = settings.num_steps // 2 * rules.repeats
+    slots = slots._replace(batch=slots.batch._replace(xt=xt, iteration=jnp.full(shape[0], half)))
+    inputs = ((params, None), jax.random.key(0), slots, half, half + rules.repeats)
+    compile_seconds, compiled = _compile(lambda: programs.advance_fn.lower(*inputs))
     return compile_seconds, lambda: compiled(*inputs)
 
 

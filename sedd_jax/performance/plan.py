@@ -15,11 +15,11 @@ from jax.experimental import topologies
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.data import tokenizers
-from sedd_jax.diffusion import samplers
+from sedd_jax.diffusion import steps
 from sedd_jax.model import networks
 from sedd_jax.performance import collectives
 from sedd_jax.runtime import accelerators, hosts, sharding
-from sedd_jax.sampling import generate
+from sedd_jax.sampling import generate, trajectories
 from sedd_jax.training import train
 
 # What libtpu knows and Google lends: axes of a slice, its chips at most, shapes to show.
@@ -229,13 +229,15 @@ def _compile(
 
 def _lower_sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[networks.Params, jax.stages.Lowered]:
     settings = run.config.sampling
-    shape = (settings.num_samples, run.config.data.length)
-    fns = generate.make_sampling_fns(run.network, run.graph, run.noise, settings)
+    rules = generate.rules_of(run, settings)
+    programs: Any = trajectories.make_programs(run.network, rules)
     params = jax.eval_shape(lambda: networks.init(jax.random.key(0), run.network))
-    given = jax.eval_shape(lambda: samplers.nothing_given(shape))
-    xt, key = given.tokens, jax.eval_shape(lambda: jax.random.key(0))
+    given = steps.nothing_given((settings.num_samples, run.config.data.length))
+    key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        return params, fns[0].lower(sharding.shapes_on(mesh, params), key, given, xt, 0, 1, settings.num_steps)
+        slots = jax.eval_shape(programs.begin_fn, key, key, generate.together(given, settings.num_steps))
+        inputs = sharding.shapes_on(mesh, params), None
+        return params, programs.advance_fn.lower(inputs, key, slots, 0, rules.repeats)
 
 
 def _by_kind(inputs: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:

@@ -50,6 +50,13 @@ class Places(NamedTuple):
     is_constrained: Bool[Array | np.ndarray, "*B L"]
 
 
+class Patterns(NamedTuple):
+    """What the text of gaps is to match, and where they are."""
+
+    automaton: Automaton
+    places: Places
+
+
 def pin(
     log_weights: Float[Array, "B L C"], automaton: Automaton, xt: Int[Array, "B L"], is_known: Bool[Array, "B L"]
 ) -> Float[Array, "B L C"]:

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.model import autoregression
-from sedd_jax.runtime import processes, sharding, storage, terminals
+from sedd_jax.runtime import errors, processes, storage, terminals
 from sedd_jax.sampling import generate, patterns, refill, templates
 
 _FIELDS = ("template", "prefix", "suffix")
@@ -36,16 +36,17 @@ def read(run: runs.Run, path: pathlib.Path) -> list[Prompt]:
     """Reads {"template": "..."}, or {"prefix": "...", "suffix": "..."} with either alone, from each line of a file.
 
     Raises:
-        ValueError: names the line that is something else, or that this run cannot fill.
+        errors.UserError: names the line that is something else, or that this run cannot fill.
     """
+    refuse = lambda problem, remedy: errors.UserError(problem, field="prompts", value=path, remedy=remedy)
     if not path.is_file():
-        raise ValueError(f"--prompts={path} is not a file: give one with a JSON object a line")
+        raise refuse("is not a file", "give one with a JSON object a line")
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts={path} is not UTF-8 text: {error}") from error
+        raise refuse(f"is not UTF-8 text ({error})", "save it as UTF-8") from error
     if lines == [""]:
-        raise ValueError(f"--prompts={path} is empty: give a JSON object a line")
+        raise refuse("is empty", "give a JSON object a line")
     found, checked = [], set()
     for number, line in enumerate(lines, start=1):
         try:
@@ -56,8 +57,8 @@ def read(run: runs.Run, path: pathlib.Path) -> list[Prompt]:
                 templates.compile_patterns(run, [prompt.template])
                 checked |= kinds
             found.append(prompt)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+        except errors.UserError as error:
+            raise error.at(f"{path}:{number}") from error
     return found
 
 
@@ -66,13 +67,13 @@ def _parse(run: runs.Run, line: str) -> Prompt:
     try:
         fields = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{line[:40]!r} is not JSON: {wanted}") from error
+        raise errors.UserError(f"{line[:40]!r} is not JSON", remedy=wanted) from error
     if not isinstance(fields, dict) or not fields or set(fields) - set(_FIELDS):
-        raise ValueError(f"{line[:40]!r} is no prompt: {wanted}")
+        raise errors.UserError(f"{line[:40]!r} is no prompt", remedy=wanted)
     for name, value in fields.items():
         if not isinstance(value, str):
-            raise ValueError(f"{name}={value!r} is not text: {wanted}")
-    template = templates.choose(run, **fields)
+            raise errors.UserError("is not text", field=name, value=repr(value), remedy=wanted)
+    template = templates.read(run, templates.Written(**fields))
     if run.is_autoregressive:
         autoregression.refuse_text_after_gaps(template.is_given[None])
     return Prompt(fields, template)
@@ -80,13 +81,9 @@ def _parse(run: runs.Run, line: str) -> Prompt:
 
 def sample(
     workdir: storage.Directory,
+    asked: pathlib.Path | templates.Written,
     *,
-    prompts: str = "",
-    prefix: str = "",
-    suffix: str = "",
-    template: str = "",
-    fit: bool = False,
-    stop_at_eos: bool = False,
+    ends: refill.Ends = refill.NO_ENDS,
     out: str = "",
     step: int | None = None,
     seed: int = 0,
@@ -97,12 +94,8 @@ def sample(
 
     Args:
         workdir: the run directory.
-        prompts: the file, see `read`; "" for one prompt, which the next three say.
-        prefix: see `templates.around`.
-        suffix: see `templates.around`.
-        template: see `templates.parse`.
-        fit: see `refill.draw`.
-        stop_at_eos: see `refill.draw`.
+        asked: the file, see `read`, or the one prompt.
+        ends: where texts end.
         out: .jsonl to which each text is added once it is finished; "" for none. What the same command has drawn of a
             file of prompts before it was stopped is kept, and only the rest drawn.
         step: the checkpoint; the newest if None.
@@ -114,32 +107,25 @@ def sample(
     Returns:
         Texts in the order of the prompts.
     """
-    run = runs.load(workdir)
-    changed = generate.sampling_of(run, **settings)
-    if prompts and (prefix or suffix or template):
-        raise ValueError("--prompts cannot be combined with --template, --prefix or --suffix: write them into the file")
-    if prompts:
-        asked = read(run, pathlib.Path(prompts))
+    run, is_file = runs.load(workdir), isinstance(asked, pathlib.Path)
+    changed = run.sampling(**settings)
+    if isinstance(asked, pathlib.Path):
+        wanted = read(run, asked)
     else:
-        known = templates.choose(run, prefix=prefix, suffix=suffix, template=template)
-        asked = [Prompt(None, known)] * changed.num_samples
-    if stop_at_eos:
+        wanted = [Prompt(None, templates.read(run, asked))] * changed.num_samples
+    if ends.stop_at_eos:
         refill.eos_id_of(run)
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    step, params = run.ema_params(mesh, step)
-    expected = [
-        _described(run, changed, prompt, index, seed=seed, step=step, fit=fit, stop_at_eos=stop_at_eos)
-        for index, prompt in enumerate(asked)
-    ]
+    opened = run.restore(step)
+    how = {"seed": seed, "step": opened.step, "stop_at_eos": ends.stop_at_eos}
+    expected = [_described(run, changed, prompt, index, fit=ends.fit, **how) for index, prompt in enumerate(wanted)]
     results = pathlib.Path(out) if out else None
-    done = _finished(results, expected, keep=bool(prompts))
-    left = [index for index in range(len(asked)) if index not in done]
-    # What is left takes the places that others had, and must not be drawn as they were.
+    done = _finished(results, expected, keep=is_file)
+    left = [index for index in range(len(wanted)) if index not in done]
+    # What is left takes the slots that others had, and must not be drawn as they were.
     own = seed if not done else int(np.random.SeedSequence([seed, len(done)]).generate_state(1)[0])
-    wanted = [asked[index].template for index in left]
-    with jax.set_mesh(mesh):
-        drawing = refill.draw(run, params, wanted, changed, seed=own, fit=fit, stop_at_eos=stop_at_eos, watch=watch)
-        for drawn in drawing:
+    with opened.on_devices():
+        texts = [wanted[index].template for index in left]
+        for drawn in refill.draw(opened, texts, changed, seed=own, ends=ends, watch=watch):
             index, tokens = left[drawn.index], drawn.tokens
             text = run.tokenizer.decode(tokens)
             one = generate.Sample(text=text, tokens=tokens.tolist(), nfe=drawn.nfe, **expected[index])
@@ -147,7 +133,7 @@ def sample(
             if results is not None and processes.is_first():
                 with results.open("a", encoding="utf-8") as file:
                     file.write(generate.to_line(one))
-    return [done[index] for index in range(len(asked))]
+    return [done[index] for index in range(len(wanted))]
 
 
 def _described(
@@ -184,12 +170,15 @@ def _read_results(path: pathlib.Path, expected: Sequence[dict[str, Any]], *, kee
     found = {}
     for number, line in enumerate(content[:end].split(b"\n")[:-1], start=1):
         try:
-            sample = generate.Sample(**json.loads(line))
+            sample = generate.Sample.from_dict(json.loads(line))
             if {name: x for name, x in vars(sample).items() if name not in _DRAWN} != expected[sample.index]:
                 raise ValueError("drawn in another way, or for another prompt")
-        except (ValueError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"--out={path} holds other results, in line {number}: remove it, or give another --out"
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise errors.UserError(
+                f"holds other results, in line {number}",
+                field="out",
+                value=path,
+                remedy=f"remove it, or give another {errors.name('out')}",
             ) from error
         found[sample.index] = sample
     with path.open("ab") as file:

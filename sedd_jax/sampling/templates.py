@@ -3,13 +3,15 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
 from sedd_jax import runs
-from sedd_jax.sampling import moves, patterns
+from sedd_jax.runtime import errors
+from sedd_jax.sampling import constraints, patterns
 
 # A pattern may hold braces of its own, escaped or as in [0-9]{2}.
 _GAP = re.compile(r"\{\{|\}\}|\{(\d+)(?::((?:[^{}\\]|\\.|\{[^{}]*\})*))?\}|\{[^{}]*\}?|\}", re.DOTALL)
@@ -35,14 +37,27 @@ class Template:
     gaps: tuple[patterns.Gap, ...] = ()
 
 
-def choose(run: runs.Run, *, prefix: str = "", suffix: str = "", template: str = "") -> Template:
+class Written(NamedTuple):
+    """What is known of a text as a user writes it: a template, or a prefix and a suffix, or nothing."""
+
+    template: str = ""
+    prefix: str = ""
+    suffix: str = ""
+
+
+def read(run: runs.Run, written: Written) -> Template:
     """What is known, by `around` or by `parse`.
 
     Raises:
-        ValueError: as they do, and where both are asked for.
+        errors.UserError: as they do, and where both are asked for.
     """
+    template, prefix, suffix = written
     if template and (prefix or suffix):
-        raise ValueError("--template cannot be combined with --prefix or --suffix: write them into the template")
+        raise errors.UserError(
+            f"cannot be combined with {errors.name('prefix')} or {errors.name('suffix')}",
+            field="template",
+            remedy="write them into the template",
+        )
     return around(run, prefix, suffix) if prefix or suffix else parse(run, template)
 
 
@@ -52,7 +67,8 @@ def parse(run: runs.Run, template: str) -> Template:
     {n:REGEX} is a gap whose text matches a regular expression, see `patterns`.
 
     Raises:
-        ValueError: where a brace is neither, the template is longer than the model, or text is outside its vocabulary.
+        errors.UserError: where a brace is neither, the template is longer than the model, or text is not in its
+            vocabulary.
     """
     parts: list[Part] = []
     text, position = "", 0
@@ -62,9 +78,10 @@ def parse(run: runs.Run, template: str) -> Template:
         if match.group() in ("{{", "}}"):
             text += match.group()[0]
         elif match.group(1) is None:
-            raise ValueError(
-                f"--template has {match.group()!r} at position {match.start()}: a gap is {{n}} with n tokens to "
-                "fill, or {n:REGEX}, a brace itself is {{ or }}"
+            raise errors.UserError(
+                f"has {match.group()!r} at position {match.start()}",
+                field="template",
+                remedy="a gap is {n} with n tokens to fill, or {n:REGEX}, a brace itself is {{ or }}",
             )
         else:
             parts += [_encode(run, text), (int(match.group(1)), match.group(2))]
@@ -78,21 +95,22 @@ def _encode(run: runs.Run, text: str) -> Int[np.ndarray, "n"]:
         return run.tokenizer.encode(text)
     except ValueError as error:
         shown = text if len(text) <= 40 else text[:40] + "…"
-        raise ValueError(f"in the text {shown!r}, {error}") from error
+        raise errors.UserError(f"in the text {shown!r}, {error}") from error
 
 
 def around(run: runs.Run, prefix: str, suffix: str) -> Template:
     """Text at the start and at the end of the model's full length, one gap between.
 
     Raises:
-        ValueError: where both together leave no gap, or are outside the vocabulary.
+        errors.UserError: where both together leave no gap, or are outside the vocabulary.
     """
     start, end = _encode(run, prefix), _encode(run, suffix)
     gap = run.config.data.length - len(start) - len(end)
     if gap <= 0:
-        raise ValueError(
-            f"--prefix and --suffix take {len(start)} + {len(end)} tokens of the model's {run.config.data.length} and "
-            "leave no gap: shorten them"
+        raise errors.UserError(
+            f"{errors.name('prefix')} and {errors.name('suffix')} take {len(start)} + {len(end)} tokens of the model's "
+            f"{run.config.data.length} and leave no gap",
+            remedy="shorten them",
         )
     return assemble(run, [start, (gap, None), end])
 
@@ -101,13 +119,15 @@ def assemble(run: runs.Run, parts: list[Part], shown: int | None = None) -> Temp
     """Known tokens and gaps one after another; `shown` tokens of them, or all.
 
     Raises:
-        ValueError: where they are longer than the model.
+        errors.UserError: where they are longer than the model.
     """
     length = run.config.data.length
     sizes = [part[0] if isinstance(part, tuple) else len(part) for part in parts]
     total = sum(sizes)
     if total > length:
-        raise ValueError(f"the template is {total} tokens long, the model's length is {length}: shorten it or its gaps")
+        raise errors.UserError(
+            f"the template is {total} tokens long, the model's length is {length}", remedy="shorten it or its gaps"
+        )
     tokens, is_given, gaps = np.zeros(length, np.int32), np.zeros(length, bool), []
     position = 0
     for part, size in zip(parts, sizes, strict=True):
@@ -120,22 +140,23 @@ def assemble(run: runs.Run, parts: list[Part], shown: int | None = None) -> Temp
     return Template(tokens=tokens, is_given=is_given, length=total if shown is None else shown, gaps=tuple(gaps))
 
 
-def compile_patterns(run: runs.Run, templates: Sequence[Template]) -> moves.Patterns | None:
+def compile_patterns(run: runs.Run, templates: Sequence[Template]) -> constraints.Patterns | None:
     """The patterns of a batch of templates; None where there are none.
 
     Raises:
-        ValueError: where one is none or cannot be matched, or the run does not fill gaps mask by mask.
+        errors.UserError: where one is none or cannot be matched, or the run does not fill gaps mask by mask.
     """
     gaps = [gap for template in templates for gap in template.gaps]
     if not gaps:
         return None
-    if run.config.graph.name != "absorb":
-        raise ValueError(
+    if run.is_autoregressive or not run.graph.has_mask:
+        raise errors.UserError(
             f"the gap {{{gaps[0].length}:{gaps[0].pattern}}} has a pattern, which takes the masks of an absorbing run, "
-            f"not graph.name={run.config.graph.name}: leave the pattern out"
+            f"not {errors.name('config.graph.name')}={run.config.graph.name}",
+            remedy="leave the pattern out",
         )
     automaton, initial = patterns.compile([gap.pattern for gap in gaps], run.tokenizer, run.graph)
     for gap in patterns.kinds(gaps).values():
         patterns.check(gap, automaton, initial)
     places = [patterns.place(one.gaps, len(one.tokens), automaton, initial) for one in templates]
-    return moves.Patterns(automaton, jax.tree.map(lambda *rows: np.stack(rows), *places))
+    return constraints.Patterns(automaton, jax.tree.map(lambda *rows: np.stack(rows), *places))

@@ -56,9 +56,11 @@ def serve(
     """
     with contextlib.closing(_listen(host, port)) as listener:
         opened = requests.open_run(workdir, step)
-        name = f"{opened.run.config.sampling.sampler}, " if not opened.run.is_autoregressive else ""
+        name = (
+            f"{opened.checkpoint.run.config.sampling.sampler}, " if not opened.checkpoint.run.is_autoregressive else ""
+        )
         print(f"compiling the program that draws ({name}1 sample)", file=sys.stderr, flush=True)
-        requests.draw(opened, requests.parse(opened.run, ""), lambda name, content: None)
+        requests.draw(opened, requests.parse(opened.checkpoint.run, ""), lambda name, content: None)
         if host not in _LOCAL:
             print(f"--host={host}: whoever reaches this machine can draw from the run", file=sys.stderr)
         shown = "127.0.0.1" if _is_any(host) else f"[{host}]" if ":" in host else host
@@ -99,7 +101,7 @@ def app(opened: requests.Opened, *, host: str = "127.0.0.1", max_open: int = MAX
 
     async def draw(request: http.Request) -> responses.Response:
         # In a thread, since a pattern may take seconds.
-        wanted = await concurrency.run_in_threadpool(requests.parse, opened.run, request.url.query)
+        wanted = await concurrency.run_in_threadpool(requests.parse, opened.checkpoint.run, request.url.query)
         line = request.app.state.line
         try:
             place = line.enter(functools.partial(requests.draw, opened, wanted))

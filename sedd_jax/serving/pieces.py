@@ -19,7 +19,7 @@ def pieces(
 
     Where no token is masked the texts together are what the tokenizer makes of the whole row.
     """
-    masked = row == getattr(run.graph, "mask_id", -1)
+    masked = row == (run.graph.mask_id if run.graph.has_mask else -1)
     kinds = np.select([is_given, masked, row != before], [_GIVEN, _MASK, _NEW], _FILLED)
     found = []
     for start, stop in _stretches(kinds == _MASK):

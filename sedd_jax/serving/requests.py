@@ -9,14 +9,13 @@ import time
 import urllib.parse
 from typing import Any
 
-import jax
 import numpy as np
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import first_hitting, samplers, time_grids, trapezoidal
-from sedd_jax.model import autoregression, networks, score_draws
-from sedd_jax.runtime import sharding, storage
+from sedd_jax.diffusion import samplers, time_grids
+from sedd_jax.model import autoregression, sampling_config, score_draws
+from sedd_jax.runtime import errors, storage
 from sedd_jax.sampling import generate, templates
 from sedd_jax.serving import pieces, queue
 
@@ -45,7 +44,7 @@ class Setting:
 
 # Choices are few, since all but the number of steps make a program of its own, which is compiled once.
 SETTINGS = (
-    Setting(name="sampler", label="Sampler", choices=(*samplers.SAMPLERS, trapezoidal.NAME, first_hitting.NAME)),
+    Setting(name="sampler", label="Sampler", choices=tuple(samplers.SAMPLERS)),
     Setting(name="num_steps", label="Steps", least=1, most=4096),
     Setting(name="draw", label="Draws", choices=tuple(score_draws.DRAWS)),
     Setting(name="grid", label="Time grid", choices=time_grids.NAMES),
@@ -68,20 +67,14 @@ class RefusedError(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
-    """A run with the weights of one checkpoint on the devices.
+    """The run that the page is for.
 
     Attributes:
-        run: the run.
-        step: the checkpoint.
-        params: its moving average.
-        mesh: where it is.
+        checkpoint: the run with the weights of one checkpoint on the devices.
         compiled: the settings, but for the number of steps, that something was drawn with.
     """
 
-    run: runs.Run
-    step: int
-    params: networks.Params
-    mesh: jax.sharding.Mesh
+    checkpoint: runs.OpenRun
     compiled: set[configs.SamplingConfig] = dataclasses.field(default_factory=set)
 
 
@@ -97,10 +90,7 @@ class Request:
 
 def open_run(workdir: storage.Directory, step: int | None) -> Opened:
     """A run's moving average at a step (the newest if None), laid out as `generate.generate` does."""
-    run = runs.load(workdir)
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    step, params = run.ema_params(mesh, step)
-    return Opened(run=run, step=step, params=params, mesh=mesh)
+    return Opened(checkpoint=runs.load(workdir).restore(step))
 
 
 def settings_of(run: runs.Run) -> list[Setting]:
@@ -132,12 +122,12 @@ def defaults(run: runs.Run) -> configs.SamplingConfig:
 
 def describe(opened: Opened) -> dict[str, Any]:
     """What the page must know of a run, for JSON."""
-    run, values = opened.run, dataclasses.asdict(defaults(opened.run))
+    run, values = opened.checkpoint.run, dataclasses.asdict(defaults(opened.checkpoint.run))
     meanings = {name: meaning for name, _, meaning in configs.describe(configs.to_dict(run.config))}
     return {
         "name": pathlib.PurePath(str(run.workdir)).name,
         "workdir": str(run.workdir),
-        "step": opened.step,
+        "step": opened.checkpoint.step,
         "graph": run.config.graph.name,
         "source": run.config.data.source,
         "tokenizer": run.config.data.tokenizer,
@@ -179,28 +169,35 @@ def parse(run: runs.Run, query: str) -> Request:
     seed = _value(Setting(name="seed", label="", most=MAX_SEED), given.get("seed", "0"), int)
     template = given.get("template", "")
     try:
-        settings = generate.sampling_of(run, **dataclasses.asdict(defaults(run)) | changed)
-    except ValueError as error:
-        raise RefusedError(400, str(error).replace("config.sampling.", "")) from error
+        settings = run.sampling(**dataclasses.asdict(defaults(run)) | changed)
+    except errors.UserError as error:
+        raise RefusedError(400, error.worded(_spelled)) from error
     try:
         if "\0" in template:
-            raise ValueError("the template holds the character U+0000, which no command line can: remove it")
+            raise errors.UserError(
+                "holds the character U+0000, which no command line can", field="template", remedy="remove it"
+            )
         parsed = templates.parse(run, template)
         templates.compile_patterns(run, [parsed])
         if run.is_autoregressive:
             autoregression.refuse_text_after_gaps(parsed.is_given)
-    except ValueError as error:
-        raise RefusedError(422, str(error).replace("--template", "the template")) from error
+    except errors.UserError as error:
+        raise RefusedError(422, error.worded(_spelled)) from error
     return Request(template=template, parsed=parsed, settings=settings, seed=seed)
+
+
+def _spelled(field: str) -> str:
+    """The name of an input as the page gives it."""
+    return "the template" if field == "template" else field.removeprefix("config.sampling.")
 
 
 def command(opened: Opened, request: Request) -> str:
     """The `sedd sample` that draws the same texts."""
-    values = {"workdir": opened.run.workdir, "step": opened.step, "template": request.template}
-    own = opened.run.config.sampling
-    for setting in settings_of(opened.run):
+    values = {"workdir": opened.checkpoint.run.workdir, "step": opened.checkpoint.step, "template": request.template}
+    own = opened.checkpoint.run.config.sampling
+    for setting in settings_of(opened.checkpoint.run):
         value = getattr(request.settings, setting.name)
-        if setting.name not in configs.REFINEMENTS or value != getattr(own, setting.name):
+        if setting.name not in sampling_config.REFINEMENTS or value != getattr(own, setting.name):
             values[setting.name] = value
     values |= {"seed": request.seed}
     return " ".join(["sedd sample", *(f"--{name}={shlex.quote(str(value))}" for name, value in values.items())])
@@ -208,13 +205,13 @@ def command(opened: Opened, request: Request) -> str:
 
 def draw(opened: Opened, request: Request, emit: queue.Emit) -> None:
     """Draws what a request asks for: emits `started`, `step` for each state of the trajectory, at last `done`."""
-    run, parsed = opened.run, request.parsed
+    run, parsed = opened.checkpoint.run, request.parsed
     program = dataclasses.replace(request.settings, num_steps=1)
     emit("started", {"is_first": program not in opened.compiled})
     begun = time.monotonic()
     is_given = parsed.is_given[: parsed.length]
     before = None
-    if (mask_id := getattr(run.graph, "mask_id", None)) is not None:
+    if (mask_id := run.graph.mask_id) is not None:
         start = np.where(is_given, parsed.tokens[: parsed.length], mask_id)
         before = np.broadcast_to(start, (request.settings.num_samples, parsed.length))
         samples = [pieces.pieces(run, row, is_given, row) for row in before]
@@ -228,16 +225,8 @@ def draw(opened: Opened, request: Request, emit: queue.Emit) -> None:
         before = rows
         emit("step", {"taken": taken, "total": total, "samples": samples})
 
-    with jax.set_mesh(opened.mesh):
-        drawn = generate.draw_samples(
-            run,
-            opened.params,
-            parsed,
-            request.settings,
-            seed=request.seed,
-            step=opened.step,
-            watch_tokens=watch,
-        )
+    with opened.checkpoint.on_devices():
+        drawn = generate.draw_samples(opened.checkpoint, parsed, request.settings, seed=request.seed, watch=watch)
     opened.compiled.add(program)
     facts = {name: getattr(drawn[0], name) for name in ("sampler", "num_steps", "nfe", "draw", "seed", "step")}
     texts = [sample.text for sample in drawn]
@@ -248,10 +237,8 @@ def draw(opened: Opened, request: Request, emit: queue.Emit) -> None:
 def _takes(run: runs.Run, setting: Setting, value: Any) -> bool:
     usual = configs.SamplingConfig()
     try:
-        generate.sampling_of(
-            run, **{other.name: getattr(usual, other.name) for other in SETTINGS} | {setting.name: value}
-        )
-    except ValueError:
+        run.sampling(**{other.name: getattr(usual, other.name) for other in SETTINGS} | {setting.name: value})
+    except errors.UserError:
         return False
     return True
 

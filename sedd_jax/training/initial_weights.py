@@ -59,7 +59,7 @@ def take(run: runs.Run, state: train_state.TrainState, mesh: jax.sharding.Mesh) 
         The state, and what was taken, for the user.
     """
     source = runs.load(storage.directory(run.config.init_from))
-    step, params = source.ema_params(mesh)
+    step, params = source.params("ema_params", mesh)
     said = f"weights are those of step {step} of {run.config.init_from}, averaged"
     if source.tokenizer.fingerprint() != run.tokenizer.fingerprint():
         params = params | {name: state.params[name] for name in _OF_TOKENS}

@@ -18,10 +18,10 @@ from sedd_jax import config as configs
 from sedd_jax.data import batches
 from sedd_jax.diffusion import losses
 from sedd_jax.evaluation import likelihoods
-from sedd_jax.model import optimizers, train_state
+from sedd_jax.model import networks, objectives, optimizers, train_state
 from sedd_jax.runtime import accelerators, processes, sharding, storage
 from sedd_jax.sampling import generate, templates
-from sedd_jax.training import curves, initial_weights, metric_writers
+from sedd_jax.training import initial_weights, loss_curves, metric_writers
 
 # What a run writes beside checkpoints, once it is made.
 _WRITTEN = ("metrics.jsonl", "loss.png", "samples/*", "tensorboard/**/*")
@@ -105,7 +105,8 @@ def train_step(
 
     def loss_fn(params: Any, key: Any, x0: Int[Array, "b L"], t: Float[Array, "b"]):
         key_noise, key_dropout = jax.random.split(key)
-        bounds = likelihoods.sequence_bounds(params, key_noise, x0, t, run=run, dropout_key=key_dropout)
+        model = networks.Model(run.network, params)
+        bounds = objectives.sequence_bounds(key_noise, model, run.process, x0, t, key_dropout)
         return bounds.score_entropy.mean(), bounds.cross_entropy.mean()
 
     def micro_batch(total: Any, inputs: Any):
@@ -127,7 +128,7 @@ def train_step(
         "train/grad_norm": optax.tree.norm(grads),
         "train/learning_rate": optimizers.learning_rate(run.config.optimizer, state.step),
     }
-    if run.config.graph.name == "absorb":
+    if run.graph.has_cross_entropy and not run.is_autoregressive:
         metrics["train/cross_entropy"] = cross_entropy / x0.shape[1]
     return train_state.TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
@@ -235,12 +236,13 @@ def _loop(
             writer.write(step, held_out_metrics)
         if due(settings.sample_every) and not stops:
             with writer.pause():
-                writer.say(_write_samples(run, state.ema_params, step))
+                model = networks.Model(run.network, state.ema_params)
+                writer.say(_write_samples(runs.OpenRun(run=run, step=step, model=model, mesh=mesh)))
         if due(settings.checkpoint_every) or stops:
             with writer.pause():
                 _check_finite(step, metrics, saved)
                 if processes.is_first():
-                    curves.plot_curves(run.local / "metrics.jsonl", run.local / "loss.png", references)
+                    loss_curves.plot_curves(run.local / "metrics.jsonl", run.local / "loss.png", references)
                     storage.upload(run.workdir, *_WRITTEN)  # Before the checkpoint, whose steps' metrics must be there.
                 saved.save(step, state)
         if stops:
@@ -295,9 +297,9 @@ def _reference_entropies(run: runs.Run) -> dict[str, float]:
     return {"unigram entropy": known.unigram, "bigram entropy": known.bigram}
 
 
-def _write_samples(run: runs.Run, params: Any, step: int) -> str:
-    whole = templates.parse(run, "")
-    samples = generate.draw_samples(run, params, whole, run.config.sampling, seed=step, step=step)
+def _write_samples(opened: runs.OpenRun) -> str:
+    run, step = opened.run, opened.step
+    samples = generate.draw_samples(opened, templates.parse(run, ""), run.config.sampling, seed=step)
     text = "\n".join(f"--- sample {sample.index + 1} at step {step}\n{sample.text}" for sample in samples)
     if not processes.is_first():
         return text

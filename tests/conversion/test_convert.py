@@ -356,8 +356,8 @@ def test_a_checkpoint_of_mdlm_becomes_a_run(tmp_path):
     # Scores out of the mask are the law of x0 over e^sigma - 1, whatever noise the network is told.
     _, params = run.ema_params()
     xt, sigma = jnp.full((2, 24), 26), jnp.array([0.1, 3.0])
-    features = networks.apply(run.network, params, xt, sigma)
-    score = np.exp(score_heads.log_score(run.network, params, features, xt, sigma))[..., :26]
+    features = networks.apply(networks.Model(run.network, params), xt, sigma)
+    score = np.exp(score_heads.log_score(networks.Model(run.network, params), features, xt, sigma))[..., :26]
     law = score * np.expm1(np.asarray(sigma))[:, None, None]
     np.testing.assert_allclose(law[0], law[1], rtol=1e-4)
     with torch.inference_mode():

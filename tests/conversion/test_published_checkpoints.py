@@ -18,7 +18,7 @@ import yaml
 
 from sedd_jax import runs
 from sedd_jax.conversion import published_checkpoints, torch_model, torch_weights
-from sedd_jax.diffusion import graphs, losses, noise_schedules
+from sedd_jax.diffusion import forward, graphs, losses, noise_schedules
 from sedd_jax.model import networks, score_heads
 from tests.support import foreign, goldens, places
 
@@ -115,11 +115,15 @@ def test_mdlm_means_the_law_of_x0(tmp_path, model):
     xt = np.asarray(graph.sample_transition(jax.random.key(0), jnp.asarray(x0), sigma))
 
     def summary_fn(xt, x0, sigma):
-        features = networks.apply(network, params, xt, sigma)
-        return score_heads.summarize(network, params, features, xt, x0, sigma, graph.is_noise(xt))
+        features = networks.apply(networks.Model(network, params), xt, sigma)
+        return score_heads.summarize(networks.Model(network, params), features, xt, x0, sigma, graph.is_noise(xt))
 
     bounds = losses.bounds(
-        summary_fn, graph, noise_schedules.LogLinear(), jnp.asarray(x0), jnp.asarray(xt), jnp.asarray(t)
+        summary_fn,
+        forward.Process(graph, noise_schedules.LogLinear()),
+        jnp.asarray(x0),
+        jnp.asarray(xt),
+        jnp.asarray(t),
     )
     with torch.inference_mode():
         z = model.output_layer.linear(model.features(torch.tensor(xt).long(), torch.zeros(3)))[..., :26].double()
@@ -134,7 +138,7 @@ def test_a_network_without_noise_takes_every_noise_for_zero(model):
     tensors = {name: x.numpy() for name, x in model.state_dict().items()}
     params = torch_weights.from_torch(torch_weights.without_noise(tensors), config)
     xt = np.random.default_rng(1).integers(27, size=(3, 24))
-    ours = networks.apply(config, params, jnp.asarray(xt, jnp.int32), jnp.array([1e-3, 1.0, 6.0]))
+    ours = networks.apply(networks.Model(config, params), jnp.asarray(xt, jnp.int32), jnp.array([1e-3, 1.0, 6.0]))
     with torch.inference_mode():
         np.testing.assert_allclose(ours, model.features(torch.from_numpy(xt), torch.zeros(3)), atol=5e-6, rtol=1e-5)
 

@@ -44,7 +44,7 @@ def test_draws_follow_the_law_by_enumeration(kind, sampler):
     start = oracles.marginal(graph, P0, float(NOISE.sigma(jnp.float32(1.0)))).ravel()
     xs = oracles.states(graph, 2)
     xt = jnp.asarray(xs[np.random.default_rng(1).choice(len(xs), size=draws, p=start / start.sum())])
-    given = samplers.nothing_given(xt.shape)
+    given = steps.nothing_given(xt.shape)
     predict = samplers.predictor(
         oracles.dense_move(oracles.exact_score_fn(graph, P0)), graph, NOISE, given, sampler=sampler
     )
@@ -67,7 +67,7 @@ def test_they_bring_the_law_nearer_to_the_exact_one(kind):
 
 def test_given_tokens_are_never_taken_back():
     graph, seen = GRAPHS["absorb"], []
-    given = samplers.Given(jnp.full((50, 3), 2), jnp.tile(jnp.array([[True, False, False]]), (50, 1)))
+    given = steps.Given(jnp.full((50, 3), 2), jnp.tile(jnp.array([[True, False, False]]), (50, 1)))
 
     def move(key, xt, sigma, is_movable, jump_fn):
         jax.debug.callback(lambda *x: seen.append([np.asarray(part) for part in x]), xt, is_movable)
@@ -105,7 +105,7 @@ def test_corrector_steps_of_first_hitting_are_gibbs_steps():
 
     def drawn(corrector_steps):
         """First both at once, as from `finish`, then steps that begin with nothing to fill but what is taken back."""
-        given = samplers.nothing_given((draws, 2))
+        given = steps.nothing_given((draws, 2))
         key_pair, key_steps = jax.random.split(jax.random.key(corrector_steps))
         xt = first_hitting.finish(key_pair, move, graph, NOISE, given, jnp.full((draws, 2), N))
         course = first_hitting.draw_course(key_steps, graph, NOISE, given)
@@ -130,7 +130,7 @@ def test_first_hitting_takes_each_evaluation_again():
         return jnp.where(is_movable, 0, xt)
 
     graph = GRAPHS["absorb"]
-    given = samplers.Given(jnp.zeros((2, 8), jnp.int32), jnp.arange(8)[None] >= jnp.array([[8], [3]]))
+    given = steps.Given(jnp.zeros((2, 8), jnp.int32), jnp.arange(8)[None] >= jnp.array([[8], [3]]))
     xt = first_hitting.reverse_steps(
         jax.random.key(0), recorded, graph, NOISE, given, jnp.full((2, 8), N), 0, 3, 3, corrector_steps=1
     )

@@ -10,7 +10,7 @@ import scipy.stats
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import first_hitting, graphs, noise_schedules, samplers
+from sedd_jax.diffusion import first_hitting, graphs, noise_schedules
 from sedd_jax.runtime import sharding
 from sedd_jax.sampling import generate, refill, templates
 from tests.support import oracles
@@ -54,7 +54,7 @@ def counts(tokens):
 @pytest.mark.parametrize("num_steps", [2, 3, 9])
 @pytest.mark.parametrize("noise", sorted(NOISES))
 def test_one_evaluation_a_token_is_exact(noise, num_steps):
-    given = samplers.nothing_given((DRAWS, 3))
+    given = steps.nothing_given((DRAWS, 3))
     drawn = sample(jax.random.key(num_steps), NOISES[noise], given, num_steps)
     assert oracles.chi_square_p(counts(drawn), P0.ravel()) > 1e-4
 
@@ -66,7 +66,7 @@ def test_two_tokens_an_evaluation_have_the_law_of_independent_pairs():
         second, third = (i for i in range(3) if i != first)
         own = P0.sum((second, third), keepdims=True)
         law += P0.sum(second, keepdims=True) * P0.sum(third, keepdims=True) / own / 3
-    given = samplers.nothing_given((DRAWS, 3))
+    given = steps.nothing_given((DRAWS, 3))
     drawn = sample(jax.random.key(0), NOISES["loglinear"], given, 1)
     assert oracles.chi_square_p(counts(drawn), law.ravel()) > 1e-4
     assert oracles.chi_square_p(counts(drawn), P0.ravel()) < 1e-6
@@ -74,7 +74,7 @@ def test_two_tokens_an_evaluation_have_the_law_of_independent_pairs():
 
 def test_infilling_follows_the_conditional_law_and_keeps_what_is_given():
     is_given = jnp.tile(jnp.array([[False, True, False]]), (DRAWS, 1))
-    given = samplers.Given(jnp.full((DRAWS, 3), 1), is_given)
+    given = steps.Given(jnp.full((DRAWS, 3), 1), is_given)
     drawn = np.asarray(sample(jax.random.key(1), NOISES["loglinear"], given, 1))
     assert (drawn[:, 1] == 1).all()
     law = P0[:, 1] / P0[:, 1].sum()
@@ -91,7 +91,7 @@ def test_every_sequence_has_a_clock_of_the_known_law(noise, num_given):
         jax.debug.callback(lambda *x: seen.append([np.asarray(part) for part in x]), sigma, xt, is_movable)
         return move_fn(key, xt, sigma, is_movable, jump_fn)
 
-    given = samplers.Given(jnp.ones((4000, 3), jnp.int32), jnp.tile(jnp.arange(3)[None] < num_given, (4000, 1)))
+    given = steps.Given(jnp.ones((4000, 3), jnp.int32), jnp.tile(jnp.arange(3)[None] < num_given, (4000, 1)))
     sample(jax.random.key(2), NOISES[noise], given, 2 - num_given, recorded)
     jax.effects_barrier()
     assert len(seen) == 3 - num_given
@@ -119,12 +119,12 @@ def test_gaps_of_each_sequence_are_filled_in_even_shares_and_nothing_is_evaluate
 
     length = 12
     num_gaps = np.array([12, 5, 1, 0])
-    given = samplers.Given(jnp.zeros((4, length), jnp.int32), jnp.arange(length)[None] >= num_gaps[:, None])
+    given = steps.Given(jnp.zeros((4, length), jnp.int32), jnp.arange(length)[None] >= num_gaps[:, None])
     out = sample(jax.random.key(3), NOISES["loglinear"], given, 3, recorded)
     assert (np.asarray(out) == 0).all()
     np.testing.assert_array_equal(seen, [[3, 1, 1, 0], [3, 1, 0, 0], [3, 1, 0, 0], [3, 2, 0, 0]])
     seen.clear()
-    short = samplers.Given(given.tokens[1:], given.is_given[1:])
+    short = steps.Given(given.tokens[1:], given.is_given[1:])
     sample(jax.random.key(3), NOISES["loglinear"], short, 100, recorded)
     assert len(seen) == 6  # One for each of five gaps, and `finish`, which `generate` counts among them.
 
@@ -132,7 +132,7 @@ def test_gaps_of_each_sequence_are_filled_in_even_shares_and_nothing_is_evaluate
 @pytest.fixture
 def settings(code_run):
     run = runs.load(code_run)
-    return run, generate.sampling_of(run, sampler="first_hitting", num_steps=100, num_samples=8)
+    return run, run.sampling(sampler="first_hitting", num_steps=100, num_samples=8)
 
 
 def test_a_run_is_sampled_with_as_many_evaluations_as_gaps(settings):

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import scipy.special
 
-from sedd_jax.diffusion import graphs, noise_schedules
+from sedd_jax.diffusion import graphs, noise_schedules, scores
 from tests.support import goldens, oracles
 
 SMALL = [
@@ -35,7 +35,7 @@ def recorded_quantities(case: str) -> dict[str, jax.Array]:
     @jax.jit
     def compute(sigma):
         every = jnp.arange(graph.num_states)[None]
-        score_entropy = graph.score_entropy(graphs.summarize(log_score, xt, x0), sigma, xt, x0)
+        score_entropy = graph.score_entropy(scores.summarize(log_score, xt, x0), sigma, xt, x0)
         return {
             "rate": graph.rate_column(every)[0],
             "transp_rate": graph.rate_row(every)[0],
@@ -52,7 +52,7 @@ def recorded_quantities(case: str) -> dict[str, jax.Array]:
 def reverse_rate(graph: graphs.Graph, score: jax.Array, xt: jax.Array) -> jax.Array:
     """Rates out of xt with minus their sum at xt, [B, L, V], from the one number the graph gives a position."""
     rate = graph.reverse_rate(xt)
-    return oracles.jump_weights(lambda total: graphs.Jump(stay=-rate * total, slope=rate), score, xt)
+    return oracles.jump_weights(lambda total: scores.Jump(stay=-rate * total, slope=rate), score, xt)
 
 
 @goldens.cases("graph.npz", r"\.staggered_score(__f64)?$")
@@ -87,7 +87,7 @@ def brute(request):
 
 def reachable_pairs(graph: graphs.Graph, xt: jax.Array, x0: jax.Array) -> np.ndarray:
     """Where xt can come from x0, a clean token."""
-    clean = np.asarray(x0[0]) != graph.mask_id if isinstance(graph, graphs.Absorbing) else True
+    clean = np.asarray(x0[0]) != graph.mask_id if graph.has_mask else True
     return clean & (oracles.kernel(graph, 1.0)[xt[0], x0[0]] > 0)
 
 
@@ -114,7 +114,7 @@ def test_score_entropy_is_its_definition(brute):
     graph, xt, x0, log_score = brute
     q = oracles.rate_matrix(graph)
     reachable = reachable_pairs(graph, xt, x0)
-    summary = graphs.summarize(jnp.asarray(log_score), xt, x0)
+    summary = scores.summarize(jnp.asarray(log_score), xt, x0)
     score_entropy = jax.jit(graph.score_entropy)
     for sigma in SIGMAS:
         ours = score_entropy(summary, jnp.full(1, sigma), xt, x0)[0]
@@ -130,7 +130,7 @@ def test_score_entropy_is_never_negative_and_zero_at_the_true_ratio(brute):
         for sigma in SIGMAS[1:]:
             ratio = np.stack([oracles.ratios(graph, float(sigma), *pair) for pair in zip(xt[0], x0[0], strict=True)])
             log_score = jnp.log(jnp.maximum(jnp.asarray(ratio)[None], 1e-300))
-            summary = graphs.summarize(log_score, xt, x0)
+            summary = scores.summarize(log_score, xt, x0)
             value = graph.score_entropy(summary, jnp.full(1, float(sigma)), xt, x0)[0]
             np.testing.assert_allclose(value[reachable_pairs(graph, xt, x0)], 0, atol=1e-9)
 
@@ -141,10 +141,11 @@ def test_reverse_weights_are_their_definition(brute):
     for delta_sigma in SIGMAS[1:]:
         expected = oracles.step_weights(graph, "tweedie", score[0].astype(float), xt[0], float(delta_sigma), 0.0)
         removed = jnp.full(1, delta_sigma)
-        ours = oracles.jump_weights(lambda total, d=removed: graph.tweedie_jump(total, xt, d), jnp.asarray(score), xt)[
-            0
-        ]
-        if isinstance(graph, graphs.Absorbing):
+        weights = lambda jump, d=removed: oracles.jump_weights(
+            lambda total: jump(total, xt, d), jnp.asarray(score), xt
+        )[0]
+        ours = weights(graph.tweedie_jump)
+        if graph.has_mask:
             # A token that is not the mask stays; the definition says so up to a factor.
             expected /= np.where(xt[0] == graph.mask_id, 1.0, expected.sum(-1))[:, None]
             denoised = np.where(np.arange(graph.num_states) == graph.mask_id, 0.0, expected)
@@ -152,10 +153,8 @@ def test_reverse_weights_are_their_definition(brute):
             denoised = expected
         scale = np.abs(expected).max(-1, keepdims=True)
         np.testing.assert_allclose(ours / scale, expected / scale, atol=2e-6)
-        last = oracles.jump_weights(lambda total, d=removed: graph.denoise_jump(total, xt, d), jnp.asarray(score), xt)[
-            0
-        ]
-        moving = xt[0] == graph.mask_id if isinstance(graph, graphs.Absorbing) else np.full(xt.shape[1], True)
+        last = weights(graph.denoise_jump)
+        moving = xt[0] == graph.mask_id if graph.has_mask else np.full(xt.shape[1], True)
         share = lambda w: w / np.abs(w).sum(-1, keepdims=True)
         np.testing.assert_allclose(share(np.asarray(last)[moving]), share(denoised[moving]), atol=2e-6)
 
@@ -163,7 +162,7 @@ def test_reverse_weights_are_their_definition(brute):
 @pytest.mark.parametrize("graph", SMALL, ids=str)
 @pytest.mark.parametrize("sigma", [0.05, 0.7, 3.0])
 def test_sample_transition_follows_the_matrix_exponential(graph, sigma):
-    tokens = [x for x in range(graph.num_states) if x != getattr(graph, "mask_id", None)]
+    tokens = [x for x in range(graph.num_states) if x != graph.mask_id]
     x0 = jnp.tile(jnp.array(tokens, jnp.int32), (4000, 1))
     xt = np.asarray(graph.sample_transition(jax.random.key(3), x0, jnp.full(4000, sigma)))
     for column, x in enumerate(tokens):
@@ -188,13 +187,13 @@ def test_mask_may_be_any_id():
     moved_score = jnp.empty_like(log_score).at[..., to_middle].set(log_score)
     sigma = jnp.array([0.1, 1.0, 3.0])
     summaries = [
-        graphs.summarize(log_score, xt, x0),
-        graphs.summarize(moved_score, to_middle[xt], to_middle[x0]),
+        scores.summarize(log_score, xt, x0),
+        scores.summarize(moved_score, to_middle[xt], to_middle[x0]),
     ]
-    for name, rest in (("score_entropy", (xt, x0)), ("cross_entropy", (xt,))):
+    for name in ("score_entropy", "cross_entropy", "reconstruction"):
         ours = [
-            getattr(last, name)(summaries[0], sigma, *rest),
-            getattr(middle, name)(summaries[1], sigma, *(to_middle[x] for x in rest)),
+            getattr(last, name)(summaries[0], sigma, xt, x0),
+            getattr(middle, name)(summaries[1], sigma, to_middle[xt], to_middle[x0]),
         ]
         np.testing.assert_allclose(*ours, rtol=1e-5)
     noised = last.sample_transition(jax.random.key(0), x0, sigma)
@@ -211,7 +210,7 @@ def test_mask_may_be_any_id():
 def true_score_entropy(graph: graphs.Graph, log_score: np.ndarray, sigma: float, xt: int, x0: int) -> float:
     """The definition in float64 at any N, with ratios that never lose digits to a difference."""
     a, n = np.expm1(sigma), graph.vocab_size
-    if isinstance(graph, graphs.Absorbing):
+    if graph.has_mask:
         rate, ratio = np.ones(n + 1), np.zeros(n + 1)
         ratio[x0] = 1 / a
     else:
@@ -230,7 +229,7 @@ def test_score_entropy_is_accurate_at_full_vocabulary(graph, noise):
     """At every time, moved or not, with random scores of the size a network gives."""
     t = jnp.array(np.geomspace(1e-5, 1.0, 16), jnp.float32)
     sigma = noise.sigma(t)
-    masked = isinstance(graph, graphs.Absorbing)
+    masked = graph.has_mask
     x0 = 11
     xts = [graph.mask_id] if masked else [x0, 4711]
     rng = np.random.default_rng(0)
@@ -244,7 +243,7 @@ def test_score_entropy_is_accurate_at_full_vocabulary(graph, noise):
             summaries.append((scipy.special.logsumexp(others), others.sum() / graph.num_states, log_score[x0]))
             expected.append(true_score_entropy(graph, log_score, s, xt, x0))
     shape = (len(t), len(xts))
-    summary = graphs.ScoreSummary(
+    summary = scores.ScoreSummary(
         *(jnp.asarray(np.reshape(x, shape), jnp.float32) for x in zip(*summaries, strict=True))
     )
     xt = jnp.tile(jnp.array([xts], jnp.int32), (len(t), 1))
@@ -257,7 +256,7 @@ def test_score_entropy_is_accurate_at_full_vocabulary(graph, noise):
 def test_loss_terms_and_gradients_are_finite_at_every_time(graph, noise):
     t = jnp.geomspace(1e-5, 1.0, 3001)
     shape = (len(t), 3)
-    masked = isinstance(graph, graphs.Absorbing)
+    masked = graph.has_mask
     current = graph.mask_id if masked else 11
     xt = jnp.tile(jnp.array([[current, 11, 4711]]), (len(t), 1))
     x0 = jnp.full(shape, 11)
@@ -267,10 +266,10 @@ def test_loss_terms_and_gradients_are_finite_at_every_time(graph, noise):
         sigma = noise.sigma(t)
         scale = -(jnp.log(jnp.expm1(sigma)) + jnp.log(50257.0))[:, None] if masked else jnp.zeros_like(sigma)[:, None]
         at_x0 = jnp.where(xt == x0, 0.0, z[2] + scale)
-        summary = graphs.ScoreSummary(z[0] + jnp.log(50257.0) + scale, z[1] + scale, at_x0)
+        summary = scores.ScoreSummary(z[0] + jnp.log(50257.0) + scale, z[1] + scale, at_x0)
         values = [graph.score_entropy(summary, sigma, xt, x0)]
         if masked:
-            values.append(graph.cross_entropy(summary, sigma, xt))
+            values.append(graph.cross_entropy(summary, sigma, xt, x0))
         return noise.dsigma_dt(t)[:, None] * sum(values)
 
     for size in (0.0, 1.0, 20.0):
@@ -287,10 +286,11 @@ def test_cross_entropy_is_never_above_score_entropy(graph):
     sigma = noise_schedules.LogLinear().sigma(t)
     xt, x0 = jnp.full((64, 16), 30), jnp.asarray(rng.integers(0, 30, (64, 16)), jnp.int32)
     log_score = jnp.asarray(rng.normal(scale=3.0, size=(64, 16, 31)), jnp.float32)
-    summary = graphs.summarize(log_score, xt, x0)
-    score_entropy, cross_entropy = graph.score_entropy(summary, sigma, xt, x0), graph.cross_entropy(summary, sigma, xt)
+    summary = scores.summarize(log_score, xt, x0)
+    score_entropy = graph.score_entropy(summary, sigma, xt, x0)
+    cross_entropy = graph.cross_entropy(summary, sigma, xt, x0)
     assert (cross_entropy <= score_entropy * (1 + 1e-5) + 1e-5).all()
     total = -jnp.log(jnp.expm1(sigma))[:, None]
-    at_the_known_sum = graphs.ScoreSummary(total, summary.mean, summary.at_x0 - summary.logsumexp + total)
+    at_the_known_sum = scores.ScoreSummary(total, summary.mean, summary.at_x0 - summary.logsumexp + total)
     rescaled = graph.score_entropy(at_the_known_sum, sigma, xt, x0)
     np.testing.assert_allclose(rescaled, cross_entropy, rtol=1e-4, atol=1e-4 * float(jnp.exp(total).max()))

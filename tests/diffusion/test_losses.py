@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sedd_jax.conversion import torch_weights
-from sedd_jax.diffusion import graphs, losses, noise_schedules
-from sedd_jax.model import networks, score_heads
+from sedd_jax.diffusion import forward, graphs, losses, noise_schedules, scores
+from sedd_jax.model import networks, objectives
 from tests.support import goldens, oracles
 
 
@@ -24,7 +24,7 @@ def recorded_loss(name: str, noise: str) -> dict[str, np.ndarray]:
     @jax.jit
     def score_entropy(xt, x0, t):
         sigma = goldens.NOISES[noise].sigma(t)
-        summary = graphs.summarize(goldens.log_score(name, params, xt, sigma), xt, x0)
+        summary = scores.summarize(goldens.log_score(name, params, xt, sigma), xt, x0)
         return graph.score_entropy(summary, sigma, xt, x0)
 
     return {
@@ -62,7 +62,7 @@ def zero_head(graph: graphs.Graph) -> losses.SummaryFn:
     def summary_fn(xt, x0, sigma):
         scale = -jnp.log(jnp.expm1(sigma) * graph.vocab_size)[:, None]
         mean = scale * graph.vocab_size / graph.num_states + 0.0 * xt
-        return graphs.ScoreSummary(scale + jnp.log(jnp.float32(graph.vocab_size)) + 0.0 * xt, mean, scale + 0.0 * xt)
+        return scores.ScoreSummary(scale + jnp.log(jnp.float32(graph.vocab_size)) + 0.0 * xt, mean, scale + 0.0 * xt)
 
     return summary_fn
 
@@ -73,7 +73,8 @@ def test_fresh_network_loss_of_a_masked_token(entry, golden):
     graph = graphs.Absorbing(vocab_size=size, mask_id=size)
     t = jnp.asarray(golden("init.npz")[f"absorb.n{size}.t"])
     masked = jnp.full((len(t), 1), size)
-    bounds = losses.bounds(zero_head(graph), graph, goldens.NOISES["loglinear"], jnp.zeros_like(masked), masked, t)
+    process = forward.Process(graph, goldens.NOISES["loglinear"])
+    bounds = losses.bounds(zero_head(graph), process, jnp.zeros_like(masked), masked, t)
     entry.check(bounds.score_entropy)
     entry.check(bounds.cross_entropy)
 
@@ -81,22 +82,19 @@ def test_fresh_network_loss_of_a_masked_token(entry, golden):
 def test_fresh_network_loses_log_of_the_vocabulary_a_token():
     """The whole path, from initialisation through noise and times to the loss of a sequence."""
     length, batch = 16, 256
-    graph = graphs.Absorbing(vocab_size=26, mask_id=26)
+    process = forward.Process(graphs.Absorbing(vocab_size=26, mask_id=26), noise_schedules.LogLinear())
     config = networks.NetworkConfig(
         num_states=27, hidden_size=16, num_layers=1, num_heads=2, cond_dim=8, dtype="float32", dropout=0.0
     )
     params = jax.jit(lambda key: networks.init(key, config))(jax.random.key(0))
-    summary_fn = lambda xt, x0, sigma: score_heads.summarize(
-        config, params, networks.apply(config, params, xt, sigma), xt, x0, sigma, graph.is_noise(xt)
-    )
+    summary_fn = objectives.summary_fn(networks.Model(config, params), process)
 
     @jax.jit
     def loss(key):
         key_t, key_xt = jax.random.split(key)
         x0 = jnp.zeros((batch, length), jnp.int32)
-        noise = noise_schedules.LogLinear()
         t = losses.sample_times(key_t, batch)
-        return losses.denoising_score_entropy(key_xt, summary_fn, graph, noise, x0, t).score_entropy
+        return losses.denoising_score_entropy(key_xt, summary_fn, process, x0, t).score_entropy
 
     values = np.asarray(loss(jax.random.key(1)))
     expected = (1 - 1e-3) * length * np.log(26)
@@ -110,13 +108,13 @@ def exact_loss(kind: str, noise: noise_schedules.NoiseSchedule, p0: np.ndarray, 
     clean = xs[(xs < p0.shape[0]).all(-1)]
     x0, xt = jnp.asarray(np.repeat(clean, len(xs), 0)), jnp.asarray(np.tile(xs, (len(clean), 1)))
     score_fn = oracles.exact_score_fn(graph, p0)
-    summary_fn = lambda xt, x0, sigma: graphs.summarize(jnp.log(score_fn(xt, sigma)), xt, x0)
+    summary_fn = lambda xt, x0, sigma: scores.summarize(jnp.log(score_fn(xt, sigma)), xt, x0)
 
     @jax.jit
     def expected(t):
         times = jnp.full(len(xt), t)
         kernel = jnp.take_along_axis(graph.transition_column(x0, noise.sigma(times)), xt[..., None], -1)[..., 0]
-        value = losses.bounds(summary_fn, graph, noise, x0, xt, times).score_entropy
+        value = losses.bounds(summary_fn, forward.Process(graph, noise), x0, xt, times).score_entropy
         weight = jnp.repeat(jnp.asarray(p0.ravel()), len(xs)) * kernel.prod(-1)
         # What cannot happen has no finite loss, and does not count.
         return jnp.where(weight > 0, weight * value, 0.0).sum()
@@ -160,8 +158,8 @@ def test_exact_problems_are_what_they_say(entry, golden):
         with jax.enable_x64(True):
             xs = jnp.asarray(oracles.states(graph, p0.ndim))
             score_fn = oracles.exact_score_fn(graph, p0)
-            scores = [score_fn(xs, jnp.full(len(xs), sigma)) for sigma in arrays[f"{case}.score_sigmas"]]
-        entry.check(jnp.stack(scores))
+            found = [score_fn(xs, jnp.full(len(xs), sigma)) for sigma in arrays[f"{case}.score_sigmas"]]
+        entry.check(jnp.stack(found))
     elif quantity == "p0":
         np.testing.assert_allclose(p0.sum(), 1)
     else:

@@ -7,18 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import graphs, noise_schedules, samplers, time_grids
+from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
 from tests.support import goldens, oracles
 
 PUBLISHED = {"euler": "euler", "analytic": "tweedie"}
+JUMPS = {"euler": steps.euler, "tau_leaping": steps.tau_leaping, "tweedie": steps.tweedie}
 P0 = {
     1: np.array([0.4, 0.05, 0.3, 0.2, 0.05]),
     2: np.random.default_rng(0).dirichlet(np.full(25, 0.5)).reshape(5, 5) * 0.95 + 0.05 / 25,
 }
-PROBLEMS = {
-    "absorb": (graphs.Absorbing(vocab_size=5, mask_id=5), noise_schedules.LogLinear()),
-    "uniform": (graphs.Uniform(vocab_size=5), noise_schedules.Geometric()),
+PROCESSES = {
+    "absorb": forward.Process(graphs.Absorbing(vocab_size=5, mask_id=5), noise_schedules.LogLinear()),
+    "uniform": forward.Process(graphs.Uniform(vocab_size=5), noise_schedules.Geometric()),
 }
+# Every sampler of the table on every graph that it takes.
+SAMPLED = [
+    (kind, sampler)
+    for kind, process in sorted(PROCESSES.items())
+    for sampler in sorted(samplers.SAMPLERS)
+    if process.graph.has_mask or not samplers.SAMPLERS[sampler].traits.needs_mask
+]
 # The recording adds and subtracts e^20 here, which leaves 1e-7 of rounding in float64, far above the tolerance of 1e-9.
 ROUNDED = "absorb.n3.L2.geo.analytic.N1.before_denoise"
 # A step that removes much noise multiplies the score by e^delta_sigma. Where 4 steps take sigma from 20, what float32
@@ -26,19 +34,20 @@ ROUNDED = "absorb.n3.L2.geo.analytic.N1.before_denoise"
 MILD = noise_schedules.Geometric(sigma_max=6.0)
 
 
-def step_weights(graph, noise, method, score, xt, t, dt):
+def step_weights(process, method, score, xt, t, dt):
     """Weights of one step by its published name, `denoise` included, without the mask's column there."""
     if method != "denoise":
-        return dense_weights(PUBLISHED[method], graph, noise, score, xt, t, dt)
-    return dense_weights("denoise", graph, noise, score, xt, t, dt)[..., : graph.vocab_size]
+        return dense_weights(PUBLISHED[method], process, score, xt, t, dt)
+    return dense_weights("denoise", process, score, xt, t, dt)[..., : process.graph.vocab_size]
 
 
-def dense_weights(sampler, graph, noise, score, xt, t, dt):
+def dense_weights(jump, process, score, xt, t, dt):
     """Weights of one step over all states, [B, L, V]."""
-    if sampler == "denoise":
-        return oracles.jump_weights(lambda total: graph.denoise_jump(total, xt, noise.sigma(t)), score, xt)
+    if jump == "denoise":
+        last = lambda total: process.graph.denoise_jump(total, xt, process.noise.sigma(t))
+        return oracles.jump_weights(last, score, xt)
     dt = jnp.broadcast_to(dt, t.shape)
-    return oracles.jump_weights(lambda total: samplers.SAMPLERS[sampler](graph, noise, total, xt, t, dt), score, xt)
+    return oracles.jump_weights(lambda total: JUMPS[jump](process, total, xt, t, dt), score, xt)
 
 
 def normalised(weights: np.ndarray) -> np.ndarray:
@@ -60,7 +69,7 @@ def test_recorded_steps_from_given_scores(entry, golden):
     case, method = entry.name.rsplit(".", 1)[0], quantity.split("_")[0]
     xt, t, dt, score = (jnp.asarray(golden("sampler.npz")[f"{case}.{name}"]) for name in ("x", "t", "dt", "score"))
     graph = graphs.Absorbing(vocab_size=9, mask_id=9) if kind == "absorb" else graphs.Uniform(vocab_size=9)
-    weights = step_weights(graph, goldens.NOISES[noise], method, score, xt, t[:, 0], dt[0])
+    weights = step_weights(forward.Process(graph, goldens.NOISES[noise]), method, score, xt, t[:, 0], dt[0])
     entry.check(normalised(weights) if quantity.endswith("_dist") else effective(entry, weights))
 
 
@@ -76,10 +85,9 @@ def test_recorded_steps_of_a_network(entry, golden):
     _, name, noise, quantity = entry.name.split(".")
     case = entry.name.rsplit(".", 1)[0]
     xt, t, dt = (jnp.asarray(golden("sampler.npz")[f"{case}.{part}"]) for part in ("x", "t", "dt"))
-    graph, schedule, t = goldens.model(name)[1], goldens.NOISES[noise], t[:, 0]
-    score = model_score(name)(xt, schedule.sigma(t))
-    weights = step_weights(graph, schedule, quantity.split("_")[0], score, xt, t, dt[0])
-    entry.check(effective(entry, weights))
+    process, t = forward.Process(goldens.model(name)[1], goldens.NOISES[noise]), t[:, 0]
+    score = model_score(name)(xt, process.noise.sigma(t))
+    entry.check(effective(entry, step_weights(process, quantity.split("_")[0], score, xt, t, dt[0])))
 
 
 @functools.cache
@@ -89,36 +97,42 @@ def recorded_run(case: str) -> dict[str, np.ndarray]:
     arrays = {
         key.removeprefix(f"{case}."): x for key, x in goldens.load("sampler.npz").items() if key.startswith(f"{case}.")
     }
-    graph, noise, score_fn = goldens.model(name)[1], goldens.NOISES[noise_name], model_score(name)
+    process, score_fn = forward.Process(goldens.model(name)[1], goldens.NOISES[noise_name]), model_score(name)
     num_steps = len(arrays["timesteps"]) - 1
     xt = jnp.asarray(arrays["x"][0])
     tokens = np.zeros(xt.shape, np.int32)
     tokens[:, arrays["infill_positions"]] = arrays["infill_ids"]
     is_given = np.isin(np.arange(xt.shape[1]), arrays["infill_positions"]) & np.ones(xt.shape, bool)
-    given = samplers.Given(jnp.asarray(tokens), jnp.asarray(is_given))
+    given = steps.Given(jnp.asarray(tokens), jnp.asarray(is_given))
     sampler = PUBLISHED[method.rstrip("0123456789")]
 
-    def move_from(uniforms):
+    def draws_from(uniforms):
         """As published: every position draws, given ones too, which are clamped afterwards."""
         draw = lambda key, weights: jnp.argmax(weights / (1e-10 - jnp.log(uniforms + 1e-10)), axis=-1)
-        move_fn = oracles.dense_move(score_fn, draw)
-        return lambda key, xt, sigma, _, jump_fn: move_fn(key, xt, sigma, jnp.ones(xt.shape, bool), jump_fn)
+        draws = oracles.dense_draws(score_fn, process.graph, draw)
+        return draws._replace(
+            draw_fn=lambda key, evaluation, xt, _, jump_fn: draws.draw_fn(
+                key, evaluation, xt, jnp.ones(xt.shape, bool), jump_fn
+            )
+        )
 
     @jax.jit
     def step(xt, i, uniforms):
-        predict = samplers.predictor(move_from(uniforms), graph, noise, given, sampler=sampler)
-        return samplers.reverse_steps(jax.random.key(0), predict, graph, noise, given, xt, i, i + 1, num_steps)
+        draws = draws_from(uniforms)
+        return oracles.take_steps(
+            jax.random.key(0), samplers.SAMPLERS[sampler], draws, process, given, xt, i, i + 1, num_steps
+        )
 
     states = [xt]
     for i, uniforms in enumerate(arrays["uniforms"]):
         states.append(step(states[-1], i, jnp.asarray(uniforms)))
     # Where the mask's column was left out of the last draw, its weight is 0 here.
-    missing = graph.num_states - arrays["uniforms_denoise"].shape[-1]
+    missing = process.graph.num_states - arrays["uniforms_denoise"].shape[-1]
     last = jnp.pad(jnp.asarray(arrays["uniforms_denoise"]), [(0, 0), (0, 0), (0, missing)], constant_values=0.5)
-    out = samplers.denoise(jax.random.key(1), move_from(last), graph, noise, given, states[-1])
+    out = steps.denoise(jax.random.key(1), draws_from(last), process, given, states[-1])
     first, start = given.clamp(xt), jnp.ones(len(xt))
     dt = jnp.float32((1 - time_grids.T_END) / num_steps)
-    weights = dense_weights(sampler, graph, noise, score_fn(first, noise.sigma(start)), first, start, dt)
+    weights = dense_weights(sampler, process, score_fn(first, process.noise.sigma(start)), first, start, dt)
     return {"x": np.stack(states), "out": np.asarray(out), "probs_first": np.asarray(weights)}
 
 
@@ -128,12 +142,12 @@ def test_recorded_runs(entry):
     entry.check(recorded_run(case)[quantity])
 
 
-def propagate(graph, noise, p0, sampler):
+def propagate(process, p0, jump):
     """(num_steps) -> laws before and after `denoise`, by the library's own weights over all states; compiled once."""
+    graph, noise = process.graph, process.noise
     xs = jnp.asarray(oracles.states(graph, p0.ndim))
     score_fn = oracles.exact_score_fn(graph, p0)
-    masked = isinstance(graph, graphs.Absorbing)
-    start = (xs == graph.num_states - 1).all(-1) * 1.0 if masked else jnp.full(len(xs), 1 / len(xs))
+    start = (xs == graph.num_states - 1).all(-1) * 1.0 if graph.has_mask else jnp.full(len(xs), 1 / len(xs))
 
     def move(weights, p):
         # What cannot be reached has a score of 0/0, and no share in the law.
@@ -151,13 +165,12 @@ def propagate(graph, noise, p0, sampler):
 
         def step(i, p):
             t = jnp.full(len(xs), 1 - i * dt)
-            return move(dense_weights(sampler, graph, noise, score_fn(xs, noise.sigma(t)), xs, t, dt), p)
+            return move(dense_weights(jump, process, score_fn(xs, noise.sigma(t)), xs, t, dt), p)
 
         before = jax.lax.fori_loop(0, num_steps, step, start)
         end = jnp.full(len(xs), time_grids.T_END)
-        return before, move(
-            dense_weights("denoise", graph, noise, score_fn(xs, noise.sigma(end)), xs, end, 0.0), before
-        )
+        last = dense_weights("denoise", process, score_fn(xs, noise.sigma(end)), xs, end, 0.0)
+        return before, move(last, before)
 
     return laws
 
@@ -167,15 +180,16 @@ def recorded_laws(case: str, method: str):
     kind, size, _, noise = case.split(".")
     n = int(size[1:])
     graph = graphs.Absorbing(vocab_size=n, mask_id=n) if kind == "absorb" else graphs.Uniform(vocab_size=n)
-    return graph, propagate(graph, goldens.NOISES[noise], goldens.load("exact.npz")[f"{case}.p0"], PUBLISHED[method])
+    process, p0 = forward.Process(graph, goldens.NOISES[noise]), goldens.load("exact.npz")[f"{case}.p0"]
+    return graph, propagate(process, p0, PUBLISHED[method])
 
 
 @goldens.cases("exact.npz", r"\.(final|before_denoise)$")
 def test_recorded_laws(entry):
-    *case, method, steps, quantity = entry.name.split(".")
+    *case, method, number, quantity = entry.name.split(".")
     with jax.enable_x64(True):
         graph, laws = recorded_laws(".".join(case), method)
-        before, final = (law.reshape((graph.num_states,) * 2) for law in laws(int(steps[1:])))
+        before, final = (law.reshape((graph.num_states,) * 2) for law in laws(int(number[1:])))
     if entry.name == ROUNDED:
         np.testing.assert_allclose(before, one_step_law(goldens.load("exact.npz")[".".join((*case, "p0"))]), rtol=1e-9)
         np.testing.assert_allclose(before, entry.expected, atol=1e-7)
@@ -190,56 +204,57 @@ def one_step_law(p0: np.ndarray) -> np.ndarray:
     return np.outer(*(np.append(p0.sum(axis) * (1 - mask), mask) for axis in (1, 0)))
 
 
-@pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
-@pytest.mark.parametrize("kind", sorted(PROBLEMS))
+@pytest.mark.parametrize(("kind", "sampler"), SAMPLED)
 @pytest.mark.parametrize("length", [1, 2])
 def test_draws_follow_the_exact_law(kind, sampler, length):
-    """With the exact score, `sample` has the law that propagation by dense matrices gives, at few steps."""
-    graph, noise = PROBLEMS[kind][0], MILD if kind == "uniform" else PROBLEMS[kind][1]
-    given, move_fn = (
-        samplers.nothing_given((30_000, length)),
-        oracles.dense_move(oracles.exact_score_fn(graph, P0[length])),
-    )
-    sample = jax.jit(lambda key: samplers.sample(key, move_fn, graph, noise, given, 4, sampler=sampler))
-    tokens = sample(jax.random.key(length))
+    """With the exact score, the engine has the law that propagation by dense matrices gives, at few steps."""
+    graph, noise = PROCESSES[kind].graph, MILD if kind == "uniform" else PROCESSES[kind].noise
+    given = steps.nothing_given((30_000, length))
+    tokens = jitted_sample(forward.Process(graph, noise), P0[length], sampler, given, 4)(jax.random.key(length))
     law = oracles.sampler_law(graph, noise, P0[length], sampler, 4)
     outcomes = np.ravel_multi_index(tuple(np.asarray(tokens).T), (graph.num_states,) * length)
     assert oracles.chi_square_p(np.bincount(outcomes, minlength=len(law)), law) > 1e-4
 
 
-@pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
-@pytest.mark.parametrize("kind", sorted(PROBLEMS))
-def test_errors_are_of_first_order(kind, sampler):
+def jitted_sample(process, p0, sampler, given, num_steps):
+    """(key) -> tokens, with the exact score."""
+    draws = oracles.dense_draws(oracles.exact_score_fn(process.graph, p0), process.graph)
+    return jax.jit(lambda key: oracles.sample(key, samplers.SAMPLERS[sampler], draws, process, given, num_steps))
+
+
+@pytest.mark.parametrize("jump", sorted(JUMPS))
+@pytest.mark.parametrize("kind", sorted(PROCESSES))
+def test_errors_are_of_first_order(kind, jump):
     """Total variation to the data, against steps on a log scale: slope 1."""
-    graph, noise = PROBLEMS[kind]
+    exact = oracles.embed(PROCESSES[kind].graph, P0[2]).ravel()
     with jax.enable_x64(True):
-        laws = propagate(graph, noise, P0[2], sampler)
-        distances = [np.abs(laws(n)[1] - oracles.embed(graph, P0[2]).ravel()).sum() / 2 for n in (8, 64, 512)]
+        laws = propagate(PROCESSES[kind], P0[2], jump)
+        distances = [np.abs(laws(n)[1] - exact).sum() / 2 for n in (8, 64, 512)]
     assert distances[2] < distances[1] < distances[0]
     assert np.log(distances[1] / distances[2]) / np.log(8) == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("kind", sorted(PROBLEMS))
+@pytest.mark.parametrize("kind", sorted(PROCESSES))
 def test_tweedie_of_one_token_is_exact_at_any_number_of_steps(kind):
-    graph, noise = PROBLEMS[kind]
     with jax.enable_x64(True):
-        laws = propagate(graph, noise, P0[1], "tweedie")
+        laws = propagate(PROCESSES[kind], P0[1], "tweedie")
         for num_steps in (1, 2, 7):
             # The uniform graph starts e^-sigma_max from its limit.
-            np.testing.assert_allclose(laws(num_steps)[1], oracles.embed(graph, P0[1]), atol=1e-7)
+            exact = oracles.embed(PROCESSES[kind].graph, P0[1])
+            np.testing.assert_allclose(laws(num_steps)[1], exact, atol=1e-7)
 
 
 def test_euler_and_tau_leaping_differ():
-    graph, noise = PROBLEMS["absorb"]
+    graph, noise = PROCESSES["absorb"].graph, PROCESSES["absorb"].noise
     laws = [oracles.sampler_law(graph, noise, P0[2], sampler, 4) for sampler in ("euler", "tau_leaping")]
     assert np.abs(laws[0] - laws[1]).sum() > 1e-3
 
 
-@pytest.fixture(scope="module")
-def generator():
-    """A compiled sampler of a fixed arbitrary score, and how often it was traced."""
-    graph = graphs.Absorbing(vocab_size=20, mask_id=7)
-    traces = []
+@pytest.fixture(scope="module", params=sorted(samplers.SAMPLERS))
+def generator(request):
+    """A compiled sampler of a fixed arbitrary score, all of it and some of its steps, and how often it was traced."""
+    process = forward.Process(graphs.Absorbing(vocab_size=20, mask_id=7), noise_schedules.LogLinear())
+    sampler, traces = samplers.SAMPLERS[request.param], []
 
     def score_fn(xt, sigma):
         traces.append(None)
@@ -247,29 +262,17 @@ def generator():
         score = jnp.exp(jnp.sin(angle)) / (20 * jnp.expm1(sigma)[:, None, None])
         return jnp.where(xt[..., None] == jnp.arange(21)[None, None], 1.0, score)
 
-    noise, move_fn = noise_schedules.LogLinear(), oracles.dense_move(score_fn)
-    sample = jax.jit(
-        lambda key, given, num_steps: samplers.sample(key, move_fn, graph, noise, given, num_steps, sampler="euler")
+    draws = oracles.dense_draws(score_fn, process.graph)
+    sample = jax.jit(lambda key, given, num_steps: oracles.sample(key, sampler, draws, process, given, num_steps))
+    take = jax.jit(
+        lambda key, given, xt, start, stop: oracles.take_steps(key, sampler, draws, process, given, xt, start, stop, 16)
     )
-    steps = jax.jit(
-        lambda key, given, xt, start, stop: samplers.reverse_steps(
-            key,
-            samplers.predictor(move_fn, graph, noise, given, sampler="euler"),
-            graph,
-            noise,
-            given,
-            xt,
-            start,
-            stop,
-            16,
-        )
-    )
-    return graph, sample, steps, traces
+    return sample, take, traces
 
 
 def test_any_number_of_steps_is_one_compilation(generator):
-    _, sample, _, traces = generator
-    given = samplers.nothing_given((4, 12))
+    sample, _, traces = generator
+    given = steps.nothing_given((4, 12))
     sample(jax.random.key(0), given, 3)
     count = len(traces)
     outputs = [sample(jax.random.key(0), given, n) for n in (1, 3, 16)]
@@ -278,55 +281,57 @@ def test_any_number_of_steps_is_one_compilation(generator):
 
 
 def test_steps_in_two_calls_equal_one(generator):
-    _, _, steps, _ = generator
-    given, masks = samplers.nothing_given((4, 12)), jnp.full((4, 12), 7)
-    whole = steps(jax.random.key(1), given, masks, 0, 16)
-    halves = steps(jax.random.key(1), given, steps(jax.random.key(1), given, masks, 0, 5), 5, 16)
+    _, take, _ = generator
+    given, masks = steps.nothing_given((4, 12)), jnp.full((4, 12), 7)
+    whole = take(jax.random.key(1), given, masks, 0, 16)
+    halves = take(jax.random.key(1), given, take(jax.random.key(1), given, masks, 0, 5), 5, 16)
     np.testing.assert_array_equal(whole, halves)
     assert (whole != masks).any()
-    assert (whole != steps(jax.random.key(2), given, masks, 0, 16)).any()
+    assert (whole != take(jax.random.key(2), given, masks, 0, 16)).any()
 
 
 def test_given_tokens_never_change(generator):
-    _, sample, _, _ = generator
+    sample, _, _ = generator
     tokens = jax.random.randint(jax.random.key(0), (4, 12), 0, 7)
     is_given = jnp.zeros((4, 12), bool).at[:, ::3].set(True)
-    out = sample(jax.random.key(1), samplers.Given(tokens, is_given), 16)
+    out = sample(jax.random.key(1), steps.Given(tokens, is_given), 16)
     np.testing.assert_array_equal(out[is_given], tokens[is_given])
     assert (out != 7).all()
 
 
-@pytest.mark.parametrize("kind", sorted(PROBLEMS))
-def test_the_network_always_sees_given_tokens_clean(kind):
-    graph, noise = PROBLEMS[kind]
+@pytest.mark.parametrize(("kind", "name"), SAMPLED)
+def test_the_network_always_sees_given_tokens_clean(kind, name):
+    process, sampler = PROCESSES[kind], samplers.SAMPLERS[name]
     tokens = jnp.tile(jnp.array([[1, 4, 2]]), (8, 1))
-    given = samplers.Given(tokens, jnp.tile(jnp.array([[True, False, True]]), (8, 1)))
+    given = steps.Given(tokens, jnp.tile(jnp.array([[True, False, True]]), (8, 1)))
     seen = []
 
     def score_fn(xt, sigma):
         jax.debug.callback(lambda xt: seen.append(np.asarray(xt)), xt)
-        return jnp.where(xt[..., None] == jnp.arange(graph.num_states)[None, None], 1.0, 0.5)
+        return jnp.where(xt[..., None] == jnp.arange(process.graph.num_states)[None, None], 1.0, 0.5)
 
-    samplers.sample(jax.random.key(0), oracles.dense_move(score_fn), graph, noise, given, 4, sampler="tweedie")
+    num_steps = sampler.num_steps(4, 1)
+    oracles.sample(jax.random.key(0), sampler, oracles.dense_draws(score_fn, process.graph), process, given, num_steps)
     jax.effects_barrier()
-    assert len(seen) == 5
+    assert len(seen) == {"first_hitting": 1, "theta_trapezoidal": 9}.get(name, 5)
+    assert len(seen) == sampler.traits.evaluations * num_steps + 1
     for xt in seen:
         np.testing.assert_array_equal(xt[given.is_given], tokens[given.is_given])
 
 
-def test_infilling_with_the_exact_score_follows_the_conditional_law():
-    graph, noise = PROBLEMS["absorb"]
-    given = samplers.Given(jnp.full((20_000, 2), 3), jnp.tile(jnp.array([[True, False]]), (20_000, 1)))
-    move_fn = oracles.dense_move(oracles.exact_score_fn(graph, P0[2]))
-    sample = jax.jit(lambda key: samplers.sample(key, move_fn, graph, noise, given, 8, sampler="tweedie"))
+@pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
+def test_infilling_with_the_exact_score_follows_the_conditional_law(sampler):
+    """Of one gap, whose token has the same law whenever it is drawn."""
+    given = steps.Given(jnp.full((20_000, 2), 3), jnp.tile(jnp.array([[True, False]]), (20_000, 1)))
+    sample = jitted_sample(PROCESSES["absorb"], P0[2], sampler, given, 8)
     counts = np.bincount(sample(jax.random.key(0))[:, 1], minlength=5)
     assert oracles.chi_square_p(counts, P0[2][3] / P0[2][3].sum()) > 1e-4
 
 
-@pytest.mark.parametrize("sampler", [*sorted(samplers.SAMPLERS), "denoise"])
+@pytest.mark.parametrize("jump", [*sorted(JUMPS), "denoise"])
 @pytest.mark.parametrize("noise", [noise_schedules.LogLinear(), noise_schedules.Geometric()], ids=str)
 @pytest.mark.parametrize("kind", ["absorb", "uniform"])
-def test_weights_are_finite_and_drawable_at_full_vocabulary(kind, noise, sampler):
+def test_weights_are_finite_and_drawable_at_full_vocabulary(kind, noise, jump):
     n = 50257
     graph = graphs.Absorbing(vocab_size=n, mask_id=n) if kind == "absorb" else graphs.Uniform(vocab_size=n)
     t = jnp.array([time_grids.T_END, 1e-3, 0.1, 0.5, 0.999, 1.0])
@@ -338,10 +343,20 @@ def test_weights_are_finite_and_drawable_at_full_vocabulary(kind, noise, sampler
         if kind == "absorb":
             score = score / (n * jnp.expm1(noise.sigma(t))[:, None, None])
         score = jnp.where(xt[..., None] == jnp.arange(graph.num_states)[None, None], 1.0, score)
-        return dense_weights(sampler, graph, noise, score, xt, jnp.maximum(t, dt), dt)
+        return dense_weights(jump, forward.Process(graph, noise), score, xt, jnp.maximum(t, dt), dt)
 
     log_score = jax.random.normal(jax.random.key(0), (len(t), 2, graph.num_states))
     for dt in (1e-3, 1 / 8):
         value = weights(log_score, jnp.float32(dt))
         assert jnp.isfinite(value).all()
         assert (value.max(-1) > 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(samplers.SAMPLERS))
+def test_a_sampler_takes_a_grid_where_it_says_so_and_corrector_steps(name):
+    listed = samplers.SAMPLERS[name]
+    made = samplers.make(name, grid="sigma", corrector_steps=2)
+    assert isinstance(made, samplers.Sampler)
+    assert (made.traits, made.corrector_steps) == (listed.traits, 2)
+    assert getattr(made, "grid", None) == ("sigma" if listed.traits.takes_grid else None)
+    assert samplers.make(name) == listed

@@ -1,4 +1,4 @@
-"""What a step costs: against the KL divergence written out, with any score."""
+"""`step_bound` of every graph: against the KL divergence written out, with any score."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import graphs, step_bounds
+from sedd_jax.diffusion import graphs, scores
 from tests.support import oracles
 
 N = 4
@@ -22,7 +22,7 @@ def law(graph, score, xt, sigma, after):
     """The step's law over all states, from one position's score."""
     others = np.arange(graph.num_states) != xt
     p = np.zeros(graph.num_states)
-    if isinstance(graph, graphs.Absorbing):
+    if graph.has_mask:
         if xt != graph.mask_id:
             p[xt] = 1
             return p
@@ -55,13 +55,13 @@ def test_a_step_costs_its_divergence(kind, sigma, after):
         (xt, x0)
         for xt in range(graph.num_states)
         for x0 in range(graph.num_states)
-        if kind == "uniform" or (x0 != graph.mask_id and xt in (graph.mask_id, x0))
+        if not graph.has_mask or (x0 != graph.mask_id and xt in (graph.mask_id, x0))
     ]
     xt, x0 = (jnp.asarray(column, jnp.int32)[None] for column in zip(*pairs, strict=True))
-    scores = np.where(np.asarray(xt)[..., None] == np.arange(graph.num_states), 0.0, log_score)
-    summary = graphs.summarize(jnp.asarray(scores, jnp.float32), xt, x0)
+    table = np.where(np.asarray(xt)[..., None] == np.arange(graph.num_states), 0.0, log_score)
+    summary = scores.summarize(jnp.asarray(table, jnp.float32), xt, x0)
     noise = [jnp.array([value], jnp.float32) for value in (sigma, after)]
-    bound = jax.jit(lambda *x: step_bounds.BOUNDS[type(graph)](graph, *x))(summary, *noise, xt, x0)
+    bound = jax.jit(graph.step_bound)(summary, *noise, xt, x0)
     expected = [divergence(graph, np.exp(log_score), a, b, sigma, after) for a, b in pairs]
     np.testing.assert_allclose(bound[0], expected, rtol=2e-3, atol=2e-6)
     assert max(expected) > 1e-3
@@ -76,10 +76,10 @@ def test_all_steps_together_bound_the_entropy_and_finer_ones_more_tightly(kind):
     def bound(sigmas):
         total = 0.0
         for sigma, after in itertools.pairwise(sigmas):
-            scores = oracles.exact_scores(graph, p0, sigma)[:, 0]
+            table = oracles.exact_scores(graph, p0, sigma)[:, 0]
             joint = oracles.kernel(graph, sigma)[:, :N] * p0
             for xt, x0 in zip(*np.nonzero(joint > 1e-12), strict=True):
-                row = np.where(scores[xt] > 0, scores[xt], 1e-30)
+                row = np.where(table[xt] > 0, table[xt], 1e-30)
                 total += joint[xt, x0] * divergence(graph, row, xt, x0, sigma, after)
         return total
 

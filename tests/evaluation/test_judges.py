@@ -28,7 +28,9 @@ def rows(judge):
 
 
 def test_a_run_reads_windows_from_the_start_of_each_sequence(judge, rows):
-    read = jax.jit(lambda x: autoregression.log_likelihood(judge.run.network, judge.params, x, judge.run.graph))
+    read = jax.jit(
+        lambda x: autoregression.log_likelihood(networks.Model(judge.run.network, judge.params), x, judge.run.graph)
+    )
     found = judge.log_likelihoods(rows)
     for row, values in zip(rows, found, strict=True):
         windows = [np.asarray(read(row[None, at : at + 32]))[0] for at in range(0, len(row), 32)]
@@ -40,7 +42,7 @@ def test_features_of_a_run_have_read_the_whole_window(judge, rows):
     found = judge.features(rows)
     for number, read in ((0, 5), (2, 31)):  # A full window's last token is not read.
         inputs = np.concatenate([[mask], rows[number][:read]]).astype(np.int32)[None]
-        expected = networks.apply(network, judge.params, jnp.asarray(inputs), jnp.zeros(1))[0, -1]
+        expected = networks.apply(networks.Model(network, judge.params), jnp.asarray(inputs), jnp.zeros(1))[0, -1]
         np.testing.assert_allclose(found[number], expected, rtol=1e-3, atol=1e-4)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import graphs, losses, noise_schedules
+from sedd_jax.diffusion import forward, graphs, losses, noise_schedules, scores
 from sedd_jax.evaluation import likelihoods
 from tests.support import oracles
 
@@ -61,7 +61,7 @@ def test_reconstruction_is_what_the_last_step_gives(kind, perfect):
             if kind == "absorb" and xt not in (x0, graph.mask_id):
                 continue  # cannot be
             tokens = lambda value: jnp.full((1, 1), value)
-            summary = graphs.summarize(log_score, tokens(xt), tokens(x0))
+            summary = scores.summarize(log_score, tokens(xt), tokens(x0))
             found = float(graph.reconstruction(summary, jnp.full(1, sigma), tokens(xt), tokens(x0))[0, 0])
             exact = -math.log(kept[x0] / kept.sum()) if kept[x0] else math.inf
             assert found >= exact - 1e-4
@@ -88,8 +88,8 @@ def test_the_strict_bound_of_the_exact_score_is_the_entropy(kind):
     with np.errstate(divide="ignore"):
         log_scores = np.log([oracles.exact_scores(graph, P0, sigma)[:, 0] for sigma in sigmas])[time, xt]
     t, x0, xt = jnp.asarray(times[time], jnp.float32), jnp.asarray(x0)[:, None], jnp.asarray(xt)[:, None]
-    summary = graphs.summarize(jnp.asarray(log_scores, jnp.float32)[:, None], xt, x0)
-    bounds = losses.bounds(lambda *_: summary, graph, noise, x0, xt, t).score_entropy
+    summary = scores.summarize(jnp.asarray(log_scores, jnp.float32)[:, None], xt, x0)
+    bounds = losses.bounds(lambda *_: summary, forward.Process(graph, noise), x0, xt, t).score_entropy
     last = graph.reconstruction(summary, noise.sigma(t), xt, x0)[:, 0]
     value = np.where(time == len(times) - 1, last, np.append(weights, 0.0)[time] * np.asarray(bounds))
     total = float(np.where(probability > 0, probability * value, 0.0).sum())

@@ -11,7 +11,6 @@ from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.diffusion import time_grids
 from sedd_jax.evaluation import tune_grid
-from sedd_jax.sampling import generate
 
 
 def test_the_best_path_is_the_best_of_all():
@@ -50,7 +49,7 @@ def test_a_tuned_grid_loses_no_more_than_others_and_is_kept(tuned):
 def test_samples_are_drawn_on_the_tuned_grid(tuned, capsys):
     workdir, _ = tuned
     run = runs.load(workdir)
-    assert generate.sampling_of(run, grid="tuned").grid == tune_grid.read(run)
+    assert run.sampling(grid="tuned").grid == tune_grid.read(run)
     flags = [f"--workdir={workdir}", "--num_processes=1", "--num_steps=4", "--grid=tuned", "--corrector_steps=2"]
     assert cli.main(["sample", *flags, "--num_samples=8", "--json"]) == 0
     samples = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -59,7 +58,7 @@ def test_samples_are_drawn_on_the_tuned_grid(tuned, capsys):
 
 def test_what_cannot_be_tuned_is_said(code_run, judge_run, capsys):
     with pytest.raises(ValueError, match=r"has no tuned grid: `sedd tune-grid --workdir="):
-        generate.sampling_of(runs.load(code_run), grid="tuned")
+        runs.load(code_run).sampling(grid="tuned")
     with pytest.raises(ValueError, match=r"is autoregressive: it takes its steps token by token"):
         tune_grid.tune(judge_run)
     with pytest.raises(ValueError, match=r"num_steps=0 must be at least 1"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sedd_jax.cli import main as cli
-from sedd_jax.diffusion import graphs, samplers
+from sedd_jax.diffusion import graphs, steps
 from sedd_jax.evaluation import perplexity
 from sedd_jax.model import autoregression, networks, score_draws, score_heads
 from tests.support import oracles
@@ -35,7 +35,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def log_likelihood():
-    return jax.jit(lambda params, x: autoregression.log_likelihood(CONFIG, params, x, GRAPH))
+    return jax.jit(lambda params, x: autoregression.log_likelihood(networks.Model(CONFIG, params), x, GRAPH))
 
 
 SEQUENCES = jnp.asarray(list(itertools.product(range(3), repeat=4)), jnp.int32)
@@ -59,14 +59,14 @@ def test_a_token_depends_on_those_before_alone(params, log_likelihood):
 def test_likelihood_is_the_softmax_over_tokens_without_the_mask(params, log_likelihood):
     x = SEQUENCES[:5]
     inputs = jnp.concatenate([jnp.full((5, 1), 3, jnp.int32), x[:, :-1]], axis=1)
-    z = score_heads.logits(params, networks.apply(CONFIG, params, inputs, jnp.zeros(5)))[..., :3]
+    z = score_heads.logits(params, networks.apply(networks.Model(CONFIG, params), inputs, jnp.zeros(5)))[..., :3]
     expected = jnp.take_along_axis(jax.nn.log_softmax(z), x[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(log_likelihood(params, x), expected, atol=1e-5)
 
 
 def _draw(params, key, given, x):
     def draw_fn(key, inputs, masks, sigma, is_next, jump_fn):
-        features = networks.apply(CONFIG, params, inputs, sigma)
+        features = networks.apply(networks.Model(CONFIG, params), inputs, sigma)
         return score_draws.draw(key, CONFIG, params, features, masks, sigma, is_next, jump_fn)
 
     return autoregression.draw(key, draw_fn, GRAPH, given, x, 0, x.shape[1])
@@ -74,13 +74,13 @@ def _draw(params, key, given, x):
 
 def test_samples_follow_the_likelihood_and_keep_what_is_given(params, log_likelihood):
     num = 20_000
-    nothing = samplers.Given(jnp.zeros((num, 4), jnp.int32), jnp.zeros((num, 4), bool))
+    nothing = steps.Given(jnp.zeros((num, 4), jnp.int32), jnp.zeros((num, 4), bool))
     start = jnp.full((num, 4), 3, jnp.int32)
     draw = jax.jit(_draw)
     law = np.exp(np.asarray(log_likelihood(params, SEQUENCES).sum(-1), np.float64))
     codes = np.asarray(draw(params, jax.random.key(2), nothing, start)) @ [27, 9, 3, 1]
     assert oracles.chi_square_p(np.bincount(codes, minlength=81), law / law.sum()) > 1e-3
-    first = samplers.Given(jnp.full((num, 4), 2, jnp.int32), jnp.broadcast_to(jnp.arange(4) < 2, (num, 4)))
+    first = steps.Given(jnp.full((num, 4), 2, jnp.int32), jnp.broadcast_to(jnp.arange(4) < 2, (num, 4)))
     drawn = np.asarray(draw(params, jax.random.key(3), first, start))
     assert (drawn[:, :2] == 2).all()
     given = law.reshape(3, 3, 9)[2, 2]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import graphs
+from sedd_jax.diffusion import graphs, scores
 from sedd_jax.model import controls, networks, score_draws, score_heads, tiles
 from sedd_jax.runtime import sharding
 from tests.support import oracles
@@ -87,9 +87,9 @@ def test_draws_follow_the_law_written_out(kind, name, restricted, monkeypatch):
     graph, config, params, features, without, xt = problem(kind)
     control, sigma = CONTROLS[name], jnp.full(BATCH, 0.7)
     monkeypatch.setattr(score_draws, "DRAWN_ROWS", 800)
-    jump_fn = lambda total: graphs.Jump(stay=total / 2, slope=1 + 0 * total)
+    jump_fn = lambda total: scores.Jump(stay=total / 2, slope=1 + 0 * total)
     if kind == "uniform":
-        jump_fn = lambda total: graphs.Jump(stay=0.3 + 0 * total, slope=1e-3 + 0 * total, offset=-5e-4 + 0 * total)
+        jump_fn = lambda total: scores.Jump(stay=0.3 + 0 * total, slope=1e-3 + 0 * total, offset=-5e-4 + 0 * total)
     is_movable = graph.is_noise(xt).at[:, 1].set(False)
     class_of = jnp.arange(graph.num_states) % 3
     classes = jnp.tile(jnp.array([[1, 0, -1]]), (BATCH, 1))
@@ -110,7 +110,8 @@ def test_draws_follow_the_law_written_out(kind, name, restricted, monkeypatch):
     )
     tokens = np.concatenate([drawn(key) for key in jax.random.split(jax.random.key(1), 20)])
     log_scores = [
-        np.float64(score_heads.log_score(config, params, f[:1], xt[:1], sigma[:1])[0]) for f in (features, without)
+        np.float64(score_heads.log_score(networks.Model(config, params), f[:1], xt[:1], sigma[:1])[0])
+        for f in (features, without)
     ]
     assert (tokens[:, 1] == xt[0, 1]).all()
     for position, only in ((0, 1), (2, -1)):

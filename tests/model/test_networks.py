@@ -52,7 +52,7 @@ def recorded_activations(name: str) -> dict[str, jax.Array]:
         published = {"modulation": "adaLN_modulation", "qkv": "attn_qkv", "attention_out": "attn_out", "mlp_out": "mlp"}
         activations |= {f"act.blocks.0.{theirs}": parts[ours] for ours, theirs in published.items()}
         activations["act.blocks.0.attention"] = attentions.attend(parts["qkv"], config.num_heads, "plain")
-        features = networks.apply(config, params, xt, sigma)
+        features = networks.apply(networks.Model(config, params), xt, sigma)
         activations["act.output_layer"] = score_heads.logits(params, features)[..., : config.num_states]
         activations["log_score"] = goldens.log_score(name, params, xt, sigma)
         # A vector of ones in its first half comes out of the rotation as the cosines and the sines.
@@ -84,7 +84,7 @@ def value_and_gradient(config, params, xt, sigma, dropout_key=None):
     """Features and the gradient of a fixed combination of them."""
 
     def combine(params):
-        features = networks.apply(config, params, xt, sigma, dropout_key)
+        features = networks.apply(networks.Model(config, params), xt, sigma, dropout_key)
         return (
             features * jnp.cos(jnp.arange(features.size, dtype=jnp.float32)).reshape(features.shape)
         ).sum(), features
@@ -116,7 +116,7 @@ def test_remat_keeps_less(tiny):
 
     def kept(remat):
         config = dataclasses.replace(TINY, remat=remat)
-        monitored = lambda params: networks.apply(config, params, xt, sigma).sum()
+        monitored = lambda params: networks.apply(networks.Model(config, params), xt, sigma).sum()
         backward = jax.eval_shape(lambda params: jax.vjp(monitored, params)[1], params)
         per_layer = [leaf for leaf in jax.tree.leaves(backward) if leaf.shape[:2] == (TINY.num_layers, len(xt))]
         return sum(leaf.size for leaf in per_layer) / (TINY.num_layers * xt.size * TINY.hidden_size)
@@ -138,7 +138,7 @@ def test_rolled_scan_equals_unrolled(tiny, reference, monkeypatch):
 def test_bfloat16_is_close(tiny, reference):
     params, xt, sigma = tiny
     config = dataclasses.replace(TINY, dtype="bfloat16")
-    features = jax.jit(lambda params: networks.apply(config, params, xt, sigma))(params)
+    features = jax.jit(lambda params: networks.apply(networks.Model(config, params), xt, sigma))(params)
     assert features.dtype == jnp.bfloat16
     error = np.abs(np.float32(features) - reference[0])
     assert 0 < error.mean() < 0.02 * np.abs(reference[0]).mean()
@@ -154,7 +154,7 @@ def test_padding_of_the_embedding_is_never_read(tiny, reference):
 
 def test_sequences_do_not_mix(tiny, reference):
     params, xt, sigma = tiny
-    features = jax.jit(lambda params: networks.apply(TINY, params, xt[1:2], sigma[1:2]))(params)
+    features = jax.jit(lambda params: networks.apply(networks.Model(TINY, params), xt[1:2], sigma[1:2]))(params)
     np.testing.assert_allclose(features[0], reference[0][1], atol=1e-4)
 
 
@@ -171,11 +171,16 @@ def test_padded_sequences_give_what_they_give_alone(tiny):
         ), cut
 
     def padded(params):
-        return combined(networks.apply(TINY, params, xt[:2], sigma[:2], None, jnp.array(list(lengths.values()))))
+        return combined(
+            networks.apply(networks.Model(TINY, params), xt[:2], sigma[:2], None, jnp.array(list(lengths.values())))
+        )
 
     def alone(params):
         return combined(
-            [networks.apply(TINY, params, xt[i : i + 1, :n], sigma[i : i + 1])[0] for i, n in lengths.items()]
+            [
+                networks.apply(networks.Model(TINY, params), xt[i : i + 1, :n], sigma[i : i + 1])[0]
+                for i, n in lengths.items()
+            ]
         )
 
     ours, expected = (jax.jit(jax.grad(fn, has_aux=True))(params) for fn in (padded, alone))
@@ -189,7 +194,7 @@ def test_padding_of_the_splash_kernel_is_that_of_plain_products(tiny, monkeypatc
     features = {
         name: jax.jit(
             lambda params, name=name: networks.apply(
-                dataclasses.replace(TINY, attention=name), params, xt, sigma, None, lengths
+                networks.Model(dataclasses.replace(TINY, attention=name), params), xt, sigma, None, lengths
             )
         )(params)
         for name in ("splash", "plain")
@@ -220,9 +225,11 @@ def test_fresh_network_scores_every_token_alike(fresh):
 def test_dropout_is_off_without_a_key_and_random_with_one(tiny, reference):
     params, xt, sigma = tiny
     config = dataclasses.replace(TINY, dropout=0.1)
-    apply = jax.jit(lambda key: networks.apply(config, params, xt, sigma, key))
-    without_key = jax.jit(lambda params: networks.apply(config, params, xt, sigma))(params)
-    np.testing.assert_array_equal(without_key, jax.jit(lambda params: networks.apply(TINY, params, xt, sigma))(params))
+    apply = jax.jit(lambda key: networks.apply(networks.Model(config, params), xt, sigma, key))
+    without_key = jax.jit(lambda params: networks.apply(networks.Model(config, params), xt, sigma))(params)
+    np.testing.assert_array_equal(
+        without_key, jax.jit(lambda params: networks.apply(networks.Model(TINY, params), xt, sigma))(params)
+    )
     one, same, other = apply(jax.random.key(1)), apply(jax.random.key(1)), apply(jax.random.key(2))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.01
@@ -239,7 +246,7 @@ def test_dropout_has_its_rate_and_keeps_the_mean():
 def test_cheap_generator_drops_as_often(tiny, reference):
     params, xt, sigma = tiny
     config = dataclasses.replace(TINY, dropout=0.1, dropout_generator="rbg")
-    apply = jax.jit(lambda key: networks.apply(config, params, xt, sigma, key))
+    apply = jax.jit(lambda key: networks.apply(networks.Model(config, params), xt, sigma, key))
     one, same, other = apply(jax.random.key(1)), apply(jax.random.key(1)), apply(jax.random.key(2))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.01
@@ -255,7 +262,9 @@ def test_layers_and_branches_drop_independently(fresh, monkeypatch):
     gates = fresh["blocks"]["modulation"] | {"bias": jnp.ones_like(fresh["blocks"]["modulation"]["bias"])}
     params = fresh | {"embedding": 0 * fresh["embedding"], "blocks": fresh["blocks"] | {"modulation": gates}}
     config, xt = dataclasses.replace(TINY, dropout=0.5), jnp.zeros((1, 32), jnp.int32)
-    features = jax.jit(lambda key: networks.apply(config, params, xt, jnp.ones((1,)), key))(jax.random.key(5))
+    features = jax.jit(lambda key: networks.apply(networks.Model(config, params), xt, jnp.ones((1,)), key))(
+        jax.random.key(5)
+    )
     # 0 to 6 of the branches; were layers, or the branches of a layer, dropped together, at most 4 counts would occur.
     assert max(len(np.unique(np.round(row, 3))) for row in np.asarray(features[0])) > 5
 

@@ -69,7 +69,7 @@ def test_draws_follow_the_weights_of_the_whole_array(name, sampler, draw):
         return score_draws.DRAWS[draw](key, config, params, features, xt, sigma, is_movable, law)
 
     tokens = np.concatenate([drawn(key) for key in jax.random.split(jax.random.key(1), 25)])
-    score = jnp.exp(score_heads.log_score(config, params, features[:1], xt[:1], sigma[:1]))
+    score = jnp.exp(score_heads.log_score(networks.Model(config, params), features[:1], xt[:1], sigma[:1]))
     weights = oracles.jump_weights(functools.partial(jump_fn, sigma[:1], xt[:1], t[:1]), score, xt[:1])
     laws = np.maximum(np.float64(weights[0]), 0)
     for position, movable in enumerate(is_movable[0]):

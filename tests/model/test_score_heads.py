@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import graphs
+from sedd_jax.diffusion import scores
 from sedd_jax.model import networks, score_heads, tiles
 from sedd_jax.runtime import sharding
 
@@ -51,7 +51,7 @@ def dense(config, xt, x0, is_needed):
     """The same summary from the whole array."""
 
     def summarize(params, features):
-        summary = graphs.summarize(score_heads.log_score(config, params, features, xt, SIGMA), xt, x0)
+        summary = scores.summarize(score_heads.log_score(networks.Model(config, params), features, xt, SIGMA), xt, x0)
         return jax.tree.map(lambda x: jnp.where(is_needed, x, 0.0), summary)
 
     return summarize
@@ -76,7 +76,9 @@ def test_streamed_equals_dense(head, needed, tiles, request):
         "some": jax.random.bernoulli(jax.random.key(5), 0.4, xt.shape),
         "all": jnp.ones(xt.shape, bool),
     }[needed]
-    streamed = lambda params, features: score_heads.summarize(config, params, features, xt, x0, SIGMA, is_needed)
+    streamed = lambda params, features: score_heads.summarize(
+        networks.Model(config, params), features, xt, x0, SIGMA, is_needed
+    )
     expected = value_and_gradients(dense(config, xt, x0, is_needed), params, features)
     ours = value_and_gradients(streamed, params, features)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, expected)
@@ -86,7 +88,9 @@ def test_bfloat16_streams_what_bfloat16_computes_whole(head, small_tiles):
     """Logits of bfloat16 products, accumulated and summed in float32; only the sums' order differs."""
     config, params, features, xt, x0 = head
     features, is_needed = features.astype(jnp.bfloat16), jnp.ones(xt.shape, bool)
-    streamed = lambda params, features: score_heads.summarize(config, params, features, xt, x0, SIGMA, is_needed)
+    streamed = lambda params, features: score_heads.summarize(
+        networks.Model(config, params), features, xt, x0, SIGMA, is_needed
+    )
     expected, expected_gradients = value_and_gradients(dense(config, xt, x0, is_needed), params, features)
     ours, gradients = value_and_gradients(streamed, params, features)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, expected)
@@ -113,7 +117,7 @@ def test_sharded_equals_unsharded(shape, batch):
     # A new function each time: JAX would remember what it traced without a mesh.
     def make_gradient_fn():
         def combine(params, features):
-            summary = score_heads.summarize(config, params, features, xt, x0, sigma, is_needed)
+            summary = score_heads.summarize(networks.Model(config, params), features, xt, x0, sigma, is_needed)
             return sum(jnp.square(x).sum() for x in summary)
 
         return jax.jit(jax.value_and_grad(combine, (0, 1)))
@@ -138,7 +142,9 @@ def test_memory_does_not_grow_with_length_times_vocabulary():
         def loss(kernel, bias, features, xt):
             params = {"head_kernel": kernel, "head_bias": bias}
             sigma, is_needed = jnp.ones(1), jnp.ones(xt.shape, bool)
-            return score_heads.summarize(config, params, features, xt, xt, sigma, is_needed).logsumexp.sum()
+            return score_heads.summarize(
+                networks.Model(config, params), features, xt, xt, sigma, is_needed
+            ).logsumexp.sum()
 
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(kernel, bias, features, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -155,18 +161,20 @@ def test_padding_never_leaks(head):
     n = config.num_states
     other = {name: x.at[..., n:].set(37.0) for name, x in params.items()}
     everywhere = jnp.ones(xt.shape, bool)
-    streamed = lambda params, features: score_heads.summarize(config, params, features, xt, x0, SIGMA, everywhere)
+    streamed = lambda params, features: score_heads.summarize(
+        networks.Model(config, params), features, xt, x0, SIGMA, everywhere
+    )
     expected, ours = value_and_gradients(streamed, params, features), value_and_gradients(streamed, other, features)
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
     assert all(not gradient[..., n:].any() for gradient in ours[1][0].values())
-    log_score = score_heads.log_score(config, params, features, xt, SIGMA)
+    log_score = score_heads.log_score(networks.Model(config, params), features, xt, SIGMA)
     assert log_score.shape == (BATCH, LENGTH, n)
-    np.testing.assert_array_equal(log_score, score_heads.log_score(config, other, features, xt, SIGMA))
+    np.testing.assert_array_equal(log_score, score_heads.log_score(networks.Model(config, other), features, xt, SIGMA))
 
 
 def test_log_score_is_zero_at_the_current_token_and_scaled_elsewhere(head):
     config, params, features, xt, _ = head
-    log_score = score_heads.log_score(config, params, features, xt, SIGMA)
+    log_score = score_heads.log_score(networks.Model(config, params), features, xt, SIGMA)
     current = np.asarray(xt)[..., None] == np.arange(config.num_states)
     assert not np.asarray(log_score)[current].any()
     z = np.float64(features) @ np.float64(params["head_kernel"]) + np.float64(params["head_bias"])

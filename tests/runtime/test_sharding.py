@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from sedd_jax.diffusion import graphs, losses, noise_schedules
+from sedd_jax.diffusion import forward, graphs, losses, noise_schedules
 from sedd_jax.model import networks, optimizers, score_heads, train_state
 from sedd_jax.runtime import sharding
 
@@ -40,9 +40,16 @@ def batch():
 
 def loss(params, x0, xt, t):
     summary_fn = lambda xt, x0, sigma: score_heads.summarize(
-        CONFIG, params, networks.apply(CONFIG, params, xt, sigma), xt, x0, sigma, GRAPH.is_noise(xt)
+        networks.Model(CONFIG, params),
+        networks.apply(networks.Model(CONFIG, params), xt, sigma),
+        xt,
+        x0,
+        sigma,
+        GRAPH.is_noise(xt),
     )
-    return losses.bounds(summary_fn, GRAPH, noise_schedules.LogLinear(), x0, xt, t).score_entropy.mean()
+    return losses.bounds(
+        summary_fn, forward.Process(GRAPH, noise_schedules.LogLinear()), x0, xt, t
+    ).score_entropy.mean()
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.data import alphabets
-from sedd_jax.diffusion import graphs, noise_schedules
+from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers
 from sedd_jax.model import networks
-from sedd_jax.runtime import sharding
-from sedd_jax.sampling import generate, refill, slots, templates
+from sedd_jax.sampling import refill, templates, trajectories
 
 NETWORK = networks.NetworkConfig(
     num_states=30, hidden_size=32, num_layers=1, num_heads=2, cond_dim=16, dtype="float32", remat="none"
@@ -25,19 +23,18 @@ GRAPH = graphs.Absorbing(vocab_size=29, mask_id=29)
 
 @pytest.fixture(scope="module")
 def opened(code_run):
-    run = runs.load(code_run)
-    return run, run.ema_params(sharding.make_mesh(sharding.MeshConfig()))[1]
+    return runs.load(code_run).restore()
 
 
 def draw(opened, asked, *, seed=0, **how):
     """(index, tokens, evaluations) in the order in which they come, and texts by index."""
-    run, params = opened
-    run = dataclasses.replace(run, tokenizer=how.pop("tokenizer", run.tokenizer))
-    switches = {name: how.pop(name) for name in ("fit", "stop_at_eos", "watch") if name in how}
-    settings = generate.sampling_of(run, **{"num_steps": 5, "num_samples": 8} | how)
+    run = dataclasses.replace(opened.run, tokenizer=how.pop("tokenizer", opened.run.tokenizer))
+    opened, watch = dataclasses.replace(opened, run=run), how.pop("watch", None)
+    ends = refill.Ends(**{name: how.pop(name) for name in refill.Ends._fields if name in how})
+    settings = run.sampling(**{"num_steps": 5, "num_samples": 8} | how)
     parsed = [templates.parse(run, template) for template in asked]
-    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig())):
-        found = list(refill.draw(run, params, parsed, settings, seed=seed, **switches))
+    with opened.on_devices():
+        found = list(refill.draw(opened, parsed, settings, seed=seed, ends=ends, watch=watch))
     return found, {one.index: run.tokenizer.decode(one.tokens) for one in found}
 
 
@@ -49,7 +46,7 @@ def test_every_template_comes_back_once_and_keeps_what_is_given(opened, sampler,
     found, texts = draw(opened, TEMPLATES, sampler=sampler, fit=fit)
     assert sorted(texts) == list(range(len(TEMPLATES)))
     assert len(found) == len(TEMPLATES)
-    run = opened[0]
+    run = opened.run
     for one in found:
         template = templates.parse(run, TEMPLATES[one.index])
         known = template.is_given[: template.length]
@@ -80,21 +77,22 @@ def network(monkeypatch):
     """In place of the network: features that turn on all that is attended to, and the shapes it was called with."""
     seen = []
 
-    def apply(config, params, xt, sigma, dropout_key, lengths):
+    def apply(model, xt, sigma, dropout_key, lengths):
         seen.append((xt.shape, lengths is not None))
         attended = True if lengths is None else jnp.arange(xt.shape[1])[None] < lengths[:, None]
         total = jnp.where(attended, xt, 0).sum(1)
-        angles = total[:, None, None] * jnp.arange(1, config.hidden_size + 1)[None, None]
+        angles = total[:, None, None] * jnp.arange(1, model.config.hidden_size + 1)[None, None]
         return 4 * jnp.cos(angles + jnp.arange(xt.shape[1])[None, :, None]).astype(jnp.float32)
 
     monkeypatch.setattr(networks, "apply", apply)
-    refill._make_programs.cache_clear()
+    trajectories.make_programs.cache_clear()
     yield seen
-    refill._make_programs.cache_clear()
+    trajectories.make_programs.cache_clear()
 
 
 def test_padding_is_never_attended(network):
-    rules = slots.Rules(GRAPH, noise_schedules.LogLinear(), configs.SamplingConfig(), None)
+    process = forward.Process(GRAPH, noise_schedules.LogLinear())
+    rules = trajectories.Rules(process=process, sampler=samplers.make("tweedie"))
     shapes = jax.eval_shape(lambda: networks.ScoreNetwork(NETWORK).init(jax.random.key(0), *INPUTS)["params"])
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape, scale=0.3), leaf.dtype), shapes)
@@ -105,7 +103,7 @@ def test_padding_is_never_attended(network):
             tokens = np.where(np.arange(8) < length, 1, padding).astype(np.int32)
             is_given = (np.arange(8) >= length) | (np.arange(8) == 1)
             rows.append(refill.Row(index, tokens, is_given, length, 4))
-        programs = refill.make_programs(NETWORK, rules, pads=pads)
+        programs = trajectories.make_programs(NETWORK, rules._replace(pads=pads))
         drawn = refill.drive(programs, (params, None), jax.random.key(0), rows, 2)
         return {row.index: tokens[: row.length].tolist() for row, tokens, _ in drawn}
 
@@ -141,7 +139,7 @@ class Ending(alphabets.Characters):
 
 
 def test_text_ends_before_the_first_end_that_is_drawn(opened):
-    run = opened[0]
+    run = opened.run
     end = run.tokenizer.alphabet[0]
     assert end in "a = 1\nb = 22\n"
     tokenizer = Ending(alphabet=run.tokenizer.alphabet)
@@ -157,13 +155,12 @@ def test_text_ends_before_the_first_end_that_is_drawn(opened):
 
 
 def test_a_tokenizer_without_an_end_cannot_be_stopped_at_it(opened):
-    with pytest.raises(ValueError, match=r"--stop_at_eos needs an end of text, and config\.data\.tokenizer=characters"):
+    with pytest.raises(ValueError, match=r"stop_at_eos needs an end of text, and config\.data\.tokenizer=characters"):
         draw(opened, ["a{3}"], stop_at_eos=True)
 
 
 def test_an_autoregressive_run_takes_batches(judge_run):
-    run = runs.load(judge_run)
-    opened = run, run.ema_params(sharding.make_mesh(sharding.MeshConfig()))[1]
+    opened = runs.load(judge_run).restore()
     shown = []
     found, texts = draw(
         opened, ["a = {3}", "", "b"] * 5, fit=True, watch=lambda taken, total, texts: shown.append((taken, total))

@@ -2,13 +2,11 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
-from sedd_jax.runtime import sharding
 from sedd_jax.sampling import generate, sliding_blocks, templates
 
 LENGTH = 32
@@ -16,27 +14,24 @@ LENGTH = 32
 
 @pytest.fixture(scope="module")
 def opened(code_run):
-    run = runs.load(code_run)
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    return run, mesh, run.ema_params(mesh)[1]
+    return runs.load(code_run).restore()
 
 
 def test_every_window_sees_the_end_of_the_one_before(opened, monkeypatch):
-    run, mesh, params = opened
-    seen = []
+    run, seen = opened.run, []
     draw_tokens = generate.draw_tokens
 
-    def recorded(run, params, given, settings, **rest):
-        rows = draw_tokens(run, params, given, settings, **rest)
+    def recorded(opened, given, settings, **rest):
+        rows = draw_tokens(opened, given, settings, **rest)
         seen.append((np.asarray(given.tokens), np.asarray(given.is_given), rows))
         return rows
 
-    sampling = generate.sampling_of(run, num_steps=2, num_samples=8)
+    sampling = run.sampling(num_steps=2, num_samples=8)
     template = templates.around(run, "a = 1\n", "")
-    with jax.set_mesh(mesh):
-        first = generate.draw_samples(run, params, template, sampling, seed=5, step=2)
+    with opened.on_devices():
+        first = generate.draw_samples(opened, template, sampling, seed=5)
         monkeypatch.setattr(generate, "draw_tokens", recorded)
-        drawn = sliding_blocks.draw(run, params, template, sampling, num_tokens=50, block=8, seed=5, step=2)
+        drawn = sliding_blocks.draw(opened, template, sampling, num_tokens=50, block=8, seed=5)
     text = np.array([one.tokens for one in drawn])
     assert text.shape == (8, 50)
     assert [one.tokens for one in first] == text[:, :LENGTH].tolist()

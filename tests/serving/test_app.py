@@ -131,7 +131,7 @@ def _sampled(command, capsys):
 
 def _drawn(opened, template, seed, **settings):
     with jax.set_mesh(opened.mesh):
-        sampling = generate.sampling_of(opened.run, num_samples=1, **settings)
+        sampling = opened.run.sampling(num_samples=1, **settings)
         parsed = templates.parse(opened.run, template)
         return generate.draw_samples(opened.run, opened.params, parsed, sampling, seed=seed, step=0)[0].text
 

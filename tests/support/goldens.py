@@ -17,8 +17,8 @@ import pytest
 import safetensors.numpy
 
 from sedd_jax.conversion import torch_weights
-from sedd_jax.diffusion import graphs, losses, noise_schedules
-from sedd_jax.model import networks, score_heads
+from sedd_jax.diffusion import forward, graphs, losses, noise_schedules
+from sedd_jax.model import networks, objectives, score_heads
 from tests.support import places
 
 ROOT = places.GOLDEN
@@ -157,8 +157,8 @@ def model(name: str) -> tuple[networks.NetworkConfig, graphs.Graph, networks.Par
 
 def log_score(name: str, params: networks.Params, xt: jax.Array, sigma: jax.Array) -> jax.Array:
     """log score of a recorded network under other or the same weights."""
-    config = model(name)[0]
-    return score_heads.log_score(config, params, networks.apply(config, params, xt, sigma), xt, sigma)
+    network = networks.Model(model(name)[0], params)
+    return score_heads.log_score(network, networks.apply(network, xt, sigma), xt, sigma)
 
 
 def mean_loss(
@@ -166,8 +166,7 @@ def mean_loss(
 ) -> tuple[jax.Array, losses.Bounds]:
     """What training minimises, and the bounds of each sequence, for a recorded network."""
     config, graph, _ = model(name)
-    summary_fn = lambda xt, x0, sigma: score_heads.summarize(
-        config, params, networks.apply(config, params, xt, sigma), xt, x0, sigma, graph.is_noise(xt)
-    )
-    bounds = losses.bounds(summary_fn, graph, NOISES[noise], x0, xt, t)
+    process = forward.Process(graph, NOISES[noise])
+    summary_fn = objectives.summary_fn(networks.Model(config, params), process)
+    bounds = losses.bounds(summary_fn, process, x0, xt, t)
     return jnp.mean(bounds.score_entropy), bounds

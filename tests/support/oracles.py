@@ -1,7 +1,7 @@
 """References in float64: dense rate matrices, matrix exponentials, the definitions, and exact laws of samplers.
 
-Nothing here uses the closed forms of `sedd_jax`; `exact_score_fn` and `dense_move` are JAX, so that samplers can trace
-them.
+Nothing here uses the closed forms of `sedd_jax`; `exact_score_fn` and `dense_draws` are JAX, so that samplers can trace
+them. `sample` and `take_steps` run the engine of sampling without a network.
 """
 
 import itertools
@@ -13,15 +13,19 @@ import numpy as np
 import scipy.linalg
 import scipy.stats
 
-from sedd_jax.diffusion import graphs, samplers, time_grids
+from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
 from sedd_jax.model import categoricals
+from sedd_jax.sampling import trajectories
+
+# (xt [B, L], sigma [B]) -> the score of every state, [B, L, V].
+ScoreFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def rate_matrix(graph: graphs.Graph) -> np.ndarray:
     """Q, [V, V]: Q[y, x] is the rate from x to y; columns sum to 0."""
     size = graph.num_states
     q = -np.eye(size)
-    if isinstance(graph, graphs.Absorbing):
+    if graph.has_mask:
         q[graph.mask_id] += 1
     else:
         q += 1 / size
@@ -102,31 +106,73 @@ def step(weights: np.ndarray, p: np.ndarray) -> np.ndarray:
     return p @ joint
 
 
-def sampler_law(graph: graphs.Graph, noise, p0: np.ndarray, sampler: str, num_steps: int) -> np.ndarray:
-    """Exact law of `samplers.sample` with the exact score, [V^L]."""
+def leap_time(graph: graphs.Graph, sigma: float) -> float:
+    """The time in which second-order samplers take even leaps."""
+    return np.log(-np.expm1(-sigma)) if graph.has_mask else sigma
+
+
+def leap_rates(graph: graphs.Graph, p0: np.ndarray, sigma: float) -> np.ndarray:
+    """Rates of the reverse process in `leap_time`, from each state at each position to each token, [V^L, L, V]."""
+    xs, speed = states(graph, p0.ndim), np.expm1(sigma) if graph.has_mask else 1.0
+    found = speed * rate_matrix(graph)[xs] * exact_scores(graph, p0, sigma)
+    return np.where(xs[..., None] == np.arange(graph.num_states), 0.0, found)
+
+
+def leap(graph: graphs.Graph, x: np.ndarray, integrated: np.ndarray) -> np.ndarray:
+    """Law over all states after a leap from x with integrated rates, [L, V], that are frozen and cut at 0."""
+    law = np.ones(1)
+    for token, to in zip(x, np.maximum(integrated, 0), strict=True):
+        to = np.where(np.arange(graph.num_states) == token, 0, to)
+        own = to * -np.expm1(-to.sum()) / max(to.sum(), 1e-300)
+        own[token] = np.exp(-to.sum())
+        law = np.multiply.outer(law, own).ravel()
+    return law
+
+
+def trapezoidal_step(graph: graphs.Graph, p0: np.ndarray, p: np.ndarray, sigma: float, after: float) -> np.ndarray:
+    """The law after a theta-trapezoidal step (theta 1/2) with the exact score, by its definition; laws are [V^L]."""
+    xs, start = states(graph, p0.ndim), leap_time(graph, sigma)
+    half = (start - leap_time(graph, after)) / 2
+    middle = -np.log1p(-np.exp(start - half)) if graph.has_mask else start - half
+    first, second, q = leap_rates(graph, p0, sigma), leap_rates(graph, p0, middle), np.zeros_like(p)
+    for i in np.flatnonzero(p):
+        between = leap(graph, xs[i], half * first[i])
+        for j in np.flatnonzero(between):
+            back = np.where((xs[i] == xs[j])[:, None], first[i], 0)
+            q += p[i] * between[j] * leap(graph, xs[j], half * (2 * second[j] - back))
+    return q
+
+
+def sampler_law(
+    graph: graphs.Graph, noise: noise_schedules.NoiseSchedule, p0: np.ndarray, sampler: str, num_steps: int
+) -> np.ndarray:
+    """Exact law of `sample` with the exact score and a sampler of the table, [V^L]."""
     xs = states(graph, p0.ndim)
+    if sampler == "first_hitting":
+        assert num_steps + 1 >= p0.ndim  # With fewer evaluations it is not exact.
+        return embed(graph, p0).ravel()
     sigma = lambda t: float(noise.sigma(jnp.float32(t)))
-    if isinstance(graph, graphs.Absorbing):
-        p = (xs == graph.mask_id).all(-1).astype(float)
-    else:
-        p = np.full(len(xs), 1 / len(xs))
+    p = (xs == graph.mask_id).all(-1).astype(float) if graph.has_mask else np.full(len(xs), 1 / len(xs))
     dt = (1 - time_grids.T_END) / num_steps
     for t in 1 - dt * np.arange(num_steps):
+        if sampler == "theta_trapezoidal":
+            p = trapezoidal_step(graph, p0, p, sigma(t), sigma(t - dt))
+            continue
         score = exact_scores(graph, p0, sigma(t))
         noise_rate = dt * float(noise.dsigma_dt(jnp.float32(t)))
         p = step(step_weights(graph, sampler, score, xs, sigma(t) - sigma(t - dt), noise_rate), p)
     end = sigma(time_grids.T_END)
     weights = step_weights(graph, "tweedie", exact_scores(graph, p0, end), xs, end, 0.0)
-    if isinstance(graph, graphs.Absorbing):
+    if graph.has_mask:
         weights[..., graph.mask_id] = 0
     return step(weights, p)
 
 
-def exact_score_fn(graph: graphs.Graph, p0: np.ndarray) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def exact_score_fn(graph: graphs.Graph, p0: np.ndarray) -> ScoreFn:
     """The exact score: (xt [B, L], sigma [B]) -> [B, L, V], one sigma for the whole batch."""
     clean = embed(graph, p0)
     limit = np.zeros(graph.num_states)
-    if isinstance(graph, graphs.Absorbing):
+    if graph.has_mask:
         limit[graph.mask_id] = 1
     else:
         limit[:] = 1 / graph.num_states
@@ -148,34 +194,98 @@ def exact_score_fn(graph: graphs.Graph, p0: np.ndarray) -> Callable[[jax.Array, 
     return score_fn
 
 
-def jump_weights(jump_fn: samplers.JumpFn, score: jax.Array, xt: jax.Array) -> jax.Array:
+def jump_weights(jump_fn: steps.JumpFn, score: jax.Array, xt: jax.Array) -> jax.Array:
     """The whole array of weights that a step gives a whole array of scores, [B, L, V]."""
     current = xt[..., None] == jnp.arange(score.shape[-1])[None, None]
     return jump_fn(jnp.where(current, 0.0, score).sum(-1)).weights(score, xt)
 
 
-def dense_move(score_fn: Callable[[jax.Array, jax.Array], jax.Array], draw=categoricals.draw) -> samplers.MoveFn:
-    """A `samplers.MoveFn` that holds the score of every state."""
+def dense_draws(score_fn: ScoreFn, graph: graphs.Graph, draw=categoricals.draw) -> steps.Draws:
+    """What samplers ask for, from the score of every state: features are whole arrays of scores, [B, L, V].
 
-    def move(key, xt, sigma, is_movable, jump_fn):
-        return jnp.where(is_movable, draw(key, jump_weights(jump_fn, score_fn(xt, sigma), xt)), xt)
+    Args:
+        score_fn: the network.
+        graph: the graph of the forward process.
+        draw: (key, weights [B, L, V]) -> tokens [B, L].
+    """
 
-    return move
+    def evaluate(xt, sigma):
+        return steps.Evaluation(score_fn(xt, sigma), sigma)
 
+    def jump(key, evaluation, xt, is_movable, jump_fn):
+        return jnp.where(is_movable, draw(key, jump_weights(jump_fn, evaluation.features, xt)), xt)
 
-def dense_leap(graph: graphs.Graph):
-    """A leap of `trapezoidal` that holds the rates to every state; features are scores."""
-
-    def leap(key, evaluations, xt, is_movable):
-        total = sum(one.slope[..., None] * one.features for one in evaluations)
+    def leap(key, rates, xt, is_movable):
+        total = sum(one.slope[..., None] * one.evaluation.features for one in rates)
         current = xt[..., None] == jnp.arange(graph.num_states)[None, None]
         weights = jnp.where(current, 0.0, jnp.maximum(total, 0.0))
         away = weights.sum(-1, keepdims=True)
         weights = weights * -jnp.expm1(-away) / jnp.maximum(away, 1e-30)
-        weights = jnp.where(current, jnp.exp(-away), weights)
-        return jnp.where(is_movable, categoricals.draw(key, weights), xt)
+        return jnp.where(is_movable, draw(key, jnp.where(current, jnp.exp(-away), weights)), xt)
 
-    return leap
+    return steps.Draws(evaluate, jump, leap)
+
+
+def sample(
+    key: jax.Array,
+    sampler: samplers.Sampler,
+    draws: steps.Draws,
+    process: forward.Process,
+    given: steps.Given,
+    num_steps: jax.Array | int,
+) -> jax.Array:
+    """Clean tokens of a whole batch, [B, L], drawn as `generate.draw_tokens` does, with the same use of keys.
+
+    Args:
+        key: of everything random.
+        sampler: how the process is reversed.
+        draws: the network; the same for every iteration.
+        process: the forward process.
+        given: known tokens.
+        num_steps: steps before the last evaluation, of every sequence; may be traced.
+    """
+    key_limit, key_steps, key_last = jax.random.split(key, 3)
+    rules, slots = _begin(key_limit, key_steps, sampler, process, given, num_steps)
+    slots = trajectories.advance(key_steps, rules, lambda _: draws, slots, 0, num_steps * rules.repeats)[1]
+    return sampler.finish(key_steps, key_last, draws, process, slots.batch)
+
+
+def take_steps(
+    key: jax.Array,
+    sampler: samplers.Sampler,
+    draws: steps.Draws,
+    process: forward.Process,
+    given: steps.Given,
+    xt: jax.Array,
+    start: jax.Array | int,
+    stop: jax.Array | int,
+    num_steps: jax.Array | int,
+) -> jax.Array:
+    """States after the steps `start` to `stop` of `num_steps`, corrector steps among them, from the states xt.
+
+    Args are those of `sample`; the key is that of all steps, and of what the sampler draws beforehand.
+    """
+    rules, slots = _begin(jax.random.key(0), key, sampler, process, given, num_steps)
+    iteration = jnp.full_like(slots.batch.iteration, start * rules.repeats)
+    slots = slots._replace(batch=slots.batch._replace(xt=given.clamp(xt), iteration=iteration))
+    slots = trajectories.advance(key, rules, lambda _: draws, slots, start * rules.repeats, stop * rules.repeats)[1]
+    return slots.batch.xt
+
+
+def _begin(
+    key_limit: jax.Array,
+    key_plan: jax.Array,
+    sampler: samplers.Sampler,
+    process: forward.Process,
+    given: steps.Given,
+    num_steps: jax.Array | int,
+) -> tuple[trajectories.Rules, trajectories.Slots]:
+    """The engine before its first iteration, all sequences together, as `generate.rules_of` and `together` have it."""
+    rules = trajectories.Rules(process=process, sampler=sampler, is_together=True)
+    size, length = given.tokens.shape
+    each = lambda value: jnp.full(size, value, jnp.int32)
+    sequences = trajectories.Sequences(given, each(length), each(num_steps), jnp.ones(size, bool), None)
+    return rules, trajectories.begin(key_limit, key_plan, rules, sequences)
 
 
 def chi_square_p(counts: np.ndarray, probabilities: np.ndarray) -> float:

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from sedd_jax import config as configs
-from sedd_jax.diffusion import first_hitting, graphs, noise_schedules, samplers, time_grids, trapezoidal
+from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
 from sedd_jax.model import categoricals
-from sedd_jax.sampling import refill, slots
+from sedd_jax.sampling import refill, trajectories
 from tests.support import oracles
 
 N = 3
@@ -24,7 +23,7 @@ P0 = {
 DRAWS = 2000
 
 
-def exact_model(kind, seen=None):
+def exact_draws(kind, seen=None):
     """The exact score at every sequence's own noise, drawn from as whole arrays; `seen` is told of evaluations."""
     exact = oracles.exact_score_fn(GRAPHS[kind], P0[kind])
 
@@ -32,54 +31,35 @@ def exact_model(kind, seen=None):
         if seen is not None:
             jax.debug.callback(lambda xt: seen.append(np.asarray(xt)), xt)
         score = jax.vmap(lambda xt, sigma: exact(xt[None], sigma[None])[0])(xt, sigma)
-        return jnp.nan_to_num(score, posinf=0.0)
+        return steps.Evaluation(jnp.nan_to_num(score, posinf=0.0), sigma)
 
-    def draw(key, score, xt, sigma, is_movable, jump_fn):
-        return jnp.where(is_movable, categoricals.draw(key, oracles.jump_weights(jump_fn, score, xt)), xt)
+    def draw(key, evaluation, xt, is_movable, jump_fn):
+        return jnp.where(is_movable, categoricals.draw(key, oracles.jump_weights(jump_fn, evaluation.features, xt)), xt)
 
-    return slots.Model(evaluate, draw, oracles.dense_leap(GRAPHS[kind]))
-
-
-def rules_of(kind, eos_id=None, **settings):
-    return slots.Rules(GRAPHS[kind], NOISES[kind], configs.SamplingConfig(**settings), eos_id)
+    return oracles.dense_draws(None, GRAPHS[kind])._replace(evaluate_fn=evaluate, draw_fn=draw)
 
 
-def programs_of(rules, model):
-    return refill.Programs(
-        empty_fn=lambda num_slots, length, _: slots.empty(rules, (num_slots, length)),
-        put_fn=jax.jit(lambda key, state, *new: slots.put(key, rules, state, *new)),
+def rules_of(kind, sampler="tweedie", eos_id=None, corrector_steps=0):
+    process = forward.Process(GRAPHS[kind], NOISES[kind])
+    made = samplers.make(sampler, corrector_steps=corrector_steps)
+    return trajectories.Rules(process=process, sampler=made, eos_id=eos_id)
+
+
+def programs_of(rules, draws):
+    return trajectories.Programs(
+        begin_fn=lambda key_limit, key_plan, sequences: trajectories.begin(key_limit, key_plan, rules, sequences),
+        put_fn=jax.jit(lambda key, slots, *new: trajectories.put(key, rules, slots, *new)),
         advance_fn=jax.jit(
-            lambda _, key, state, start, stop: slots.advance(key, rules, lambda _: model, state, start, stop)
+            lambda _, key, slots, start, stop: trajectories.advance(key, rules, lambda _: draws, slots, start, stop)
         ),
+        finish_fn=lambda *_: None,
     )
 
 
-def in_one_batch(key, rules, model, given, num_steps):
+def in_one_batch(key, rules, draws, given, num_steps):
     """As `generate` draws: all sequences at the same step, all steps taken."""
-    graph, noise, again = rules.graph, rules.noise, rules.settings.corrector_steps
-
-    def move(key, xt, sigma, is_movable, jump_fn):
-        return model.draw_fn(key, model.evaluate_fn(xt, sigma), xt, sigma, is_movable, jump_fn)
-
-    @jax.jit
-    def run(key):
-        key_limit, key_steps, key_last = jax.random.split(key, 3)
-        xt = given.clamp(graph.sample_limit(key_limit, given.tokens.shape))
-        if rules.settings.sampler == first_hitting.NAME:
-            xt = first_hitting.reverse_steps(
-                key_steps, move, graph, noise, given, xt, 0, num_steps, num_steps, corrector_steps=again
-            )
-            return first_hitting.finish(key_steps, move, graph, noise, given, xt)
-        if rules.settings.sampler == trapezoidal.NAME:
-            predict = trapezoidal.predictor(model.evaluate_fn, model.leap_fn, graph, noise, given)
-        else:
-            predict = samplers.predictor(move, graph, noise, given, sampler=rules.settings.sampler)
-        xt = samplers.reverse_steps(
-            key_steps, predict, graph, noise, given, xt, 0, num_steps, num_steps, corrector_steps=again
-        )
-        return samplers.denoise(key_last, move, graph, noise, given, xt)
-
-    return np.asarray(run(key))
+    sample = lambda key: oracles.sample(key, rules.sampler, draws, rules.process, given, num_steps)
+    return np.asarray(jax.jit(sample)(key))
 
 
 def templates(length):
@@ -89,14 +69,14 @@ def templates(length):
     return nothing, second
 
 
-def refilled(rules, model, num_slots=60):
+def refilled(rules, draws, num_slots=60):
     """Both templates by turns in an irregular order, `DRAWS` of each, through few places: their tokens."""
-    length = P0["absorb" if isinstance(rules.graph, graphs.Absorbing) else "uniform"].ndim
+    length = P0["absorb" if rules.process.graph.has_mask else "uniform"].ndim
     order = np.random.default_rng(0).permutation(np.repeat([0, 1], DRAWS))
     rows = [templates(length)[kind]._replace(index=i) for i, kind in enumerate(order)]
     found = {
         row.index: tokens
-        for row, tokens, _ in refill.drive(programs_of(rules, model), None, jax.random.key(1), rows, num_slots)
+        for row, tokens, _ in refill.drive(programs_of(rules, draws), None, jax.random.key(1), rows, num_slots)
     }
     assert len(found) == len(rows)
     return [np.stack([found[i] for i in np.flatnonzero(order == kind)]) for kind in (0, 1)]
@@ -127,16 +107,16 @@ def same_law_p(one, other):
     ],
 )
 def test_a_refilled_place_has_the_law_of_a_batch_of_its_own(kind, sampler, corrector_steps):
-    rules, model = rules_of(kind, sampler=sampler, corrector_steps=corrector_steps), exact_model(kind)
-    for row, ours in zip(templates(P0[kind].ndim), refilled(rules, model), strict=True):
+    rules, draws = rules_of(kind, sampler, corrector_steps=corrector_steps), exact_draws(kind)
+    for row, ours in zip(templates(P0[kind].ndim), refilled(rules, draws), strict=True):
         assert (ours < N).all()
         assert (ours[:, row.is_given] == 1).all()
-        given = samplers.Given(*(jnp.tile(jnp.asarray(x)[None], (10_000, 1)) for x in (row.tokens, row.is_given)))
-        alone = in_one_batch(jax.random.key(2), rules, model, given, row.num_steps)
+        given = steps.Given(*(jnp.tile(jnp.asarray(x)[None], (10_000, 1)) for x in (row.tokens, row.is_given)))
+        alone = in_one_batch(jax.random.key(2), rules, draws, given, row.num_steps)
         assert same_law_p(outcomes(ours), outcomes(alone)) > 1e-4
-        if sampler in samplers.SAMPLERS and not corrector_steps and not row.is_given.any():
-            law = oracles.sampler_law(rules.graph, rules.noise, P0[kind], sampler, row.num_steps)
-            places = np.ravel_multi_index(tuple(ours.T), (rules.graph.num_states,) * P0[kind].ndim)
+        if sampler in ("tweedie", "euler") and not corrector_steps and not row.is_given.any():
+            law = oracles.sampler_law(GRAPHS[kind], NOISES[kind], P0[kind], sampler, row.num_steps)
+            places = np.ravel_multi_index(tuple(ours.T), (GRAPHS[kind].num_states,) * P0[kind].ndim)
             assert oracles.chi_square_p(np.bincount(places, minlength=len(law)), law) > 1e-4
 
 
@@ -149,11 +129,11 @@ def cut(tokens, is_given, eos_id):
 
 @pytest.mark.parametrize("sampler", ["tweedie", "first_hitting"])
 def test_text_before_a_drawn_end_has_the_same_law_though_what_follows_is_left_out(sampler):
-    rules, model = rules_of("absorb", 1, sampler=sampler), exact_model("absorb")
+    rules, draws = rules_of("absorb", sampler, eos_id=1), exact_draws("absorb")
     left_out = 0
-    for row, ours in zip(templates(3), refilled(rules, model), strict=True):
-        given = samplers.Given(*(jnp.tile(jnp.asarray(x)[None], (10_000, 1)) for x in (row.tokens, row.is_given)))
-        alone = in_one_batch(jax.random.key(2), rules_of("absorb", sampler=sampler), model, given, row.num_steps)
+    for row, ours in zip(templates(3), refilled(rules, draws), strict=True):
+        given = steps.Given(*(jnp.tile(jnp.asarray(x)[None], (10_000, 1)) for x in (row.tokens, row.is_given)))
+        alone = in_one_batch(jax.random.key(2), rules_of("absorb", sampler), draws, given, row.num_steps)
         assert same_law_p(cut(ours, row.is_given, 1), cut(alone, row.is_given, 1)) > 1e-4
         left_out += (ours == N).any(1).mean()
         # Where no end is drawn nothing is left out; an end that is given is none.
@@ -169,24 +149,24 @@ def rows_with_gaps(num_gaps, length, num_steps):
     ]
 
 
-def filling_model(seen, token=0):
+def filling_draws(seen, token=0):
     """All that may move becomes one token."""
 
     def evaluate(xt, sigma):
         jax.debug.callback(lambda sigma: seen.append(np.asarray(sigma)), sigma)
-        return xt
+        return steps.Evaluation(xt, sigma)
 
-    def draw(key, features, xt, sigma, is_movable, jump_fn):
+    def draw(key, evaluation, xt, is_movable, jump_fn):
         return jnp.where(is_movable, token, xt)
 
-    return slots.Model(evaluate, draw, lambda key, rates, xt, is_movable: jnp.where(is_movable, token, xt))
+    return steps.Draws(evaluate, draw, lambda key, rates, xt, is_movable: jnp.where(is_movable, token, xt))
 
 
 def test_first_hitting_takes_as_many_evaluations_as_gaps_and_no_place_waits():
     num_gaps, num_slots, seen = [9, 1, 1, 1, 1, 1, 4, 0, 1, 9, 2], 3, []
-    rules = rules_of("absorb", sampler="first_hitting")
+    rules = rules_of("absorb", "first_hitting")
     rows = rows_with_gaps(num_gaps, 9, 100)
-    programs = programs_of(rules, filling_model(seen))
+    programs = programs_of(rules, filling_draws(seen))
     drawn = list(refill.drive(programs, None, jax.random.key(0), rows, num_slots))
     jax.effects_barrier()
     assert {row.index: turns for row, _, turns in drawn} == dict(enumerate(num_gaps))
@@ -200,7 +180,7 @@ def test_first_hitting_takes_as_many_evaluations_as_gaps_and_no_place_waits():
     few = list(refill.drive(programs, None, jax.random.key(0), rows_with_gaps([9, 4, 2], 9, 2), num_slots))
     assert {row.index: turns for row, _, turns in few} == {0: 3, 1: 3, 2: 2}
     # Two steps, both taken again, and what is left.
-    programs = programs_of(rules_of("absorb", sampler="first_hitting", corrector_steps=1), filling_model([]))
+    programs = programs_of(rules_of("absorb", "first_hitting", corrector_steps=1), filling_draws([]))
     ((_, _, turns),) = refill.drive(programs, None, jax.random.key(0), rows_with_gaps([4], 4, 2), 1)
     assert turns == 5
 
@@ -211,15 +191,15 @@ def test_the_last_evaluation_leaves_no_mask_however_small_the_score(sampler):
 
     def evaluate(xt, sigma):
         jax.debug.callback(lambda sigma: seen.append(np.asarray(sigma)), sigma)
-        return jnp.full((*xt.shape, N + 1), 1e-9)
+        return steps.Evaluation(jnp.full((*xt.shape, N + 1), 1e-9), sigma)
 
-    model = exact_model("absorb")._replace(evaluate_fn=evaluate)
+    draws = exact_draws("absorb")._replace(evaluate_fn=evaluate)
     rows = [row._replace(num_steps=n) for row, n in zip(rows_with_gaps([3, 3, 2], 3, 9), (1, 2, 4), strict=True)]
-    programs = programs_of(rules_of("absorb", sampler=sampler), model)
+    programs = programs_of(rules_of("absorb", sampler), draws)
     drawn = list(refill.drive(programs, None, jax.random.key(0), rows, 2))
     assert {row.index: turns for row, _, turns in drawn} == {0: 2, 1: 3, 2: 5}
     assert all((tokens < N).all() for _, tokens, _ in drawn)
-    # It is at the noise of `samplers.denoise` to the last digit; the other place is empty and waits there.
+    # It is at the noise of `steps.denoise` to the last digit; the other place is empty and waits there.
     jax.effects_barrier()
     at_end = seen[-1 if sampler == "tweedie" else -2]
     np.testing.assert_array_equal(at_end, NOISES["absorb"].sigma(jnp.float32(time_grids.T_END)))
@@ -227,18 +207,16 @@ def test_the_last_evaluation_leaves_no_mask_however_small_the_score(sampler):
 
 def test_what_is_denoised_does_not_leap():
     leaping = lambda key, rates, xt, is_movable: jnp.where(is_movable, 0, xt)
-    model = filling_model([], token=1)._replace(leap_fn=leaping)
+    draws = filling_draws([], token=1)._replace(leap_fn=leaping)
     rows = [row._replace(num_steps=n) for row, n in zip(rows_with_gaps([3, 3], 3, 9), (1, 2), strict=True)]
-    drawn = refill.drive(
-        programs_of(rules_of("uniform", sampler="theta_trapezoidal"), model), None, jax.random.key(0), rows, 2
-    )
+    drawn = refill.drive(programs_of(rules_of("uniform", "theta_trapezoidal"), draws), None, jax.random.key(0), rows, 2)
     assert [tokens.tolist() for _, tokens, _ in drawn] == [[1, 1, 1], [1, 1, 1]]
 
 
 @pytest.mark.parametrize("sampler", ["euler", "theta_trapezoidal"])
 def test_evaluations_end_with_the_last_mask(sampler):
     seen, rows = [], [row._replace(num_steps=7) for row in rows_with_gaps([5, 0, 3, 2, 1], 6, 7)]
-    programs = programs_of(rules_of("absorb", sampler=sampler), filling_model(seen))
+    programs = programs_of(rules_of("absorb", sampler), filling_draws(seen))
     turns = {row.index: turns for row, _, turns in refill.drive(programs, None, jax.random.key(0), rows, 2)}
     jax.effects_barrier()
     assert turns == {0: 1, 1: 0, 2: 1, 3: 1, 4: 1}
@@ -247,7 +225,7 @@ def test_evaluations_end_with_the_last_mask(sampler):
 
 def test_the_uniform_graph_takes_all_steps_of_what_has_gaps():
     seen, rows = [], [row._replace(num_steps=7) for row in rows_with_gaps([5, 0, 3], 6, 7)]
-    programs = programs_of(rules_of("uniform"), filling_model(seen))
+    programs = programs_of(rules_of("uniform"), filling_draws(seen))
     drawn = list(refill.drive(programs, None, jax.random.key(0), rows, 3))
     jax.effects_barrier()
     assert {row.index: turns for row, _, turns in drawn} == {0: 8, 1: 0, 2: 8}
@@ -257,7 +235,7 @@ def test_the_uniform_graph_takes_all_steps_of_what_has_gaps():
 def test_masks_behind_what_is_asked_for_are_not_waited_for():
     """First hitting fills the positions in an order of its own, of which only those before the end count."""
     rows = [row._replace(length=2) for row in rows_with_gaps([9] * 40, 9, 100)]
-    programs = programs_of(rules_of("absorb", sampler="first_hitting"), filling_model([]))
+    programs = programs_of(rules_of("absorb", "first_hitting"), filling_draws([]))
     drawn = list(refill.drive(programs, None, jax.random.key(0), rows, 8))
     turns = np.array([turns for *_, turns in drawn])
     assert all((tokens[:2] == 0).all() for _, tokens, _ in drawn)
@@ -269,7 +247,7 @@ def test_masks_behind_what_is_asked_for_are_not_waited_for():
 def test_told_of_turns_though_nothing_is_finished():
     told = []
     rows = [row._replace(num_steps=8) for row in rows_with_gaps([3, 3], 4, 8)]
-    programs = programs_of(rules_of("uniform"), filling_model([]))
+    programs = programs_of(rules_of("uniform"), filling_draws([]))
     drawn = refill.drive(
         programs, None, jax.random.key(0), rows, 2, stride=4, tell=lambda *state: told.append(state[1:])
     )

@@ -11,10 +11,9 @@ import pytest
 
 from sedd_jax import runs
 from sedd_jax.data import alphabets
-from sedd_jax.diffusion import graphs, samplers
+from sedd_jax.diffusion import graphs, samplers, steps
 from sedd_jax.model import controls, networks, score_heads
-from sedd_jax.runtime import sharding
-from sedd_jax.sampling import generate, moves, patterns, templates
+from sedd_jax.sampling import constraints, draws, generate, patterns, templates, trajectories
 from tests.support import oracles
 
 LENGTH, DRAWS = 4, 4000
@@ -38,22 +37,25 @@ def product(request):
 def test_what_is_drawn_at_once_has_the_joint_law_of_texts_that_match(product, known, is_drawn, monkeypatch):
     """All gaps in one evaluation: the product of the positions' laws, given that the text matches."""
     tokenizer, graph, config, params, features = product
-    monkeypatch.setattr(
-        networks, "apply", lambda config, params, xt, sigma, *_: jnp.broadcast_to(features, (*xt.shape, 8))
-    )
+    monkeypatch.setattr(networks, "apply", lambda model, xt, sigma, *_: jnp.broadcast_to(features, (*xt.shape, 8)))
     pattern = "a+b|(b|c){2}a*|cab.*"
     automaton, initial = patterns.compile([pattern], tokenizer, graph)
     places = patterns.place([patterns.Gap(0, LENGTH, pattern)], LENGTH, automaton, initial)
     batch = jax.tree.map(lambda x: np.tile(x[None], (DRAWS, 1)), places)
     is_given = jnp.tile(jnp.arange(LENGTH)[None] < len(known), (DRAWS, 1))
-    xt = samplers.Given(jnp.full((DRAWS, LENGTH), 1), is_given).clamp(jnp.full((DRAWS, LENGTH), 3))
-    given = samplers.Given(xt, is_given & (not is_drawn))
-    mover = moves.Mover(
-        config, params, graph, given, moves.Patterns(automaton, batch), controls.Control(temperature=0.8), "precise"
+    xt = steps.Given(jnp.full((DRAWS, LENGTH), 1), is_given).clamp(jnp.full((DRAWS, LENGTH), 3))
+    given = steps.Given(xt, is_given & (not is_drawn))
+    own = draws.NetworkDraws(
+        model=networks.Model(config, params),
+        graph=graph,
+        given=given,
+        patterns=constraints.Patterns(automaton, batch),
+        control=controls.Control(temperature=0.8),
+        draw="precise",
     )
     sigma = jnp.full(DRAWS, 0.5)
-    law_fn = lambda total: graph.denoise_jump(total, xt, sigma)
-    drawn = jax.jit(lambda key: mover.move(key, xt, sigma, graph.is_noise(xt), law_fn))(jax.random.key(1))
+    jump_fn = lambda total: graph.denoise_jump(total, xt, sigma)
+    drawn = jax.jit(lambda key: own.draws.move(key, xt, sigma, graph.is_noise(xt), jump_fn))(jax.random.key(1))
     z = np.float64(score_heads.logits(params, features))[0, :, :3] / 0.8
     texts = ["".join(text) for text in itertools.product("abc", repeat=LENGTH)]
     law = np.array(
@@ -70,45 +72,40 @@ def test_what_is_drawn_at_once_has_the_joint_law_of_texts_that_match(product, kn
     assert oracles.chi_square_p(counts, law / law.sum()) > 1e-4
 
 
-SAMPLERS = ("tweedie", "theta_trapezoidal", "first_hitting")
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
 def test_gaps_of_a_run_match_their_patterns(code_run, sampler):
     run = runs.load(code_run)
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    _, params = run.ema_params(mesh)
-    sampling = generate.sampling_of(run, sampler=sampler, num_steps=3, num_samples=8, corrector_steps=1, top_p=0.9)
+    opened = run.restore()
+    sampling = run.sampling(sampler=sampler, num_steps=3, num_samples=8, corrector_steps=1, top_p=0.9)
     template = templates.parse(run, r"a = {4:(1|2)\n[ab] } = {1:[=]|2}{3}")
-    with jax.set_mesh(mesh):
-        drawn = generate.draw_samples(run, params, template, sampling, seed=0, step=0)
+    with opened.on_devices():
+        drawn = generate.draw_samples(opened, template, sampling, seed=0)
     for one in drawn:
         assert re.fullmatch(r"a = (1|2)\n[ab]  = (=|2).{3}", one.text, re.DOTALL)
-        assert generate.annealing(one) == "top_p=0.9"
+        assert one.annealing == "top_p=0.9"
     assert len({one.text for one in drawn}) > 1
 
 
 def test_guidance_sees_the_sequence_without_what_is_given_and_counts_twice(code_run):
     run = runs.load(code_run)
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    _, params = run.ema_params(mesh)
-    sampling = generate.sampling_of(run, num_steps=2, num_samples=8)
+    opened = run.restore()
+    sampling = run.sampling(num_steps=2, num_samples=8)
     guided = dataclasses.replace(sampling, guidance=3.0)
     assert generate.num_evaluations(run, guided) == 2 * generate.num_evaluations(run, sampling) == 6
     seen = []
     apply = networks.apply
 
-    def recorded(config, params, xt, sigma, *_):
+    def recorded(model, xt, sigma, *_):
         jax.debug.callback(lambda xt: seen.append(np.asarray(xt)), xt)
-        return apply(config, params, xt, sigma)
+        return apply(model, xt, sigma)
 
     template = templates.parse(run, "a = 1{6}")
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
+    with pytest.MonkeyPatch.context() as patch, opened.on_devices():
         patch.setattr(networks, "apply", recorded)
-        generate._make_sampling_fns.cache_clear()
-        drawn = generate.draw_samples(run, params, template, guided, seed=0, step=0)
+        trajectories.make_programs.cache_clear()
+        drawn = generate.draw_samples(opened, template, guided, seed=0)
         jax.effects_barrier()
-    generate._make_sampling_fns.cache_clear()
+    trajectories.make_programs.cache_clear()
     known = template.tokens[:5]
     with_given = [(xt[:, :5] == known).all() for xt in seen]
     without = [(xt[:, :5] == run.graph.mask_id).all() for xt in seen]
@@ -125,16 +122,17 @@ def test_what_cannot_be_asked_is_said(code_run, judge_run):
         with pytest.raises(ValueError, match=message):
             templates.compile_patterns(run, [templates.parse(run, template)])
     with pytest.raises(
-        ValueError, match=r"has a pattern, which takes the masks of an absorbing run, not graph\.name=auto"
+        ValueError, match=r"has a pattern, which takes the masks of an absorbing run, not config\.graph\.name=auto"
     ):
         templates.compile_patterns(runs.load(judge_run), [templates.parse(runs.load(judge_run), "a{3:1+}")])
     for wrong, message in (
-        ({"temperature": 0.0}, r"needs temperature >= 1e-6, 1e-6 <= top_p <= 1 and guidance > 0, not temperature=0\.0"),
-        ({"top_p": 1.5}, r"not temperature=1\.0, top_p=1\.5"),
-        ({"top_p": 0.5, "draw": "published"}, r"config\.sampling\.top_p is a control of precise draws"),
+        ({"temperature": 0.0}, r"config\.sampling\.temperature=0\.0 must be at least 1e-6"),
+        ({"top_p": 1.5}, r"config\.sampling\.top_p=1\.5 must be from 1e-6 to 1"),
+        ({"guidance": 0.0}, r"config\.sampling\.guidance=0\.0 must be above 0"),
+        ({"top_p": 0.5, "draw": "published"}, r"config\.sampling\.top_p=0\.5 is a control of precise draws"),
         ({"guidance": 2.0, "sampler": "theta_trapezoidal"}, r"takes an absorbing run.*sampler=theta_trapezoidal"),
     ):
         with pytest.raises(ValueError, match=message):
-            generate.sampling_of(run, **wrong)
+            run.sampling(**wrong)
     with pytest.raises(ValueError, match=r"config\.sampling\.guidance=2\.0 takes an absorbing run"):
-        generate.sampling_of(runs.load(judge_run), guidance=2.0)
+        runs.load(judge_run).sampling(guidance=2.0)

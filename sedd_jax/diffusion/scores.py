@@ -1,0 +1,63 @@
+"""What losses and reverse steps know of the score, in place of its array over all states.
+
+A loss reads three numbers per position (`ScoreSummary`). A reverse step is a `Jump`: the weight of staying, and how the
+weights of all other states follow from the score. So nothing of shape [B, L, V] has to exist.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class ScoreSummary(NamedTuple):
+    """The three numbers per position that score entropy needs, so that nothing of shape [B, L, V] has to exist.
+
+    Attributes:
+        logsumexp: log of the sum of the score over all y != xt.
+        mean: mean over all V states of log score, the current token counting 0.
+        at_x0: log score of the clean token.
+    """
+
+    logsumexp: Float[Array, "B L"]
+    mean: Float[Array, "B L"]
+    at_x0: Float[Array, "B L"]
+
+
+def summarize(log_score: Float[Array, "B L V"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]) -> ScoreSummary:
+    """Computes a `ScoreSummary` from the whole array, for vocabularies small enough to hold it."""
+    current = is_state(xt, log_score.shape[-1])
+    others = jnp.where(current, -jnp.inf, log_score)
+    return ScoreSummary(
+        logsumexp=jax.nn.logsumexp(others, axis=-1),
+        mean=jnp.where(current, 0.0, log_score).sum(-1) / log_score.shape[-1],
+        at_x0=jnp.take_along_axis(log_score, x0[..., None], axis=-1)[..., 0],
+    )
+
+
+class Jump(NamedTuple):
+    """The law of every position's next state, without its array over states: what a reverse step draws from.
+
+    xt has the weight `stay`, any other y the weight slope score_y + offset; negative weights count as 0.
+
+    Attributes:
+        stay: weight of xt.
+        slope: factor of the score.
+        offset: what is added to it; None where it is 0 everywhere.
+    """
+
+    stay: Float[Array, "B L"]
+    slope: Float[Array, "B L"]
+    offset: Float[Array, "B L"] | None = None
+
+    def weights(self, score: Float[Array, "B L V"], xt: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """The whole array of weights, for vocabularies small enough to hold it."""
+        offset = 0.0 if self.offset is None else self.offset[..., None]
+        moved = self.slope[..., None] * score + offset
+        return jnp.where(is_state(xt, score.shape[-1]), self.stay[..., None], moved)
+
+
+def is_state(x: Int[Array, "B L"], num_states: int) -> Bool[Array, "B L V"]:
+    """The one-hot array of states, as booleans."""
+    return x[..., None] == jnp.arange(num_states)[None, None]

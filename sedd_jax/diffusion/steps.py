@@ -1,0 +1,323 @@
+"""Reverse steps in time, every position at once (Lou et al. 2023, section 4).
+
+A step is a `scores.Jump`: how likely each position stays, and how its other weights follow from the score. Whoever
+holds the network draws from it (`Draws`), so that no sampler needs the score of every token.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sedd_jax.diffusion import correctors, forward, graphs, scores, time_grids
+
+
+class Given(NamedTuple):
+    """Tokens that are known beforehand: a prompt, or the text around gaps (equation 21).
+
+    Attributes:
+        tokens: the known tokens; anything where unknown.
+        is_given: where `tokens` counts.
+    """
+
+    tokens: Int[Array, "B L"]
+    is_given: Bool[Array, "B L"]
+
+    def clamp(self, xt: Int[Array, "B L"]) -> Int[Array, "B L"]:
+        """Writes the known tokens over xt."""
+        return jnp.where(self.is_given, self.tokens, xt)
+
+
+def nothing_given(shape: tuple[int, int]) -> Given:
+    """No token is known: plain generation of a [B, L] batch."""
+    return Given(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of the network.
+
+    Attributes:
+        features: what it made of noised tokens.
+        sigma: the noise level that it was told.
+    """
+
+    features: Any
+    sigma: Float[Array, "B"]
+
+
+class Rates(NamedTuple):
+    """Rates of jumps to every other token: the score of an evaluation, times a factor at each position."""
+
+    evaluation: Evaluation
+    slope: Float[Array, "B L"]
+
+
+# The sum of the score over all y != xt -> the weights of the step.
+JumpFn = Callable[[Float[Array, "B L"]], scores.Jump]
+# (key, evaluation at xt, xt, positions that may move, the step) -> xt after it.
+DrawFn = Callable[[Key[Array, ""], Evaluation, Int[Array, "B L"], Bool[Array, "B L"], JumpFn], Int[Array, "B L"]]
+# (key, rates that add up, xt, positions that may move) -> xt after a leap with them; sums below 0 count as 0.
+LeapFn = Callable[[Key[Array, ""], list[Rates], Int[Array, "B L"], Bool[Array, "B L"]], Int[Array, "B L"]]
+
+
+class Draws(NamedTuple):
+    """The network and what is drawn from it: all that a sampler asks for.
+
+    Attributes:
+        evaluate_fn: (xt, sigma) -> what the network makes of them.
+        draw_fn: draws the next states from an evaluation and a step.
+        leap_fn: draws the next states from rates.
+    """
+
+    evaluate_fn: Callable[[Int[Array, "B L"], Float[Array, "B"]], Evaluation]
+    draw_fn: DrawFn
+    leap_fn: LeapFn
+
+    def move(
+        self,
+        key: Key[Array, ""],
+        xt: Int[Array, "B L"],
+        sigma: Float[Array, "B"],
+        is_movable: Bool[Array, "B L"],
+        jump_fn: JumpFn,
+    ) -> Int[Array, "B L"]:
+        """Evaluates the network at xt and draws the next states from it."""
+        return self.draw_fn(key, self.evaluate_fn(xt, sigma), xt, is_movable, jump_fn)
+
+
+class Batch(NamedTuple):
+    """Sequences in the middle of their trajectories, each at a step of its own.
+
+    An iteration is a step, or, where corrector steps follow it, one of its repetitions.
+
+    Attributes:
+        given: known tokens.
+        xt: current states.
+        iteration: iterations that each sequence has taken.
+        num_steps: steps of each sequence before its last evaluation.
+        plan: what the sampler has drawn beforehand (`samplers.Sampler.begin`).
+    """
+
+    given: Given
+    xt: Int[Array, "B L"]
+    iteration: Int[Array, "B"]
+    num_steps: Int[Array, "B"]
+    plan: Any
+
+
+# (key, draws, process, given, xt, time of each sequence, length of its step) -> xt a step later.
+StepFn = Callable[
+    [
+        Key[Array, ""],
+        Draws,
+        forward.Process,
+        Given,
+        Int[Array, "B L"],
+        Float[Array, "B"],
+        Float[Array, "B"],
+    ],
+    Int[Array, "B L"],
+]
+
+
+def euler(
+    process: forward.Process,
+    total: Float[Array, "B L"],
+    xt: Int[Array, "B L"],
+    t: Float[Array, "B"],
+    dt: Float[Array, "B"],
+) -> scores.Jump:
+    """An Euler step (equation 17): delta(xt, y) + dt dsigma_dt Q(xt, y) score_y.
+
+    At y = xt the rates count minus their sum. Where dt is too large for them, that weight is negative.
+
+    Args:
+        process: the forward process.
+        total: sum of the score over all y != xt.
+        xt: current states.
+        t: time of each sequence.
+        dt: length of its step.
+    """
+    rate = process.graph.reverse_rate(xt) * (dt * process.noise.dsigma_dt(t))[:, None]
+    return scores.Jump(stay=1 - rate * total, slope=rate)
+
+
+def tau_leaping(
+    process: forward.Process,
+    total: Float[Array, "B L"],
+    xt: Int[Array, "B L"],
+    t: Float[Array, "B"],
+    dt: Float[Array, "B"],
+) -> scores.Jump:
+    """A tau-leap: rates frozen over the step, stay with probability exp(-dt total rate), else jump in proportion.
+
+    (Campbell et al. 2022, section 4.3, with at most one jump a position, since a token is not a number to add to.)
+    Args are those of `euler`.
+    """
+    rate = process.graph.reverse_rate(xt) * (dt * process.noise.dsigma_dt(t))[:, None]
+    jumps = rate * total
+    share = jnp.where(jumps > 0, -jnp.expm1(-jumps) / jnp.where(jumps > 0, total, 1.0), 0.0)
+    return scores.Jump(stay=jnp.exp(-jumps), slope=share)
+
+
+def tweedie(
+    process: forward.Process,
+    total: Float[Array, "B L"],
+    xt: Int[Array, "B L"],
+    t: Float[Array, "B"],
+    dt: Float[Array, "B"],
+) -> scores.Jump:
+    """A Tweedie step (equations 19, 20): the best that moves positions independently (theorem 4.2).
+
+    Args are those of `euler`.
+    """
+    return process.graph.tweedie_jump(total, xt, process.noise.sigma(t) - process.noise.sigma(t - dt))
+
+
+def one_evaluation(
+    jump: Callable[
+        [forward.Process, Float[Array, "B L"], Int[Array, "B L"], Float[Array, "B"], Float[Array, "B"]], scores.Jump
+    ],
+) -> StepFn:
+    """A step of one network evaluation, from which `jump` gives the weights of all states."""
+
+    def step(
+        key: Key[Array, ""],
+        draws: Draws,
+        process: forward.Process,
+        given: Given,
+        xt: Int[Array, "B L"],
+        t: Float[Array, "B"],
+        dt: Float[Array, "B"],
+    ) -> Int[Array, "B L"]:
+        is_movable = process.graph.is_noise(xt) & ~given.is_given
+        return draws.move(key, xt, process.noise.sigma(t), is_movable, lambda total: jump(process, total, xt, t, dt))
+
+    return step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a sampler is, needs and takes: from these come validation, help texts, the page and tests.
+
+    Attributes:
+        meaning: what it is, for help texts.
+        evaluations: network evaluations of a step.
+        needs_mask: whether the graph must have a mask.
+        takes_grid: whether it has steps in time, which a grid places; then it has a field `grid`.
+        takes_guidance: whether it works with classifier-free guidance.
+        ends_with_masks: whether it takes no further evaluation once no mask is left.
+    """
+
+    meaning: str
+    evaluations: int = 1
+    needs_mask: bool = False
+    takes_grid: bool = True
+    takes_guidance: bool = True
+    ends_with_masks: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimeStepping:
+    """A sampler that steps through time from t = 1 to `time_grids.T_END`, and denoises in one last evaluation.
+
+    After a step, corrector steps go back to its start by the forward process and take it again. Where steps are exact
+    this changes nothing in the distribution of xt (Campbell et al. 2022, section 4.4). Where they are not, tokens that
+    were drawn too early are drawn anew (Wang et al. 2025, remasking).
+
+    Attributes:
+        traits: what the sampler is, needs and takes.
+        step_fn: takes a step of every sequence.
+        grid: where steps lie in time, see `time_grids`.
+        corrector_steps: how often each step is taken back and again.
+    """
+
+    traits: Traits
+    step_fn: StepFn
+    grid: str = "uniform"
+    corrector_steps: int = 0
+
+    def num_steps(self, num_steps: int, num_gaps: int) -> int:
+        """All that are asked for, however few the gaps are."""
+        del num_gaps
+        return num_steps
+
+    def begin(self, key: Key[Array, ""], process: forward.Process, given: Given) -> None:
+        """Nothing is drawn beforehand."""
+
+    def take(
+        self,
+        key: Key[Array, ""],
+        iteration: Int[Array, ""],
+        draws: Draws,
+        process: forward.Process,
+        batch: Batch,
+        is_last: Bool[Array, "B"] | None = None,
+    ) -> Int[Array, "B L"]:
+        """One iteration of every sequence; see `samplers.Sampler.take`."""
+        key, repeats = jax.random.fold_in(key, iteration), 1 + self.corrector_steps
+        t, dt = time_grids.find(self.grid)(process.noise, batch.iteration // repeats, batch.num_steps)
+        xt = batch.xt
+        if repeats > 1:
+            key, key_noise = jax.random.split(key)
+            noised = correctors.add_noise(key_noise, process, xt, t, dt)
+            xt = jnp.where((batch.iteration % repeats > 0)[:, None], noised, xt)
+        if is_last is not None:
+            t = jnp.where(is_last, time_grids.T_END, t)
+            draws = _denoising(draws, process.graph, is_last)
+        return self.step_fn(key, draws, process, batch.given, batch.given.clamp(xt), t, dt)
+
+    def finish(
+        self, key: Key[Array, ""], key_last: Key[Array, ""], draws: Draws, process: forward.Process, batch: Batch
+    ) -> Int[Array, "B L"]:
+        """`denoise` with the key of the last evaluation."""
+        del key  # Steps fold their numbers into it.
+        return denoise(key_last, draws, process, batch.given, batch.xt)
+
+
+def denoise(
+    key: Key[Array, ""], draws: Draws, process: forward.Process, given: Given, xt: Int[Array, "B L"]
+) -> Int[Array, "B L"]:
+    """The last step, from t = T_END to clean tokens, no mask among them (theorem 4.1)."""
+    graph, xt = process.graph, given.clamp(xt)
+    sigma = jnp.full(xt.shape[0], process.noise.sigma(jnp.float32(time_grids.T_END)))
+    is_movable = graph.is_noise(xt) & ~given.is_given
+    return draws.move(key, xt, sigma, is_movable, lambda total: graph.denoise_jump(total, xt, sigma))
+
+
+def _denoising(draws: Draws, graph: graphs.Graph, is_last: Bool[Array, "B"]) -> Draws:
+    """`draws` of which sequences at their last evaluation take the step of `denoise`, whatever step is asked for."""
+
+    def draw(key, evaluation, xt, is_movable, jump_fn):
+        def jump(total):
+            last, other = graph.denoise_jump(total, xt, evaluation.sigma), jump_fn(total)
+            if last.offset is not None or other.offset is not None:
+                last, other = (jump._replace(offset=_or_zeros(jump.offset, total)) for jump in (last, other))
+            return jax.tree.map(lambda last, other: where(is_last, last, other), last, other)
+
+        return draws.draw_fn(key, evaluation, xt, is_movable, jump)
+
+    def leap(key, rates, xt, is_movable):
+        key_leap, key_last = jax.random.split(key)
+        moved = draws.leap_fn(key_leap, rates, xt, is_movable & ~is_last[:, None])
+        if len(rates) > 1:
+            return moved
+        # The first leap of a step is at the states that it starts from.
+        (first,) = rates
+        jump = lambda total: graph.denoise_jump(total, xt, first.evaluation.sigma)
+        last = draws.draw_fn(key_last, first.evaluation, xt, is_movable & is_last[:, None], jump)
+        return where(is_last, last, moved)
+
+    return Draws(draws.evaluate_fn, draw, leap)
+
+
+def _or_zeros(offset: Any, like: Array) -> Array:
+    return jnp.zeros_like(like) if offset is None else offset
+
+
+def where(rows: Bool[Array, "B"], x: Array, y: Array) -> Array:
+    """x in the given rows, y elsewhere."""
+    return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)

@@ -1,0 +1,95 @@
+"""Bounds on the likelihood of a given text, such as a user types."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from sedd_jax import runs
+from sedd_jax.evaluation import likelihoods
+from sedd_jax.runtime import errors
+
+
+class Bound(NamedTuple):
+    """A bound on the negative log-likelihood of a text; the baseline's is the likelihood itself.
+
+    Attributes:
+        name: score_entropy, cross_entropy (the tighter one, where the graph has it) or negative_log_likelihood.
+        nats_per_token: the bound.
+        nats_per_token_stderr: its standard error, over draws of time and noise.
+        num_tokens: tokens of the text.
+        num_characters: its characters.
+    """
+
+    name: str
+    nats_per_token: float
+    nats_per_token_stderr: float
+    num_tokens: int
+    num_characters: int
+
+    @property
+    def bits_per_character(self) -> float:
+        """The bound in bits per character."""
+        return self.nats_per_token * self._bits
+
+    @property
+    def bits_per_character_stderr(self) -> float:
+        """Its standard error."""
+        return self.nats_per_token_stderr * self._bits
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the bound per token."""
+        return math.exp(self.nats_per_token)
+
+    @property
+    def _bits(self) -> float:
+        return self.num_tokens / (math.log(2) * self.num_characters)
+
+
+def bound_text(opened: runs.OpenRun, text: str, *, num_times: int = 128, seed: int = 0) -> Bound:
+    """Bounds the likelihood of a text, by the published protocol (t in [1e-3, 1], no terms at the ends).
+
+    The text is cut into windows of the model's length. A window that is shorter is evaluated at its own length, which
+    the model was not trained on.
+
+    Args:
+        opened: the run.
+        text: the text, of at least a token.
+        num_times: draws of time and noise for each window, spread evenly over time.
+        seed: of times and noise.
+
+    Raises:
+        errors.UserError: where the text is empty, or holds what the tokenizer does not know.
+    """
+    run, length = opened.run, opened.run.config.data.length
+    tokens = run.tokenizer.encode(text)
+    if not len(tokens):
+        raise errors.UserError("holds no token", field="text", value=text, remedy="give a longer text")
+    windows = [tokens[at : at + length] for at in range(0, len(tokens), length)]
+    with opened.on_devices():
+        found = [_bound_window(opened, window, num_times, seed + number) for number, window in enumerate(windows)]
+    shares = np.array([len(window) for window in windows]) / len(tokens)
+    means = [share * estimate.mean for share, (_, estimate) in zip(shares, found, strict=True)]
+    errors_of = [share * estimate.stderr for share, (_, estimate) in zip(shares, found, strict=True)]
+    return Bound(found[0][0], float(sum(means)), math.hypot(*errors_of), len(tokens), len(text))
+
+
+def _bound_window(
+    opened: runs.OpenRun, window: Int[np.ndarray, "L"], num_times: int, seed: int
+) -> tuple[str, likelihoods.Estimate]:
+    """The tightest bound of one window, and its name: `num_times` copies of it, each at a time of its own."""
+    run = opened.run
+    copies = np.tile(window[None], (1 if run.is_autoregressive else num_times, 1))
+    drawn = likelihoods.passes(
+        _values_fn(run), opened.model.params, copies, batch_size=32, seed=seed, is_exact=run.is_autoregressive
+    )
+    bounds = likelihoods.named_bounds(run, likelihoods.combine([next(drawn)]))
+    return list(bounds.items())[-1]
+
+
+@functools.lru_cache(maxsize=8)
+def _values_fn(run: runs.Run) -> likelihoods.ValuesFn:
+    return likelihoods.make_values_fn(run)

@@ -1,0 +1,55 @@
+"""The training objective: what a batch of sequences costs, by the model and the forward process alone."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from sedd_jax.diffusion import forward, losses, scores
+from sedd_jax.model import autoregression, networks, score_heads
+
+
+def sequence_bounds(
+    key: Key[Array, ""],
+    model: networks.Model,
+    process: forward.Process,
+    x0: Int[Array, "B L"],
+    t: Float[Array, "B"],
+    dropout_key: Key[Array, ""] | None = None,
+) -> losses.Bounds:
+    """The bounds of each sequence for one draw of noise at times t: what training minimises and evaluation reports.
+
+    Of the autoregressive baseline both are -log p(x0) itself, whatever the noise and the time.
+
+    Args:
+        key: of the noise.
+        model: the network.
+        process: the forward process.
+        x0: clean tokens.
+        t: time of each sequence.
+        dropout_key: of dropout; None turns it off.
+    """
+    if model.config.causal:
+        exact = -autoregression.log_likelihood(model, x0, process.graph, dropout_key).sum(-1)
+        return losses.Bounds(score_entropy=exact, cross_entropy=exact)
+    return losses.denoising_score_entropy(key, summary_fn(model, process, dropout_key), process, x0, t)
+
+
+def sequence_reconstruction(
+    key: Key[Array, ""], model: networks.Model, process: forward.Process, x0: Int[Array, "B L"]
+) -> Float[Array, "B"]:
+    """-log of the probability that the last step gives each sequence back from one draw of noise at T_MIN, in nats."""
+    sigma = process.noise.sigma(jnp.full(len(x0), losses.T_MIN))
+    xt = process.graph.sample_transition(key, x0, sigma)
+    summary = summary_fn(model, process)(xt, x0, sigma)
+    return process.graph.reconstruction(summary, sigma, xt, x0).sum(-1)
+
+
+def summary_fn(
+    model: networks.Model, process: forward.Process, dropout_key: Key[Array, ""] | None = None
+) -> losses.SummaryFn:
+    """The network as a loss sees it: (xt, x0, sigma) -> the three numbers per position of `scores.ScoreSummary`."""
+
+    def summarize(xt: Int[Array, "B L"], x0: Int[Array, "B L"], sigma: Float[Array, "B"]) -> scores.ScoreSummary:
+        features = networks.apply(model, xt, sigma, dropout_key)
+        return score_heads.summarize(model, features, xt, x0, sigma, process.graph.is_noise(xt))
+
+    return summarize

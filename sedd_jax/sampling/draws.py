@@ -1,0 +1,94 @@
+"""From the network to the next tokens: what a sampler asks for, drawn under the controls of a user."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
+
+from sedd_jax.diffusion import graphs, steps
+from sedd_jax.model import controls, networks, score_draws
+from sedd_jax.sampling import constraints
+
+
+class NetworkDraws(NamedTuple):
+    """A network that draws tokens for sequences of which some are given.
+
+    Attributes:
+        model: the network.
+        graph: the graph of the forward process.
+        given: known tokens.
+        patterns: of gaps; None where there are none.
+        control: how the distribution of each token is changed.
+        draw: a name in `score_draws.DRAWS`; precise where tokens are under any control.
+        lengths: tokens of each sequence, at least 1, before padding that nobody attends to; None where there is none.
+    """
+
+    model: networks.Model
+    graph: graphs.Graph
+    given: steps.Given
+    patterns: constraints.Patterns | None
+    control: controls.Control
+    draw: str
+    lengths: Int[Array, "B"] | None = None
+
+    @property
+    def draws(self) -> steps.Draws:
+        """What samplers ask for."""
+        return steps.Draws(self._evaluate, self._draw, self._leap)
+
+    def _evaluate(self, xt: Int[Array, "B L"], sigma: Array) -> steps.Evaluation:
+        return steps.Evaluation(networks.apply(self.model, xt, sigma, None, self.lengths), sigma)
+
+    def _draw(
+        self,
+        key: Key[Array, ""],
+        evaluation: steps.Evaluation,
+        xt: Int[Array, "B L"],
+        is_movable: Bool[Array, "B L"],
+        jump_fn: steps.JumpFn,
+    ) -> Int[Array, "B L"]:
+        if not self._is_controlled:
+            return score_draws.DRAWS[self.draw](key, self.model, evaluation, xt, is_movable, jump_fn)
+        key, key_classes = jax.random.split(key)
+        choice = self._choice(key_classes, evaluation, xt)
+        return score_draws.draw(key, self.model, evaluation, xt, is_movable, jump_fn, choice)
+
+    def _leap(
+        self, key: Key[Array, ""], rates: list[steps.Rates], xt: Int[Array, "B L"], is_movable: Bool[Array, "B L"]
+    ) -> Int[Array, "B L"]:
+        """The first of the rates is that of an evaluation at xt."""
+        choice = None
+        if self._is_controlled:
+            key, key_classes = jax.random.split(key)
+            choice = self._choice(key_classes, rates[0].evaluation, xt)
+        return score_draws.leap(key, self.model, rates, xt, is_movable, draw=self.draw, choice=choice)
+
+    @property
+    def _is_controlled(self) -> bool:
+        return self.patterns is not None or self.control != controls.Control()
+
+    def _choice(self, key: Key[Array, ""], evaluation: steps.Evaluation, xt: Int[Array, "B L"]) -> score_draws.Choice:
+        """Tokens under control; the classes of all gaps with patterns are drawn together, so that the rest fits."""
+        unguided = None
+        if self.control.guidance != 1:
+            assert self.graph.mask_id is not None
+            without = jnp.where(self.given.is_given, self.graph.mask_id, xt)
+            unguided = self._evaluate(without, evaluation.sigma).features
+        if self.patterns is None:
+            return controls.choice(self.control, unguided)
+        automaton, places = self.patterns
+        class_of = jnp.asarray(automaton.class_of)
+        is_open = jnp.asarray(places.is_constrained) & self.graph.is_noise(xt) & ~self.given.is_given
+        shares = controls.class_log_weights(
+            self.control,
+            self.model,
+            evaluation.features,
+            unguided,
+            (class_of, automaton.num_classes),
+            xt,
+            is_open,
+        )
+        pinned = constraints.pin(shares, automaton, xt, ~is_open)
+        classes = constraints.choose_classes(key, pinned, automaton, places)
+        return controls.choice(self.control, unguided, class_of, classes)
