@@ -9,7 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int, Integer
 
+from sedd_jax.runtime import errors
+
 _NUM_CODE_POINTS = 0x110000
+_MAX_DIGITS = 4300  # int() reads no longer number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,9 @@ class Characters:
 
     def __post_init__(self):
         if not self.alphabet or len(set(self.alphabet)) < len(self.alphabet):
-            raise ValueError(f"alphabet={self.alphabet!r} is empty or repeats a character: name each character once")
+            raise errors.UserError(
+                f"alphabet={self.alphabet!r} is empty or repeats a character", remedy="name each character once"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -48,9 +53,10 @@ class Characters:
         unknown = ids < 0
         if unknown.any():
             position = int(unknown.argmax())
-            raise ValueError(
+            raise errors.UserError(
                 f"{text[position]!r} (U+{ord(text[position]):04X}) at position {position} is not in the alphabet "
-                f"of {self.vocab_size} characters: remove it, or build the tokenizer from a text that holds it"
+                f"of {self.vocab_size} characters",
+                remedy="remove it, or build the tokenizer from a text that holds it",
             )
         return ids
 
@@ -80,7 +86,13 @@ class Bytes:
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
         """Ids (int32) of the bytes of a text."""
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        try:
+            content = text.encode()
+        except UnicodeEncodeError as error:
+            raise errors.UserError(
+                f"{text[error.start]!r} at position {error.start} is half a surrogate pair", remedy="remove it"
+            ) from error
+        return np.frombuffer(content, np.uint8).astype(np.int32)
 
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
         """The text that ids in [0, 256) stand for; bytes that are no UTF-8 become U+FFFD."""
@@ -109,10 +121,16 @@ class Ids:
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
         """Ids (int32) that a text spells out."""
         words = text.split()
-        wrong = [word for word in words if not (word.isascii() and word.isdecimal() and int(word) < self.vocab_size)]
+        wrong = [word for word in words if not self._is_id(word)]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no id: give numbers from 0 to {self.vocab_size - 1} with spaces between")
+            raise errors.UserError(
+                f"{wrong[0]!r} is no id", remedy=f"give numbers from 0 to {self.vocab_size - 1} with spaces between"
+            )
         return np.array([int(word) for word in words], np.int32)
+
+    def _is_id(self, word: str) -> bool:
+        is_number = word.isascii() and word.isdecimal() and len(word) <= _MAX_DIGITS
+        return is_number and int(word) < self.vocab_size
 
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
         """The numbers of ids in [0, vocab_size)."""

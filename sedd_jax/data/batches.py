@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from sedd_jax.data import shards, tokenizers
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 
 _DENSE_PAIRS = 2**22  # up to here a table of all pairs is smaller and faster than sorting the pairs that occur
 
@@ -83,15 +83,16 @@ def open_split(
     """One split of prepared text in sequences of `length`; a `tokenizer` must be the one it was prepared with."""
     header = shards.read_header(directory)
     if tokenizer is not None and tokenizer.fingerprint() != header["tokenizer_fingerprint"]:
-        raise ValueError(
+        raise errors.UserError(
             f"{directory} was prepared with another tokenizer ({header['tokenizer']['kind']}) than this run's "
-            f"({tokenizer.to_json()['kind']}): prepare {header['source']} again with the run's own"
+            f"({tokenizer.to_json()['kind']})",
+            remedy=f"prepare {header['source']} again with the run's own",
         )
     counts, tokens = shards.open_split(directory, split)
     if not 1 <= length <= len(tokens):
-        raise ValueError(
-            f"the {split} split in {directory} has {len(tokens)} tokens, which length={length} does not fit: "
-            f"choose a length between 1 and that, or prepare more text"
+        raise errors.UserError(
+            f"the {split} split in {directory} has {len(tokens)} tokens, which length={length} does not fit",
+            remedy="choose a length between 1 and that, or prepare more text",
         )
     return PackedSplit(
         tokens=tokens,

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable
 
 from sedd_jax.data import documents, hub_corpora, published_corpora, python_corpora, text_files
+from sedd_jax.runtime import errors
 
 _READERS: dict[str, Callable[[str], documents.Corpus]] = {
     "text": text_files.read_text,
@@ -33,8 +34,7 @@ def find(source: str) -> documents.Corpus:
     A name of the paper alone, as in wikitext2, fetches that corpus; NAME:SOURCE takes its rows from a source.
 
     Raises:
-        ValueError: where the source is of no known kind, or what it names is not as it must be.
-        OSError: where there is nothing there.
+        errors.UserError: where the source is of no known kind, or what it names is missing or not as it must be.
     """
     kind, _, argument = source.partition(":")
     if kind in published_corpora.PUBLISHED:
@@ -42,5 +42,7 @@ def find(source: str) -> documents.Corpus:
     if kind not in _READERS:
         nearest = difflib.get_close_matches(kind, [*_READERS, *published_corpora.PUBLISHED], n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise ValueError(f"source={source!r} is of no known kind: {hint}give one of {', '.join(FORMS)}")
+        raise errors.UserError(
+            f"the source {source!r} is of no known kind", remedy=f"{hint}give one of {', '.join(FORMS)}"
+        )
     return _READERS[kind](argument)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from sedd_jax.data import documents, tokenizers
+from sedd_jax.runtime import errors
 
 _CHARACTERS_AT_ONCE = 500_000
 
@@ -48,8 +49,8 @@ def encode(
     """Tokens of the documents of a split in their order, whatever the number of processes.
 
     Raises:
-        ValueError: where a document cannot be tokenized; names its place.
-        OSError: where a process was ended from outside.
+        errors.UserError: where a document, named by its place, cannot be tokenized, or a process was ended from
+            outside.
     """
     tasks = _tasks(texts)
     if num_workers == 1:
@@ -91,8 +92,8 @@ def _encode(tokenizer: tokenizers.Tokenizer, task: list[documents.Document], is_
         text = document.text if is_first and index == 0 else joiner + document.text
         try:
             ids = tokenizer.encode(text)
-        except ValueError as error:
-            raise ValueError(f"{document.place}: {error}") from error
+        except errors.UserError as error:
+            raise error.at(document.place) from error
         parts += [ids, end]
         num_characters += len(text)
         num_words += len(document.text.split())
@@ -104,11 +105,10 @@ def _encode(tokenizer: tokenizers.Tokenizer, task: list[documents.Document], is_
 def _result(future: "concurrent.futures.Future[Encoded]") -> Encoded:
     try:
         return future.result()
-    except ValueError as error:
-        raise ValueError(str(error)) from error  # Raised there; to be told as raised here.
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise OSError(
-            "a process that tokenized was ended from outside, perhaps for want of memory: use fewer --num_workers"
+        raise errors.UserError(
+            "a process that tokenized was ended from outside, perhaps for want of memory",
+            remedy=f"use fewer {errors.name('num_workers')}",
         ) from error
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sedd_jax.data import documents
+from sedd_jax.runtime import errors
 
 _NAMES = {"validation": "valid", "dev": "valid"}
 _ROWS_AT_ONCE = 1024
@@ -26,9 +27,9 @@ def read_tfds(spec: str) -> documents.Corpus:
     try:
         builder = tfds.builder(name, file_format="array_record")
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"tfds:{spec} is not registered without TensorFlow ({str(error).splitlines()[0]}): correct the name, or "
-            f"export its text and name the files"
+        raise errors.UserError(
+            f"tfds:{spec} is not registered without TensorFlow ({str(error).splitlines()[0]})",
+            remedy="correct the name, or export its text and name the files",
         ) from error
     texts = [key for key, value in builder.info.features.items() if isinstance(value, tfds.features.Text)]
     column = _column(f"tfds:{spec}", feature, texts)
@@ -42,10 +43,12 @@ def read_tfds(spec: str) -> documents.Corpus:
 def _import_tfds(spec: str) -> Any:
     try:
         import tensorflow_datasets
-
-        from sedd_jax.data import tfds_text_files  # noqa: F401, which registers itself
     except ImportError as error:
-        raise ImportError(f"tfds:{spec} needs tensorflow-datasets: pip install tensorflow-datasets") from error
+        raise errors.UserError(
+            f"tfds:{spec} needs tensorflow-datasets", remedy="pip install tensorflow-datasets"
+        ) from error
+    from sedd_jax.data import tfds_text_files  # noqa: F401, which registers itself
+
     return tensorflow_datasets
 
 
@@ -53,14 +56,14 @@ def _prepare(spec: str, tfds: Any, builder: Any) -> None:
     """Downloads and writes a dataset; where nothing answers, fails at once and not after tensorflow-datasets' tries."""
     addresses = [url for url in builder.url_infos or () if url.startswith("http")] or [_GENERAL_HOST]
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS is None and not _answers(addresses[0]):
-        raise OSError(
-            f"tfds:{spec} is not in {builder.data_path.parent}, and {addresses[0]} does not answer: connect to the "
-            f"network, or copy the prepared dataset there"
+        raise errors.UserError(
+            f"tfds:{spec} is not in {builder.data_path.parent}, and {addresses[0]} does not answer",
+            remedy="connect to the network, or copy the prepared dataset there",
         )
     try:
         builder.download_and_prepare()
     except (tfds.download.DownloadError, AssertionError, OSError) as error:
-        raise OSError(f"tfds:{spec} cannot be prepared: {' '.join(str(error).split())}") from error
+        raise errors.UserError(f"tfds:{spec} cannot be prepared: {error}") from error
 
 
 def _answers(address: str) -> bool:
@@ -78,7 +81,7 @@ def read_hf(spec: str) -> documents.Corpus:
     name, _, column = spec.partition("#")
     owner, _, rest = name.partition("/")
     if not rest:
-        raise ValueError(f"hf:{spec} names no owner: give one as in hf:OWNER/NAME")
+        raise errors.UserError(f"hf:{spec} names no owner", remedy="give one as in hf:OWNER/NAME")
     dataset, _, config = rest.partition("/")
     repository = f"{owner}/{dataset}"
     if not pathlib.Path(repository).is_dir() and not _answers(os.environ.get("HF_ENDPOINT", _HF)):
@@ -86,13 +89,14 @@ def read_hf(spec: str) -> documents.Corpus:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"hf:{spec} needs the package datasets: pip install 'sedd_jax[hf]'") from error
+        raise errors.UserError(f"hf:{spec} needs the package datasets", remedy="pip install 'sedd_jax[hf]'") from error
     try:
         sources: Any = datasets.load_dataset(repository, config or None)
     except (OSError, ValueError, RuntimeError) as error:
-        raise OSError(
-            f"hf:{spec} cannot be loaded ({' '.join(str(error).split())}): check the name and the network; datasets "
-            f"made by a script are no longer loaded, look for one in Parquet"
+        raise errors.UserError(
+            f"hf:{spec} cannot be loaded ({error})",
+            remedy="check the name and the network; datasets made by a script are no longer loaded, look for one in "
+            "Parquet",
         ) from error
     features = next(iter(sources.values())).features
     texts = [key for key, value in features.items() if getattr(value, "dtype", None) in ("string", "large_string")]
@@ -104,9 +108,11 @@ def _column(spec: str, wanted: str, texts: Sequence[str]) -> str:
     """The column that a spec asks for, else `text`, else the only one that holds text."""
     column = wanted or ("text" if "text" in texts or len(texts) != 1 else texts[0])
     if not texts:
-        raise ValueError(f"{spec} has no column of text: give another dataset")
+        raise errors.UserError(f"{spec} has no column of text", remedy="give another dataset")
     if column not in texts:
-        raise ValueError(f"{spec} has no text in {column!r}: name one of {', '.join(texts)}, as in #{texts[0]}")
+        raise errors.UserError(
+            f"{spec} has no text in {column!r}", remedy=f"name one of {', '.join(texts)}, as in #{texts[0]}"
+        )
     return column
 
 
@@ -116,7 +122,10 @@ def _corpus(
     native = {_NAMES.get(name, name): name for name in sources}
     parts = documents.divide(native)
     if not parts:
-        raise ValueError(f"{spec} has the splits {', '.join(sources)}, none of train, validation and test")
+        raise errors.UserError(
+            f"{spec} has the splits {', '.join(sources)}, none of train, validation and test",
+            remedy="give another dataset",
+        )
 
     def read(split: str) -> Iterator[documents.Document]:
         part = parts[split]

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from sedd_jax.data import batches, corpora, shards, tokenizers
-from sedd_jax.runtime import storage, terminals
+from sedd_jax.runtime import errors, storage, terminals
 
 _MEASURED_TOKENS = 2**24  # enough for the entropies; pairs of GPT-2's tokens then take half a gigabyte
 _SHOWN_TOKENS = 200
@@ -20,15 +20,19 @@ def prepare(source: str, tokenizer_spec: str, directory: storage.Directory, *, n
         num_workers: processes that tokenize; one for each core if None.
 
     Raises:
-        ValueError: names the document and the remedy.
+        errors.UserError: names the document or the argument that cannot be used, and the remedy.
         OSError: where something cannot be read or written.
     """
     if num_workers is not None and num_workers < 1:
-        raise ValueError(f"--num_workers={num_workers} must be at least 1")
+        raise errors.UserError("must be at least 1", field="num_workers", value=num_workers)
     if shards.is_packed(directory):
-        raise FileExistsError(f"{directory} already holds prepared text: use it, or choose another --out")
+        raise errors.UserError(
+            "already holds prepared text", field="out", value=directory, remedy="use it, or choose another directory"
+        )
     if not storage.is_remote(directory) and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not empty: choose another --out")
+        raise errors.UserError(
+            "exists and is not empty", field="out", value=directory, remedy="choose another directory"
+        )
     corpus = corpora.find(source)
     tokenizer = tokenizers.build(tokenizer_spec, corpus.texts)
     storage.clear(directory)

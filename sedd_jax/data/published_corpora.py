@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 
 from sedd_jax.data import detokenizers, documents
-from sedd_jax.runtime import hosts
+from sedd_jax.runtime import errors, hosts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,9 @@ def _fetch(address: str, path: pathlib.Path) -> None:
             if file.tell() != length:
                 raise OSError(f"it ended after {file.tell()} of {length} bytes")
     except OSError as error:
-        raise OSError(
-            f"{address} cannot be fetched ({error}): connect to the network, or read your own copy with "
-            f"--data={path.parent.name}:SOURCE"
+        raise errors.UserError(
+            f"{address} cannot be fetched ({error})",
+            remedy=f"connect to the network, or read your own copy as {path.parent.name}:SOURCE",
         ) from error
     partial.rename(path)
 

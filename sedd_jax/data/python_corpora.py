@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 
 from sedd_jax.data import documents
+from sedd_jax.runtime import errors
 
 # Directories of the standard library that hold tests, tools with their own tests, or other people's packages.
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
@@ -23,7 +24,7 @@ def read(name: str) -> documents.Corpus:
     """docs: language reference and docstrings of the standard library; stdlib: the library's source, a file each."""
     if name not in _CORPORA:
         known = " and ".join(f"'python:{known}'" for known in _CORPORA)
-        raise ValueError(f"source='python:{name}' does not exist: {known} do")
+        raise errors.UserError(f"the source 'python:{name}' does not exist", remedy=f"{known} do")
     splits = _CORPORA[name]()
     return documents.Corpus(splits=documents.SPLITS, read=lambda split: iter(splits[split]))
 

@@ -29,7 +29,7 @@ from etils import epath
 from jaxtyping import Int, Integer
 
 from sedd_jax.data import documents, encoders, tokenizers
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 
 FORMAT_VERSION = 2
 HEADER = "header.json"
@@ -162,7 +162,7 @@ def _pack_split(
             os.fsync(file.fileno())
         written.append({"file": path.name, "sha256": digest.hexdigest()})
     if not written:
-        raise ValueError(f"the {split} split holds no text: give it more text, or files of its own")
+        raise errors.UserError(f"the {split} split holds no text", remedy="give it more text, or files of its own")
     return {**counts, "num_empty": len(empty), "first_empty": empty[0] if empty else None, "shards": written}
 
 
@@ -195,18 +195,19 @@ def read_header(directory: storage.Directory) -> dict[str, Any]:
     """What a directory of prepared text says of itself.
 
     Raises:
-        ValueError: where it is damaged, or of another format.
-        FileNotFoundError: where there is none.
+        errors.UserError: where there is none, or it is damaged or of another format.
     """
     if not is_packed(directory):
-        raise FileNotFoundError(f"{directory} holds no finished {HEADER}: run `sedd prepare --out={directory}` (again)")
+        raise errors.UserError(
+            f"{directory} holds no finished {HEADER}", remedy=f"run `sedd prepare --out={directory}` (again)"
+        )
     try:
         header = json.loads((directory / HEADER).read_text())
         version = header["format_version"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{directory / HEADER} is damaged ({error}): {_REPAIR}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise errors.UserError(f"{directory / HEADER} is damaged ({error})", remedy=_REPAIR) from error
     if version != FORMAT_VERSION:
-        raise ValueError(f"{directory} has format {version}, this reads {FORMAT_VERSION}: {_REPAIR}")
+        raise errors.UserError(f"{directory} has format {version}, this reads {FORMAT_VERSION}", remedy=_REPAIR)
     return header
 
 
@@ -214,13 +215,14 @@ def open_split(directory: storage.Directory, split: str) -> tuple[dict[str, Any]
     """Counts and tokens of one split.
 
     Raises:
-        ValueError: where the directory has no such split, a shard is of the wrong size, or what the directory stands
-            for has changed.
-        FileNotFoundError: where a shard is missing.
+        errors.UserError: where the directory has no such split, a shard is missing or of the wrong size, or what the
+            directory stands for has changed.
     """
     header, place = _follow(directory)
     if split not in header["splits"]:
-        raise ValueError(f"split={split!r} is not in {place}: choose one of {', '.join(header['splits'])}")
+        raise errors.UserError(
+            f"the split {split!r} is not in {place}", remedy=f"choose one of {', '.join(header['splits'])}"
+        )
     counts, dtype = header["splits"][split], header["dtype"]
     shards = [place / shard["file"] for shard in counts["shards"]]
     for number, shard in enumerate(shards):
@@ -237,7 +239,7 @@ def verify(directory: storage.Directory) -> None:
     """Checks every shard: sizes in a bucket, which guards contents itself; contents elsewhere.
 
     Raises:
-        ValueError: names the first shard that is not what was written.
+        errors.UserError: names the first shard that is not what was written.
     """
     header, place = _follow(directory)
     for split in header["splits"]:
@@ -248,8 +250,8 @@ def verify(directory: storage.Directory) -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for shard, found in zip(shards, pool.map(lambda shard: _digest(place / shard["file"]), shards), strict=True):
             if found != shard["sha256"]:
-                raise ValueError(
-                    f"{place / shard['file']} is damaged (sha256 {found}, written as {shard['sha256']}): {_REPAIR}"
+                raise errors.UserError(
+                    f"{place / shard['file']} is damaged (sha256 {found}, written as {shard['sha256']})", remedy=_REPAIR
                 )
 
 
@@ -260,8 +262,9 @@ def _follow(directory: storage.Directory) -> tuple[dict[str, Any], storage.Direc
         return header, directory
     place = storage.directory(header["directory"])
     if {**read_header(place), "directory": header["directory"]} != header:
-        raise ValueError(
-            f"{place} has changed since this run began with it: put the text back as it was, or begin another run"
+        raise errors.UserError(
+            f"{place} has changed since this run began with it",
+            remedy="put the text back as it was, or begin another run",
         )
     return header, place
 
@@ -273,10 +276,10 @@ def _digest(path: Any) -> str:
 
 def _check_size(path: storage.Directory, expected: int) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: {_REPAIR}")
+        raise errors.UserError(f"{path} is missing", remedy=_REPAIR)
     size = epath.Path(path).stat().length
     if size != expected:
-        raise ValueError(f"{path} is damaged ({size} bytes, written as {expected}): {_REPAIR}")
+        raise errors.UserError(f"{path} is damaged ({size} bytes, written as {expected})", remedy=_REPAIR)
 
 
 def _write_header(directory: pathlib.Path, header: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from sedd_jax.data import alphabets
+from sedd_jax.runtime import errors
 
 # How GPT-2 cuts text before it merges bytes: contractions, words, numbers and signs with one space before them, space.
 _GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -23,6 +24,7 @@ _BLOCK = "\u2581"
 _SPECIAL_PIECE = re.compile(r"\[\w+\]")  # [SEP], [unused7], but not the pieces [ and ]
 _LINE = 4096  # characters
 _NUM_LINES = 1_000_000
+_RETURN = "put the same file back"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class GPT2:
     def __post_init__(self):
         found = _sha256_of_ranks(self._ranks)
         if found != self.sha256:
-            raise ValueError(f"the ranks in {self.path} have sha256 {found}, not {self.sha256}: put the same file back")
+            raise errors.UserError(f"the ranks in {self.path} have sha256 {found}, not {self.sha256}", remedy=_RETURN)
 
     @functools.cached_property
     def _ranks(self) -> dict[bytes, int]:
@@ -107,20 +109,30 @@ class WordPiece:
     def __post_init__(self):
         found = hashlib.sha256(content(self.path)).hexdigest()
         if found != self.sha256:
-            raise ValueError(f"{self.path} has sha256 {found}, not {self.sha256}: put the same file back")
+            raise errors.UserError(f"{self.path} has sha256 {found}, not {self.sha256}", remedy=_RETURN)
         if missing := {"[MASK]", "[SEP]", "[UNK]"} - self._pieces.keys():
-            raise ValueError(f"{self.path} lacks {', '.join(sorted(missing))}: give BERT's own vocabulary file")
+            raise errors.UserError(
+                f"{self.path} lacks {', '.join(sorted(missing))}", remedy="give BERT's own vocabulary file"
+            )
 
     @functools.cached_property
     def _pieces(self) -> dict[str, int]:
-        return {piece: id_ for id_, piece in enumerate(content(self.path).decode("utf-8").splitlines())}
+        try:
+            text = content(self.path).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise errors.UserError(
+                f"{self.path} is not UTF-8 text ({error})", remedy="give BERT's own vocabulary file"
+            ) from error
+        return {piece: id_ for id_, piece in enumerate(text.splitlines())}
 
     @functools.cached_property
     def _model(self):
         try:
             import tokenizers as hf
         except ImportError as error:
-            raise ImportError("word pieces need a package that is not installed: pip install tokenizers") from error
+            raise errors.UserError(
+                "word pieces need a package that is not installed", remedy="pip install tokenizers"
+            ) from error
 
         model = hf.Tokenizer(hf.models.WordPiece(self._pieces, unk_token="[UNK]", max_input_chars_per_word=100))
         model.normalizer = hf.normalizers.BertNormalizer(lowercase=True)
@@ -186,7 +198,9 @@ class SentencePiece:
         try:
             return sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.model, validate=True))
         except (ValueError, RuntimeError) as error:
-            raise ValueError("what should be a SentencePiece model is none: give the .model file") from error
+            raise errors.UserError(
+                "what should be a SentencePiece model is none", remedy="give the .model file"
+            ) from error
 
     @functools.cached_property
     def _block_ids(self) -> list[int]:
@@ -278,9 +292,9 @@ def learn_sentence_piece(vocab_size: int, documents: Iterable[str]) -> SentenceP
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
-            f"SentencePiece cannot make {vocab_size} pieces of this text ({reason}): ask for another number, or give "
-            f"more text"
+        raise errors.UserError(
+            f"SentencePiece cannot make {vocab_size} pieces of this text ({reason})",
+            remedy="ask for another number, or give more text",
         ) from error
     return SentencePiece(model=base64.b64encode(model.getvalue()).decode())
 
@@ -289,7 +303,7 @@ def load_sentence_piece(path: str) -> SentencePiece:
     """The model in a file."""
     tokenizer = SentencePiece(model=base64.b64encode(content(path)).decode())
     if not tokenizer.vocab_size:
-        raise ValueError(f"{path} holds no pieces: give a SentencePiece .model file")
+        raise errors.UserError(f"{path} holds no pieces", remedy="give a SentencePiece .model file")
     return tokenizer
 
 
@@ -307,14 +321,16 @@ def _import_sentence_piece() -> Any:
     try:
         import sentencepiece
     except ImportError as error:
-        raise ImportError("sentencepiece is not installed: pip install sentencepiece") from error
+        raise errors.UserError("sentencepiece is not installed", remedy="pip install sentencepiece") from error
     return sentencepiece
 
 
 def content(path: str) -> bytes:
     """A file of a tokenizer."""
     if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"the tokenizer's file {path} does not exist: put it back, or name where it is now")
+        raise errors.UserError(
+            f"the tokenizer's file {path} does not exist", remedy="put it back, or name where it is now"
+        )
     return pathlib.Path(path).read_bytes()
 
 
@@ -323,14 +339,24 @@ def _read_ranks(path: str | None) -> dict[bytes, int]:
     if path is None:
         import tiktoken
 
-        return tiktoken.get_encoding("gpt2")._mergeable_ranks
+        try:
+            return tiktoken.get_encoding("gpt2")._mergeable_ranks
+        except (OSError, ValueError) as error:
+            raise errors.UserError(
+                f"tiktoken cannot fetch GPT-2's ranks ({error})",
+                remedy="connect to the network, or give a file as in gpt2:FILE",
+            ) from error
     lines = [line.split() for line in content(path).splitlines() if line]
     try:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as error:
-        raise ValueError(f"{path} is no file of ranks ({error}): each line is base64 bytes and a rank") from error
+        raise errors.UserError(
+            f"{path} is no file of ranks ({error})", remedy="each line is base64 bytes and a rank"
+        ) from error
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ValueError(f"{path} has {len(ranks)} ranks that lack a number or one of the 256 bytes: give a whole file")
+        raise errors.UserError(
+            f"{path} has {len(ranks)} ranks that lack a number or one of the 256 bytes", remedy="give a whole file"
+        )
     return ranks
 
 

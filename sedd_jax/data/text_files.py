@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from sedd_jax.data import documents
+from sedd_jax.runtime import errors
 
 _NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev", "heldout"), "test": ("test",)}
 _DECOMPRESSION_ERRORS = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error)
@@ -74,7 +75,9 @@ def _corpus(pattern: str, reader: Reader) -> documents.Corpus:
     }
     parts = documents.divide({split for split, paths in files.items() if paths})
     if not parts:
-        raise FileNotFoundError(f"no file matches {pattern!r} (seen from {pathlib.Path.cwd()}): correct the path")
+        raise errors.UserError(
+            f"no file matches {pattern!r} (seen from {pathlib.Path.cwd()})", remedy="correct the path"
+        )
     read = lambda split: reader(files[parts[split].native], parts[split])
     return documents.Corpus(splits=tuple(parts), read=read)
 
@@ -134,10 +137,12 @@ def _json_field(line: Line, field: str) -> str:
     try:
         record = json.loads(line.text.strip())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{line.place} is not JSON ({error}): correct or remove the line") from error
+        raise errors.UserError(f"{line.place} is not JSON ({error})", remedy="correct or remove the line") from error
     if not isinstance(record, dict) or field not in record:
         found = f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is no object"
-        raise ValueError(f"{line.place} has no field {field!r}, {found}: name the field of the text as in #{field}")
+        raise errors.UserError(
+            f"{line.place} has no field {field!r}, {found}", remedy=f"name the field of the text as in #{field}"
+        )
     return _checked(record[field], f"{line.place}, field {field!r},")
 
 
@@ -162,10 +167,14 @@ def _parquet_file(path: str, column: str) -> Any:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file ({error}): give another, or copy it again") from error
+        raise errors.UserError(
+            f"{path} is not a Parquet file ({error})", remedy="give another, or copy it again"
+        ) from error
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
-        raise ValueError(f"{path} has no column {column!r}, its columns are {names}: name the text's as in #{column}")
+        raise errors.UserError(
+            f"{path} has no column {column!r}, its columns are {names}", remedy=f"name the text's as in #{column}"
+        )
     return file
 
 
@@ -176,17 +185,19 @@ def _parquet_values(path: str, file: Any, column: str) -> Iterator[Any]:
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
+        raise errors.UserError(f"{path} is damaged ({error})", remedy="copy it again") from error
 
 
 def _checked(value: Any, what: str) -> str:
     """A value that must be text which UTF-8 can write."""
     if not isinstance(value, str):
-        raise ValueError(f"{what} holds {type(value).__name__}, not text: correct or remove it")
+        raise errors.UserError(f"{what} holds {type(value).__name__}, not text", remedy="correct or remove it")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} holds half a surrogate pair at character {error.start}: remove it") from error
+        raise errors.UserError(
+            f"{what} holds half a surrogate pair at character {error.start}", remedy="remove it"
+        ) from error
     return value
 
 
@@ -203,7 +214,9 @@ def _lines(paths: Sequence[str]) -> Iterator[Line]:
                     for part in [text] if "\f" not in text else re.findall("[^\f]*\f|[^\f]+", text):
                         yield Line(part, path, number, done)
         except _DECOMPRESSION_ERRORS as error:
-            raise ValueError(f"{path} cannot be decompressed ({error}): copy or compress it again") from error
+            raise errors.UserError(
+                f"{path} cannot be decompressed ({error})", remedy="copy or compress it again"
+            ) from error
         before += os.path.getsize(path)
 
 
@@ -211,9 +224,9 @@ def _decoded(content: bytes, path: str, number: int) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}:{number} is not UTF-8: byte {content[error.start]:#04x} at byte {error.start} of the line; "
-            f"convert the file, for example with iconv -t utf-8"
+        raise errors.UserError(
+            f"{path}:{number} is not UTF-8: byte {content[error.start]:#04x} at byte {error.start} of the line",
+            remedy="convert the file, for example with iconv -t utf-8",
         ) from error
     text = text.removeprefix("\ufeff") if number == 1 else text
     return text[:-2] + "\n" if text.endswith("\r\n") else text

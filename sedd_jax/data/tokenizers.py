@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sedd_jax.data import alphabets, subwords
+from sedd_jax.runtime import errors
 
 Tokenizer = (
     alphabets.Characters | alphabets.Bytes | alphabets.Ids | subwords.GPT2 | subwords.WordPiece | subwords.SentencePiece
@@ -32,6 +33,7 @@ FORMS = (
 )
 # What a kind reads beside its description.
 FILES = {"gpt2": "gpt2.tiktoken", "wordpiece": "vocab.txt"}
+_REPAIR = "copy it again from where it was written"
 # Tokens of the tokenizers, masks left out; a corpus' own characters are taken to be 100.
 VOCAB_SIZES = {"gpt2": 50_257, "text8": 27, "bytes": 256, "wordpiece": 30_521, "characters": 100}
 
@@ -66,7 +68,7 @@ def from_json(description: dict[str, Any]) -> Tokenizer:
     fields = dict(description)
     kind = fields.pop("kind")
     if kind not in _KINDS:
-        raise ValueError(f"tokenizer kind={kind!r} is unknown: this version reads {', '.join(_KINDS)}")
+        raise errors.UserError(f"tokenizer kind={kind!r} is unknown", remedy=f"this version reads {', '.join(_KINDS)}")
     return _KINDS[kind](**fields)
 
 
@@ -83,21 +85,23 @@ def read(path: pathlib.Path) -> Tokenizer:
     """The tokenizer that `write` wrote.
 
     Raises:
-        ValueError: where the description is damaged, or names a file that is not its own.
+        errors.UserError: where the description is damaged, or names a file that is not its own.
     """
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         name = FILES.get(description["kind"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
+        raise errors.UserError(f"{path} is damaged: {error!r}", remedy=_REPAIR) from error
     if name is not None:
         if description.get("path") != name:
-            raise ValueError(f"{path} names the file {description.get('path')!r}, but its own is {name}, beside it")
+            raise errors.UserError(
+                f"{path} names the file {description.get('path')!r}, but its own is {name}, beside it", remedy=_REPAIR
+            )
         description["path"] = str(path.absolute().parent / name)
     try:
         return from_json(description)
     except TypeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise errors.UserError(f"{path} is damaged: {error}", remedy=_REPAIR) from error
 
 
 def num_ids(tokenizer: Tokenizer) -> int:
@@ -120,10 +124,14 @@ def _parse(spec: str) -> tuple[str, str]:
     if kind not in _BUILDERS:
         nearest = difflib.get_close_matches(kind, _BUILDERS, n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise ValueError(f"tokenizer={spec!r} is of no known kind: {hint}give one of {', '.join(FORMS)}")
+        raise errors.UserError(
+            f"the tokenizer {spec!r} is of no known kind", remedy=f"{hint}give one of {', '.join(FORMS)}"
+        )
     takes = {":" in form for form in FORMS if form.partition(":")[0] == kind}
     if bool(argument) not in takes or bool(colon) != bool(argument):
-        raise ValueError(f"tokenizer={spec!r} is not complete, or more than that: give one of {', '.join(FORMS)}")
+        raise errors.UserError(
+            f"the tokenizer {spec!r} lacks an argument, or has one too many", remedy=f"give one of {', '.join(FORMS)}"
+        )
     return kind, argument
 
 
@@ -133,7 +141,7 @@ def _characters(documents: Documents) -> alphabets.Characters:
         found.update(text)
     alphabet = "".join(sorted(found))
     if not alphabet:
-        raise ValueError("there is no text to take characters from: give files with text in them")
+        raise errors.UserError("there is no text to take characters from", remedy="give files with text in them")
     return alphabets.Characters(alphabet=alphabet)
 
 
@@ -145,7 +153,9 @@ def _sentence_piece(argument: str, documents: Documents) -> subwords.SentencePie
 
 def _ids(count: str) -> alphabets.Ids:
     if not (count.isascii() and count.isdecimal() and int(count) > 0):
-        raise ValueError(f"tokenizer='ids:{count}' names no number of tokens: give one from 1, as in ids:50257")
+        raise errors.UserError(
+            f"the tokenizer 'ids:{count}' names no number of tokens", remedy="give one from 1, as in ids:50257"
+        )
     return alphabets.Ids(vocab_size=int(count))
 
 

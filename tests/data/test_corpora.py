@@ -9,6 +9,7 @@ import zipfile
 import pytest
 
 from sedd_jax.data import corpora, published_corpora
+from sedd_jax.runtime import errors
 
 
 def _texts(source, split):
@@ -86,7 +87,7 @@ def test_what_the_network_has_is_fetched_once_and_whole(tmp_path, monkeypatch, n
         return urlopen((served / address.rpartition("/")[2]).as_uri(), timeout=timeout)
 
     monkeypatch.setattr(urllib.request, "urlopen", answer)
-    with pytest.raises(OSError, match=rf"cannot be fetched .*--data={name}:SOURCE"):
+    with pytest.raises(errors.UserError, match=rf"cannot be fetched .*your own copy as {name}:SOURCE"):
         corpora.find(name)
     content = {"text8.zip": _zipped("ab" * 100), "lambada_test.jsonl": b'{"text": "row"}'}
     for file in files:
@@ -118,7 +119,7 @@ def test_a_fetch_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path, monke
             raise urllib.error.URLError("reset")
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Broken())
-    with pytest.raises(OSError, match=r"http://here/a.zip cannot be fetched .*reset"):
+    with pytest.raises(errors.UserError, match=r"http://here/a.zip cannot be fetched .*reset"):
         published_corpora._fetch("http://here/a.zip", tmp_path / "a.zip")
     assert not (tmp_path / "a.zip").exists()
 
@@ -130,6 +131,8 @@ def test_a_fetch_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path, monke
             self.headers = {"Content-Length": "1000"}
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Short())
-    with pytest.raises(OSError, match=r"http://here/a.zip cannot be fetched \(it ended after 10 of 1000 bytes\)"):
+    with pytest.raises(
+        errors.UserError, match=r"http://here/a.zip cannot be fetched \(it ended after 10 of 1000 bytes\)"
+    ):
         published_corpora._fetch("http://here/a.zip", tmp_path / "a.zip")
     assert not (tmp_path / "a.zip").exists()

@@ -17,7 +17,7 @@ NOWHERE = dict.fromkeys(("http_proxy", "https_proxy", "HF_ENDPOINT"), "http://12
 PREAMBLE = """
 import sys
 from absl import logging
-from sedd_jax import corpora
+from sedd_jax.data import corpora
 logging.set_verbosity(logging.FATAL)
 """
 

@@ -21,7 +21,7 @@ from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.data import detokenizers, prepare, shards
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 from tests.support import gcs_emulator, places
 
 SHARED = places.SHARED
@@ -70,11 +70,19 @@ def test_a_corpus_is_prepared_and_described(tmp_path, source, capsys):
         (
             ["--data=text:full/a.txt", "--tokenizer=bytes", "--out=full"],
             1,
-            "full exists and is not empty: choose another",
+            "--out=full exists and is not empty: choose another",
         ),
-        (["--data=text:full/a.txt", "--tokenizer=bytes", "--out=full/a.txt"], 1, "full/a.txt exists and is not empty"),
+        (
+            ["--data=text:full/a.txt", "--tokenizer=bytes", "--out=full/a.txt"],
+            1,
+            "--out=full/a.txt exists and is not empty",
+        ),
         (["--data=text:full/a.txt", "--tokenizer=bytes", "--out=full/a.txt/b"], 1, "cannot write to full/a.txt/b"),
-        (["--data=text:full/a.txt", "--tokenizer=bytes", "--out=out", "--num_workers=0"], 1, "--num_workers=0 must be"),
+        (
+            ["--data=text:full/a.txt", "--tokenizer=bytes", "--out=out", "--num_workers=0"],
+            1,
+            "--num_workers=0 must be at least 1",
+        ),
         (["--data=text:full/a.txt", "--tokenizer=text8", "--out=out"], 1, "full/a.txt:1: 'T' (U+0054) at position 0"),
     ],
 )
@@ -113,7 +121,7 @@ def test_what_is_interrupted_does_not_look_finished_and_begins_anew(tmp_path, to
     # Where these tests run in the background SIGINT is ignored, and so it would be there.
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from sedd_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+        "from sedd_jax.cli import main as cli; sys.exit(cli.main(sys.argv[1:]))"
     )
     child = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
     partial = tmp_path / ".out.partial"
@@ -152,7 +160,7 @@ def test_text_is_prepared_into_a_bucket(tmp_path, source, monkeypatch):
         assert list(server.blobs)[-1] == "data/letters/header.json"
         assert not storage.local_copy(place).exists()
         assert prepare.describe(place)["splits"]["test"]["num_tokens"] == 409
-        with pytest.raises(FileExistsError, match="gs://bucket/data/letters already holds prepared text"):
+        with pytest.raises(errors.UserError, match="out=gs://bucket/data/letters already holds prepared text"):
             prepare.prepare(source, "characters", place, num_workers=1)
 
 
@@ -249,5 +257,5 @@ def test_a_run_refuses_text_prepared_with_another_tokenizer(tmp_path, source):
 def test_a_test_set_alone_is_no_text_to_train_on(tmp_path):
     (tmp_path / "test.txt").write_text("letters " * 100)
     prepare.prepare(f"lines:{tmp_path}/{{split}}.txt", "text8", tmp_path / "prepared", num_workers=1)
-    with pytest.raises(ValueError, match=r"split='train' is not in .*prepared: choose one of test"):
+    with pytest.raises(ValueError, match=r"the split 'train' is not in .*prepared: choose one of test"):
         runs.start(tmp_path / "run", _config(f"prepared:{tmp_path / 'prepared'}", "text8"))

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from sedd_jax.data import documents, text_files
+from sedd_jax.runtime import errors
 
 
 def _texts(corpus, split):
@@ -153,7 +154,7 @@ def test_wrong_parquet_is_named(tmp_path):
 
 
 def test_text_errors_name_the_file_and_the_remedy(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file matches '.*none\*'"):
+    with pytest.raises(errors.UserError, match=r"no file matches '.*none\*'"):
         text_files.read_text(f"{tmp_path}/none*")
     wrong = {
         "latin.txt": (b"good\ncaf\xe9 noir", r"latin.txt:2 is not UTF-8: byte 0xe9 at byte 3 of the line"),
