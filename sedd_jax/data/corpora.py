@@ -1,4 +1,4 @@
-"""Where text comes from: a source, KIND:ARGUMENT, names a corpus."""
+"""Find a corpus by its source: KIND:ARGUMENT, such as text:books/*.txt, or a published name, such as wikitext2."""
 
 import difflib
 from collections.abc import Callable
@@ -29,12 +29,13 @@ FORMS = (
 
 
 def find(source: str) -> documents.Corpus:
-    """The corpus that a source names; what it is had from is fetched where it is not here.
+    """Open the corpus that `source` names, one of `FORMS`. What is not on this machine is downloaded.
 
-    A name of the paper alone, as in wikitext2, fetches that corpus; NAME:SOURCE takes its rows from a source.
+    A published name alone, such as wikitext2, downloads that corpus. NAME:SOURCE reads the rows of that corpus from
+    another source.
 
     Raises:
-        errors.UserError: where the source is of no known kind, or what it names is missing or not as it must be.
+        errors.UserError: if the kind is unknown, or what the source names is missing or malformed.
     """
     kind, _, argument = source.partition(":")
     if kind in published_corpora.PUBLISHED:
