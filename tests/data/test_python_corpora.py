@@ -88,6 +88,6 @@ def test_stdlib_is_code_that_parses_held_out_by_module():
 
 def test_others_do_not_exist():
     with pytest.raises(
-        ValueError, match=r"the source 'python:tests' does not exist: 'python:docs' and 'python:stdlib' do"
+        ValueError, match=r"the source 'python:tests' does not exist: give python:docs or python:stdlib"
     ):
         python_corpora.read("tests")

@@ -185,7 +185,7 @@ def test_a_damaged_or_foreign_header_is_named(packed):
         with pytest.raises(errors.UserError, match=r"header.json is damaged .*prepare it again"):
             shards.read_header(packed)
     (packed / "header.json").write_text(json.dumps(json.loads(content) | {"format_version": 3}))
-    with pytest.raises(ValueError, match="has format 3, this reads 2"):
+    with pytest.raises(ValueError, match="has format 3, and this version reads 2"):
         shards.read_header(packed)
     (packed / "header.json").unlink()
     with pytest.raises(errors.UserError, match=r"holds no finished header.json: run `sedd prepare --out="):
