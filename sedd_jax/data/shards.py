@@ -52,7 +52,7 @@ class Tokens:
         count: tokens in all shards.
     """
 
-    parts: Sequence[Any]
+    parts: Sequence[np.ndarray | str]
     dtype: str
     shard_tokens: int
     count: int
@@ -86,10 +86,10 @@ class Tokens:
             start, length = (start + count) % self.count, length - count
 
     def _fetch(self, pieces: Sequence[tuple[int, int, int]]) -> list[Integer[np.ndarray, " _"]]:
-        if isinstance(self.parts[0], np.ndarray):
-            return [self.parts[part][first:last] for part, first, last in pieces]
+        if not isinstance(self.parts[0], str):
+            return [np.asarray(self.parts[part])[first:last] for part, first, last in pieces]
         size = np.dtype(self.dtype).itemsize
-        ranges = [(self.parts[part], first * size, last * size) for part, first, last in pieces]
+        ranges = [(str(self.parts[part]), first * size, last * size) for part, first, last in pieces]
         return [np.frombuffer(content, self.dtype) for content in storage.read_ranges(ranges)]
 
 

@@ -1,8 +1,12 @@
-"""Text to token ids and back; each tokenizer is a frozen value that JSON carries, so that a run directory can hold it.
+"""Tokenizers: text to token ids and back. Each is a frozen value that JSON can store in a run directory.
 
-`vocab_size` is N, the number of real tokens. `mask_id` is None where the diffusion appends its mask as id N, `eos_id`
-where nothing ends a document, `unk_id` where nothing stands for text that has no token: such text is an error then.
-`special_ids` are those that stand for no text: these three, and what else a vocabulary holds for its own use.
+Every tokenizer has these attributes:
+
+    vocab_size     number of real tokens, N
+    mask_id        id of its own mask; if None, the diffusion appends its mask as id N
+    eos_id         id of the end of text; None if nothing ends a document
+    unk_id         id of text that has no token; if None, such text is an error
+    special_ids    ids that stand for no text: the three above, and others that a vocabulary keeps for its own use
 """
 
 import difflib
@@ -31,32 +35,35 @@ FORMS = (
     "wordpiece:FILE",
     "ids:N",
 )
-# What a kind reads beside its description.
+# Files that some kinds of tokenizer read beside their description.
 FILES = {"gpt2": "gpt2.tiktoken", "wordpiece": "vocab.txt"}
 _REPAIR = "copy it again from where it was written"
-# Tokens of the tokenizers, masks left out; a corpus' own characters are taken to be 100.
+# Tokens of each kind, masks excluded. The number of characters depends on the corpus and is assumed to be 100.
 VOCAB_SIZES = {"gpt2": 50_257, "text8": 27, "bytes": 256, "wordpiece": 30_521, "characters": 100}
 
 
 def build(spec: str, documents: Documents) -> Tokenizer:
-    """The tokenizer that a spec names, one of `FORMS`.
+    """Make the tokenizer that `spec` names, one of `FORMS`.
 
-    `characters` (the corpus' own, sorted) and `sentencepiece:N` (N pieces) are learned from `documents()`. Give
-    characters those of every split: the set of characters is all that held-out text lends, and no evaluation then
-    meets a character without an id. text8 is a space (0) and a to z.
+    `characters` (the sorted characters of the corpus) and `sentencepiece:N` (N pieces) are learned from `documents()`.
+    For `characters`, give the documents of every split. Then evaluations meet no character without an id, and the
+    tokenizer learns nothing from held-out text but its set of characters. `text8` is a space (id 0) and a to z.
+
+    Raises:
+        errors.UserError: if the spec is malformed, or a file or a package that it needs is missing.
     """
     kind, argument = _parse(spec)
     return _BUILDERS[kind](argument, documents)
 
 
 def is_learned(spec: str) -> bool:
-    """Whether a spec names a tokenizer that depends on the text."""
+    """Whether a spec names a tokenizer that is learned from the documents."""
     kind, argument = _parse(spec)
     return kind == "characters" or (kind == "sentencepiece" and argument.isdecimal())
 
 
 def vocab_size_of(spec: str) -> int:
-    """Tokens that a tokenizer will have, the mask left out, from its spec alone."""
+    """Number of tokens, mask excluded, of the tokenizer that a spec names. Needs no documents."""
     kind, argument = _parse(spec)
     if kind in VOCAB_SIZES:
         return VOCAB_SIZES[kind]
@@ -64,7 +71,7 @@ def vocab_size_of(spec: str) -> int:
 
 
 def from_json(description: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_json` described; one that reads a file checks that it is the same file."""
+    """Make a tokenizer from the description that its `to_json` returned. A file it reads must be unchanged."""
     fields = dict(description)
     kind = fields.pop("kind")
     if kind not in _KINDS:
@@ -73,7 +80,7 @@ def from_json(description: dict[str, Any]) -> Tokenizer:
 
 
 def write(tokenizer: Tokenizer, path: pathlib.Path) -> None:
-    """Writes what `read` reads: the description in JSON, and beside it the file that it needs, if any (`FILES`)."""
+    """Write a tokenizer for `read`: its description in JSON, and beside it the file that it needs, if any (`FILES`)."""
     description = tokenizer.to_json()
     if isinstance(tokenizer, subwords.GPT2 | subwords.WordPiece):
         description["path"] = FILES[description["kind"]]
@@ -82,10 +89,10 @@ def write(tokenizer: Tokenizer, path: pathlib.Path) -> None:
 
 
 def read(path: pathlib.Path) -> Tokenizer:
-    """The tokenizer that `write` wrote.
+    """Read a tokenizer that `write` wrote.
 
     Raises:
-        errors.UserError: where the description is damaged, or names a file that is not its own.
+        errors.UserError: if the description is damaged, or names another file than the one beside it.
     """
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -105,12 +112,15 @@ def read(path: pathlib.Path) -> Tokenizer:
 
 
 def num_ids(tokenizer: Tokenizer) -> int:
-    """How many ids a tokenizer itself can name: its real tokens, and its own mask where it has one."""
+    """Number of ids of a tokenizer: its real tokens, and its own mask if it has one."""
     return tokenizer.vocab_size + (tokenizer.mask_id is not None)
 
 
 def joiner(tokenizer: Tokenizer) -> str:
-    """What stands between documents that no end of text ends: a blank line, or a space where there is no newline."""
+    """Text between documents for tokenizers of characters or bytes; empty for other tokenizers.
+
+    It is a blank line, or a space if the alphabet has no newline.
+    """
     if isinstance(tokenizer, alphabets.Bytes):
         return "\n\n"
     if not isinstance(tokenizer, alphabets.Characters):
@@ -119,7 +129,7 @@ def joiner(tokenizer: Tokenizer) -> str:
 
 
 def _parse(spec: str) -> tuple[str, str]:
-    """Kind and argument of a tokenizer's spec."""
+    """Split the spec of a tokenizer into kind and argument, and check both."""
     kind, colon, argument = spec.partition(":")
     if kind not in _BUILDERS:
         nearest = difflib.get_close_matches(kind, _BUILDERS, n=1)
@@ -154,7 +164,7 @@ def _sentence_piece(argument: str, documents: Documents) -> subwords.SentencePie
 def _ids(count: str) -> alphabets.Ids:
     if not (count.isascii() and count.isdecimal() and int(count) > 0):
         raise errors.UserError(
-            f"the tokenizer 'ids:{count}' names no number of tokens", remedy="give one from 1, as in ids:50257"
+            f"the tokenizer 'ids:{count}' names no number of tokens", remedy="give at least 1, as in ids:50257"
         )
     return alphabets.Ids(vocab_size=int(count))
 

@@ -110,7 +110,7 @@ def test_json_lines_give_their_field_whole(tmp_path):
     ("line", "message"),
     [
         (b'{"text": "cut', r"test.jsonl:2 is not JSON \(Unterminated string.*correct or remove the line"),
-        (b"[1, 2]", r"test.jsonl:2 has no field 'text', it is no object"),
+        (b"[1, 2]", r"test.jsonl:2 has no field 'text', it is not an object"),
         (b'{"body": "b", "id": 1}', r"test.jsonl:2 has no field 'text', its fields are body, id: name .* as in #text"),
         (b'{"text": null}', r"test.jsonl:2, field 'text', holds NoneType, not text"),
         (b'{"text": "a\\ud800"}', r"test.jsonl:2, field 'text', holds half a surrogate pair at character 1"),

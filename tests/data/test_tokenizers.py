@@ -122,7 +122,7 @@ def test_byte_pairs_say_when_their_file_is_gone_changed_or_broken(ranks_file, tm
         with pytest.raises(ValueError, match="lack a number or one of the 256 bytes"):
             tokenizers.from_json(description)
     ranks_file.write_bytes(b"not ranks at all\n")
-    with pytest.raises(ValueError, match="is no file of ranks"):
+    with pytest.raises(ValueError, match="is not a file of ranks"):
         tokenizers.from_json(description)
     ranks_file.unlink()
     with pytest.raises(errors.UserError, match=r"small.tiktoken does not exist"):
@@ -295,7 +295,7 @@ def test_pieces_of_a_file_keep_their_unknown_and_their_mask(tmp_path):
     for unknown in ("aza", "a▁a"):
         assert tokenizer.encode(unknown).tolist().count(tokenizer.unk_id) == 1
     path.write_bytes(b"no model")
-    with pytest.raises(ValueError, match=r"should be a SentencePiece model is none: give the \.model file"):
+    with pytest.raises(ValueError, match=r"should be a SentencePiece model is not one: give the \.model file"):
         _build(f"sentencepiece:{path}")
 
 
