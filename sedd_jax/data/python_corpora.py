@@ -16,9 +16,7 @@ from sedd_jax.runtime import errors
 
 # Directories of the standard library with tests, tools that have their own tests, or third-party packages.
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
-_TABLES = frozenset(
-    {"encodings", "pydoc_data"}
-)  # tables of characters and of help topics, which are data rather than code
+_TABLES = frozenset({"encodings", "pydoc_data"})  # tables of characters and help topics: data, not code
 _TYPOGRAPHY = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "•": "*", "→": "->"})
 
 

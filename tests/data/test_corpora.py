@@ -1,4 +1,4 @@
-"""A source names a corpus of any kind, or what is wrong with it."""
+"""Tests of sources: each opens the right corpus, or the error says what is wrong."""
 
 import io
 import json
@@ -74,7 +74,7 @@ def test_training_corpora_are_read_as_they_are(tmp_path):
     ],
 )
 def test_what_the_network_has_is_fetched_once_and_whole(tmp_path, monkeypatch, name, files):
-    """The addresses are answered here, by files; whether they still hold the corpora is not tested."""
+    """Local files stand in for the addresses. Whether the real addresses still hold the corpora is not tested."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     served = tmp_path / "served"
     served.mkdir()
@@ -124,7 +124,7 @@ def test_a_fetch_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path, monke
     assert not (tmp_path / "a.zip").exists()
 
     class Short(io.BytesIO):
-        """The connection is closed in between, of which `read` says nothing."""
+        """A connection that closes early, which `read` does not report."""
 
         def __init__(self):
             super().__init__(b"a" * 10)

@@ -1,4 +1,4 @@
-"""`sedd prepare` leaves finished text or none, describes it, and a run reads it until it changes."""
+"""Tests of `sedd prepare`: it leaves finished text or none, describes it, and a run notices when it changes."""
 
 import base64
 import json
@@ -118,7 +118,7 @@ def test_what_is_interrupted_does_not_look_finished_and_begins_anew(tmp_path, to
     (tmp_path / "train.txt").write_text("\f".join("some words to be cut " * 200 for _ in range(5000)))
     out = tmp_path / "out"
     arguments = ["prepare", f"--data=text:{tmp_path}/train.txt", "--tokenizer=bytes", f"--out={out}", "--num_workers=2"]
-    # Where these tests run in the background SIGINT is ignored, and so it would be there.
+    # If these tests run in the background, SIGINT is ignored, and child processes would inherit that.
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from sedd_jax.cli import main as cli; sys.exit(cli.main(sys.argv[1:]))"
@@ -186,7 +186,7 @@ def test_a_zero_shot_set_is_every_row_with_an_end_of_text(tmp_path, capsys):
 
 
 def test_training_corpora_become_what_the_paper_trains_on(tmp_path):
-    """Stand-ins of the form that each corpus has, since the corpora themselves cannot be fetched here."""
+    """Small files in the format of each corpus stand in for the corpora, which cannot be downloaded here."""
     (tmp_path / "text8").write_text("one two three " * 100)
     prepare.prepare(f"text8:text:{tmp_path}/text8", "text8", tmp_path / "a", num_workers=1)
     sizes = {split: counts["num_tokens"] for split, counts in shards.read_header(tmp_path / "a")["splits"].items()}

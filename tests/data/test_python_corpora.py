@@ -1,4 +1,4 @@
-"""Text that CPython carries comes whole, in order, and held-out text stays unseen."""
+"""Tests of the corpora that come with CPython: complete, in order, and without held-out text in train."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""What is prepared is the text, whatever the shards and processes; what is damaged or has changed is named."""
+"""Tests of prepared text: it does not depend on shards or processes, and damage or changes are reported."""
 
 import base64
 import hashlib

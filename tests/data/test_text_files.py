@@ -1,4 +1,4 @@
-"""Documents of files come whole and in order, and what is wrong in a file is named with its line."""
+"""Tests of corpora in files: documents are complete and in order, and errors name the file and the line."""
 
 import glob
 import gzip
@@ -182,7 +182,7 @@ def test_blank_files_hold_no_document(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zip", "a.parquet", "plain.parquet"])
 def test_bytes_that_changed_are_read_or_named(tmp_path, name):
-    """Cut, overwritten and inserted at random: never another error than one line with the file in it."""
+    """Files with random cuts, changes and insertions are read, or the error names the file."""
     texts = [f"line {number} é" for number in range(300)]
     lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts).encode()
     path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Every tokenizer gives back the text it was given, describes itself, and says what it cannot do."""
+"""Tests of tokenizers: round trips, descriptions in JSON, and errors."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ SHARED_RANKS = places.SHARED / "tokenizers" / "gpt2.tiktoken"
 
 @pytest.fixture
 def ranks_file(tmp_path):
-    """All single bytes and three merges, in tiktoken's format."""
+    """A file of ranks in tiktoken's format: all single bytes and three merges."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"he", b"hel", b" w"]
     path = tmp_path / "small.tiktoken"
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
