@@ -1,1 +1,1 @@
-"""Text: where it comes from, how it becomes tokens, and batches of them."""
+"""Data: corpora of documents, tokenizers, prepared text and batches."""

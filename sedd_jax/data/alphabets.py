@@ -1,4 +1,4 @@
-"""Tokens that stand for themselves: characters, bytes, numbers."""
+"""Tokenizers with one token per character, per byte or per number."""
 
 import dataclasses
 import functools
@@ -9,12 +9,15 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int, Integer
 
+from sedd_jax.runtime import errors
+
 _NUM_CODE_POINTS = 0x110000
+_MAX_DIGITS = 4300  # int() refuses longer numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Characters:
-    """One token a character; a character's id is its place in the alphabet."""
+    """One token per character. The id of a character is its index in `alphabet`."""
 
     alphabet: str
     unit: ClassVar[str] = "character"
@@ -25,7 +28,9 @@ class Characters:
 
     def __post_init__(self):
         if not self.alphabet or len(set(self.alphabet)) < len(self.alphabet):
-            raise ValueError(f"alphabet={self.alphabet!r} is empty or repeats a character: name each character once")
+            raise errors.UserError(
+                f"alphabet={self.alphabet!r} is empty or repeats a character", remedy="name each character once"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -37,25 +42,30 @@ class Characters:
 
     @functools.cached_property
     def _ids(self) -> np.ndarray:
-        """The id of every code point, -1 for those outside the alphabet."""
+        """Id of every Unicode code point; -1 for code points outside the alphabet."""
         ids = np.full(_NUM_CODE_POINTS, -1, np.int32)
         ids[self._code_points] = np.arange(self.vocab_size)
         return ids
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
-        """Ids (int32) of the characters of a text."""
+        """Token ids (int32) of the characters of `text`.
+
+        Raises:
+            errors.UserError: if a character is not in the alphabet.
+        """
         ids = self._ids[_code_points(text)]
         unknown = ids < 0
         if unknown.any():
             position = int(unknown.argmax())
-            raise ValueError(
+            raise errors.UserError(
                 f"{text[position]!r} (U+{ord(text[position]):04X}) at position {position} is not in the alphabet "
-                f"of {self.vocab_size} characters: remove it, or build the tokenizer from a text that holds it"
+                f"of {self.vocab_size} characters",
+                remedy="remove it, or build the tokenizer from a text that holds it",
             )
         return ids
 
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
-        """The text that ids in [0, vocab_size) stand for."""
+        """Text of `ids`, which must lie in [0, vocab_size)."""
         check_ids(ids, self.vocab_size)
         return self._code_points[ids].tobytes().decode("utf-32-le", "surrogatepass")
 
@@ -63,13 +73,13 @@ class Characters:
         return {"kind": "characters", "alphabet": self.alphabet}
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give every text the same ids."""
+        """Hash that is equal for tokenizers that give every text the same ids."""
         return fingerprint_of(self.to_json())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """One token a byte of UTF-8."""
+    """One token per byte of UTF-8."""
 
     unit: ClassVar[str] = "byte"
     vocab_size: ClassVar[int] = 256
@@ -79,11 +89,21 @@ class Bytes:
     special_ids: ClassVar[frozenset[int]] = frozenset()
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
-        """Ids (int32) of the bytes of a text."""
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        """Token ids (int32) of the UTF-8 bytes of `text`.
+
+        Raises:
+            errors.UserError: if the text holds half a surrogate pair, which UTF-8 cannot write.
+        """
+        try:
+            content = text.encode()
+        except UnicodeEncodeError as error:
+            raise errors.UserError(
+                f"{text[error.start]!r} at position {error.start} is half a surrogate pair", remedy="remove it"
+            ) from error
+        return np.frombuffer(content, np.uint8).astype(np.int32)
 
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
-        """The text that ids in [0, 256) stand for; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids`, which must lie in [0, 256). Bytes that are not valid UTF-8 become U+FFFD."""
         check_ids(ids, self.vocab_size)
         return ids.astype(np.uint8).tobytes().decode(errors="replace")
 
@@ -91,13 +111,16 @@ class Bytes:
         return {"kind": "bytes"}
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give every text the same ids."""
+        """Hash that is equal for tokenizers that give every text the same ids."""
         return fingerprint_of(self.to_json())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ids:
-    """Ids as decimal numbers with spaces between: for a checkpoint whose tokenizer is not known."""
+    """Token ids written as decimal numbers with spaces between them.
+
+    This is the tokenizer of a checkpoint whose own tokenizer is unknown.
+    """
 
     vocab_size: int
     unit: ClassVar[str] = "token"
@@ -107,15 +130,26 @@ class Ids:
     special_ids: ClassVar[frozenset[int]] = frozenset()
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
-        """Ids (int32) that a text spells out."""
+        """The token ids (int32) that `text` spells out.
+
+        Raises:
+            errors.UserError: if a word is not a number in [0, vocab_size).
+        """
         words = text.split()
-        wrong = [word for word in words if not (word.isascii() and word.isdecimal() and int(word) < self.vocab_size)]
+        wrong = [word for word in words if not self._is_id(word)]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no id: give numbers from 0 to {self.vocab_size - 1} with spaces between")
+            raise errors.UserError(
+                f"{wrong[0]!r} is not an id",
+                remedy=f"give numbers from 0 to {self.vocab_size - 1} with spaces between them",
+            )
         return np.array([int(word) for word in words], np.int32)
 
+    def _is_id(self, word: str) -> bool:
+        is_number = word.isascii() and word.isdecimal() and len(word) <= _MAX_DIGITS
+        return is_number and int(word) < self.vocab_size
+
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
-        """The numbers of ids in [0, vocab_size)."""
+        """`ids`, which must lie in [0, vocab_size), as decimal numbers."""
         check_ids(ids, self.vocab_size)
         return " ".join(map(str, ids.tolist()))
 
@@ -123,12 +157,12 @@ class Ids:
         return {"kind": "ids", "vocab_size": self.vocab_size}
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give every text the same ids."""
+        """Hash that is equal for tokenizers that give every text the same ids."""
         return fingerprint_of(self.to_json())
 
 
 def check_ids(ids: Integer[np.ndarray, " L"], stop: int) -> None:
-    """Raises ValueError for the first id outside [0, stop)."""
+    """Raise ValueError for the first id outside [0, stop)."""
     outside = (ids < 0) | (ids >= stop)
     if outside.any():
         position = int(outside.argmax())
@@ -138,7 +172,7 @@ def check_ids(ids: Integer[np.ndarray, " L"], stop: int) -> None:
 
 
 def fingerprint_of(description: dict[str, Any]) -> str:
-    """SHA-256 of what describes a tokenizer."""
+    """SHA-256 of the description of a tokenizer."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Prepared text in sequences, and batches of them as a pure function of (seed, step)."""
+"""Prepared tokens read as sequences, and training batches as a pure function of (seed, step)."""
 
 import dataclasses
 import functools
@@ -10,20 +10,28 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from sedd_jax.data import shards, tokenizers
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 
-_DENSE_PAIRS = 2**22  # up to here a table of all pairs is smaller and faster than sorting the pairs that occur
+_DENSE_PAIRS = 2**22  # up to this many pairs, a full table is smaller and faster than sorting the pairs that occur
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PackedSplit:
-    """The tokens of one split, read in sequences of `length`, and counts of the text they stand for."""
+    """The tokens of one split, read as sequences of `length` tokens.
+
+    Attributes:
+        tokens: the tokens of the split.
+        length: tokens per sequence.
+        num_characters: characters of the text that the tokens stand for.
+        num_words: words of that text.
+        sha256: hash of the checksums of the split's shards.
+    """
 
     tokens: shards.Tokens
     length: int
     num_characters: int
     num_words: int
-    sha256: str  # of the checksums of its shards
+    sha256: str
 
     @property
     def num_tokens(self) -> int:
@@ -31,7 +39,7 @@ class PackedSplit:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences in one epoch; the rest, shorter than one, is left out of it."""
+        """Sequences in one epoch. Each epoch leaves out the remaining tokens, fewer than `length`."""
         return self.num_tokens // self.length
 
     @property
@@ -43,18 +51,21 @@ class PackedSplit:
         return self.num_words / self.num_tokens
 
     def sequences(self) -> Integer[np.ndarray, "S L"]:
-        """Every sequence in the order of the text, without the tail shorter than one."""
+        """All sequences in the order of the text, without the last tokens that do not fill a sequence."""
         return self.tokens.read(0, self.num_sequences * self.length).reshape(-1, self.length)
 
     def batch(self, step: int, *, batch_size: int, seed: int, rows: slice = slice(None)) -> Int[np.ndarray, "rows L"]:
-        """Rows of the training batch of a step (int32), a function of (seed, step) alone, whoever asks for which.
+        """Rows `rows` of the training batch at `step` (int32).
 
-        Every epoch reads the text as a ring from a random start, cut into non-overlapping sequences in random order. So
-        each token is equally likely to be among the few that an epoch leaves out, and no cut is the same twice. A batch
-        at the end of an epoch is filled from the next one.
+        The batch is a function of (seed, step), whichever process asks for which rows. The stream of sequences is the
+        same for every `batch_size`.
+
+        Each epoch reads the text as a ring from a random start. It cuts the ring into sequences that do not overlap and
+        shuffles them. So every token is equally likely to be among the few that an epoch leaves out, and every epoch
+        cuts the text at other places. A batch at the end of an epoch is filled with sequences of the next epoch.
         """
         if step < 0 or batch_size < 1:
-            raise ValueError(f"step={step}, batch_size={batch_size}: step counts from 0, and a batch holds 1 or more")
+            raise ValueError(f"step={step}, batch_size={batch_size}: step counts from 0, batch_size from 1")
         epochs, places = np.divmod(step * batch_size + np.arange(batch_size)[rows], self.num_sequences)
         starts = np.concatenate(
             [
@@ -67,9 +78,10 @@ class PackedSplit:
 
 @functools.lru_cache(maxsize=4)
 def _epoch_starts(seed: int, epoch: int, num_tokens: int, length: int) -> Int[np.ndarray, " S"]:
-    """Where each sequence of an epoch starts, in the order of training.
+    """Position where each sequence of an epoch starts, in training order.
 
-    Drawn from raw Philox bits, which numpy keeps for good, while it may change `permutation` between versions.
+    The positions are drawn from raw Philox bits. NumPy promises never to change these bits, whereas it may change
+    `permutation` between versions.
     """
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64))
     start = bits.random_raw() % num_tokens
@@ -80,18 +92,29 @@ def _epoch_starts(seed: int, epoch: int, num_tokens: int, length: int) -> Int[np
 def open_split(
     directory: storage.Directory, split: str, length: int, *, tokenizer: tokenizers.Tokenizer | None = None
 ) -> PackedSplit:
-    """One split of prepared text in sequences of `length`; a `tokenizer` must be the one it was prepared with."""
+    """Open one split of prepared text as sequences of `length` tokens.
+
+    Args:
+        directory: prepared text.
+        split: train, valid or test.
+        length: tokens per sequence.
+        tokenizer: if given, it must be the tokenizer that the text was prepared with.
+
+    Raises:
+        errors.UserError: if the tokenizer is another one, or the split has fewer than `length` tokens.
+    """
     header = shards.read_header(directory)
     if tokenizer is not None and tokenizer.fingerprint() != header["tokenizer_fingerprint"]:
-        raise ValueError(
+        raise errors.UserError(
             f"{directory} was prepared with another tokenizer ({header['tokenizer']['kind']}) than this run's "
-            f"({tokenizer.to_json()['kind']}): prepare {header['source']} again with the run's own"
+            f"({tokenizer.to_json()['kind']})",
+            remedy=f"prepare {header['source']} again with the run's own",
         )
     counts, tokens = shards.open_split(directory, split)
     if not 1 <= length <= len(tokens):
-        raise ValueError(
-            f"the {split} split in {directory} has {len(tokens)} tokens, which length={length} does not fit: "
-            f"choose a length between 1 and that, or prepare more text"
+        raise errors.UserError(
+            f"the {split} split in {directory} has {len(tokens)} tokens, which length={length} does not fit",
+            remedy="choose a length between 1 and that, or prepare more text",
         )
     return PackedSplit(
         tokens=tokens,
@@ -103,16 +126,22 @@ def open_split(
 
 
 class Entropies(NamedTuple):
-    """Bits per token of a text under token counts (unigram) and under counts of a token after another (bigram)."""
+    """Entropies of a text in bits per token.
+
+    Attributes:
+        unigram: H(x1), under the frequencies of single tokens.
+        bigram: H(x2 | x1), under the frequencies of a token given the one before.
+    """
 
     unigram: float
     bigram: float
 
 
 def entropies(tokens: Integer[np.ndarray, " T"], num_ids: int) -> Entropies:
-    """H(x1) and H(x2|x1) of the tokens' own counts: what a table that knows this very text would reach.
+    """Unigram and bigram entropy of `tokens` under their own frequencies, in bits per token.
 
-    `num_ids` is above every id. Pairs are held in memory at 8 bytes a token.
+    A table of frequencies fitted to this very text would reach these values. `num_ids` must be larger than every id.
+    The pairs take 8 bytes of memory per token.
     """
     _, counts = _pair_counts(tokens, num_ids)
     first = np.bincount(tokens[:-1], minlength=num_ids)
@@ -124,7 +153,7 @@ def _pairs(tokens: np.ndarray, num_ids: int) -> np.ndarray:
 
 
 def _pair_counts(tokens: np.ndarray, num_ids: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs that occur, in ascending order of their codes, and how often each does."""
+    """Codes of the pairs that occur, in ascending order, and how often each occurs."""
     codes = _pairs(tokens, num_ids)
     if num_ids**2 > _DENSE_PAIRS:
         return np.unique(codes, return_counts=True)

@@ -1,9 +1,10 @@
-"""Where text comes from: a source, KIND:ARGUMENT, names a corpus."""
+"""Find a corpus by its source: KIND:ARGUMENT, such as text:books/*.txt, or a published name, such as wikitext2."""
 
 import difflib
 from collections.abc import Callable
 
 from sedd_jax.data import documents, hub_corpora, published_corpora, python_corpora, text_files
+from sedd_jax.runtime import errors
 
 _READERS: dict[str, Callable[[str], documents.Corpus]] = {
     "text": text_files.read_text,
@@ -28,13 +29,13 @@ FORMS = (
 
 
 def find(source: str) -> documents.Corpus:
-    """The corpus that a source names; what it is had from is fetched where it is not here.
+    """Open the corpus that `source` names, one of `FORMS`. What is not on this machine is downloaded.
 
-    A name of the paper alone, as in wikitext2, fetches that corpus; NAME:SOURCE takes its rows from a source.
+    A published name alone, such as wikitext2, downloads that corpus. NAME:SOURCE reads the rows of that corpus from
+    another source.
 
     Raises:
-        ValueError: where the source is of no known kind, or what it names is not as it must be.
-        OSError: where there is nothing there.
+        errors.UserError: if the kind is unknown, or what the source names is missing or malformed.
     """
     kind, _, argument = source.partition(":")
     if kind in published_corpora.PUBLISHED:
@@ -42,5 +43,7 @@ def find(source: str) -> documents.Corpus:
     if kind not in _READERS:
         nearest = difflib.get_close_matches(kind, [*_READERS, *published_corpora.PUBLISHED], n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise ValueError(f"source={source!r} is of no known kind: {hint}give one of {', '.join(FORMS)}")
+        raise errors.UserError(
+            f"the source {source!r} is of no known kind", remedy=f"{hint}give one of {', '.join(FORMS)}"
+        )
     return _READERS[kind](argument)

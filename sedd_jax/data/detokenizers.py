@@ -1,14 +1,14 @@
-"""What the published program makes of a test set's rows before it tokenizes them, step by step in its order.
+"""Detokenizers of test sets: the replacements that the published program makes before it tokenizes, in its order.
 
-WikiText and the Penn Treebank come with spaces around every token; these rules, which language models trained on web
-text are measured with since GPT-2, take most of them out again. Some do less than they seem to. They are kept, since
-the published figures stand on them.
+WikiText and the Penn Treebank have spaces around every token. These rules remove most of those spaces. Language models
+trained on web text have been evaluated with them since GPT-2. Some rules do less than they seem to. They are kept,
+because the published figures depend on them.
 """
 
 import re
 from collections.abc import Sequence
 
-# What is replaced, a string or a pattern, and by what.
+# What is replaced (a string or a pattern), and its replacement.
 Step = tuple[str | re.Pattern[str], str]
 
 _WIKITEXT: Sequence[Step] = (
@@ -37,7 +37,7 @@ _PENN_TREEBANK: Sequence[Step] = (
     (" \n ", "\n"),
     ("\\/", "/"),
     (" N ", " 1 "),
-    (" N ", " 1 "),  # again for those whose space the one before has used
+    (" N ", " 1 "),  # again, because a match consumes the space that an adjacent " N " needs
     ("$ 1", "$1"),
     ("# 1", "#1"),
     ("<unk>", "?"),
@@ -70,22 +70,22 @@ _BILLION_WORDS: Sequence[Step] = (
 
 
 def wikitext(row: str) -> str:
-    """A line of WikiText."""
+    """Detokenize a line of WikiText."""
     return _apply(_WIKITEXT, row)
 
 
 def penn_treebank(row: str) -> str:
-    """A sentence of the Penn Treebank as Mikolov prepared it."""
+    """Detokenize a sentence of the Penn Treebank, as Mikolov prepared it."""
     return _apply(_PENN_TREEBANK, row)
 
 
 def billion_words(row: str) -> str:
-    """A sentence of One Billion Words."""
+    """Detokenize a sentence of One Billion Words."""
     return _apply(_BILLION_WORDS, row)
 
 
 def lambada(row: str) -> str:
-    """A passage of LAMBADA, which a newline opens."""
+    """A passage of LAMBADA with plain quotation marks, after a leading newline."""
     return "\n" + row.replace("“", '"').replace("”", '"').strip()
 
 

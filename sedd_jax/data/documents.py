@@ -1,20 +1,20 @@
-"""A document, and how a corpus divides into splits."""
+"""Documents, and the division of a corpus into the splits train, valid and test."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 SPLITS = ("train", "valid", "test")
-HELD_OUT_SHARE = 0.05
+HELD_OUT_SHARE = 0.05  # of train, for each held-out split that a corpus lacks
 
 
 class Document(NamedTuple):
-    """A text and where it came from.
+    """A document and where it came from.
 
     Attributes:
-        text: the text, empty where the corpus has an empty document.
-        place: what a person looks up: file and line, or dataset, split and number.
-        done: share of the split that is read once this document is.
+        text: its text, which may be empty.
+        place: where a person finds it: file and line, or dataset, split and number.
+        done: share of the split that has been read after this document.
     """
 
     text: str
@@ -24,12 +24,12 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Documents by split.
+    """The documents of a corpus by split.
 
     Attributes:
-        splits: those it has.
-        read: the documents of one of them, always in the same order.
-        keeps_empty: whether an empty document counts, as a row of a published test set does.
+        splits: names of the splits that the corpus has.
+        read: yields the documents of a split, always in the same order.
+        keeps_empty: whether empty documents count. They do in published test sets.
     """
 
     splits: tuple[str, ...]
@@ -37,13 +37,19 @@ class Corpus:
     keeps_empty: bool = False
 
     def texts(self) -> Iterator[str]:
-        """Of every split."""
+        """Texts of the documents of all splits."""
         for split in self.splits:
             yield from (document.text for document in self.read(split))
 
 
 class Part(NamedTuple):
-    """A part of one of the splits that a corpus came with, from one share of it to another."""
+    """A contiguous part of a native split, which is a split that the corpus came with.
+
+    Attributes:
+        native: name of the native split.
+        start: share of the native split before the part.
+        stop: share of the native split up to the end of the part.
+    """
 
     native: str
     start: float
@@ -54,18 +60,19 @@ class Part(NamedTuple):
         return self.stop - self.start == 1
 
     def indices(self, count: int) -> range:
-        """The part of `count` things."""
+        """Indices of this part, if the native split has `count` items."""
         return range(round(self.start * count), round(self.stop * count))
 
     def progress(self, done: float) -> float:
-        """The share of this part that is read, from that of the split it lies in."""
+        """Share of this part that has been read, given the share `done` of its native split."""
         return (done - self.start) / (self.stop - self.start)
 
 
 def divide(native: Collection[str]) -> dict[str, Part]:
-    """Every split as a part of those that a corpus came with: held-out text that is missing is cut off train's end.
+    """Map each split to a part of the native splits.
 
-    A corpus without train keeps what it has.
+    A missing held-out split is cut off the end of train (`HELD_OUT_SHARE` of it). A corpus without train keeps the
+    splits that it has.
     """
     if "train" not in native:
         return {split: Part(split, 0, 1) for split in SPLITS if split in native}

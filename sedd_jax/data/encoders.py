@@ -1,4 +1,4 @@
-"""Documents to tokens, in this process or several."""
+"""Encode documents as tokens, in this process or in several."""
 
 import collections
 import concurrent.futures
@@ -13,20 +13,22 @@ import numpy as np
 from jaxtyping import Integer
 
 from sedd_jax.data import documents, tokenizers
+from sedd_jax.runtime import errors
 
-_CHARACTERS_AT_ONCE = 500_000
+_CHARACTERS_AT_ONCE = 500_000  # per task of a process
 
 
 class Encoded(NamedTuple):
-    """Some documents' tokens, in a row, and counts of what was in them.
+    """Tokens of consecutive documents, and counts of what they hold.
 
     Attributes:
-        tokens: of the documents, in the type that holds every id, with an end of text after each or a joiner between.
-        num_documents: documents.
-        num_characters: characters, joiners among them.
-        num_words: words between white space.
-        num_unknown: tokens that stand for text without one.
-        done: share of the split read so far.
+        tokens: token ids of the documents, of type `dtype_of`. An end of text follows each document. If the tokenizer
+            has none, a joiner (`tokenizers.joiner`) stands between documents.
+        num_documents: number of documents.
+        num_characters: number of characters, joiners included.
+        num_words: number of words, separated by white space.
+        num_unknown: number of tokens with the tokenizer's `unk_id`.
+        done: share of the split that has been read.
     """
 
     tokens: Integer[np.ndarray, " T"]
@@ -38,18 +40,19 @@ class Encoded(NamedTuple):
 
 
 def dtype_of(tokenizer: tokenizers.Tokenizer) -> str:
-    """The smaller of uint16 and uint32 that holds every id, little-endian."""
+    """The smaller of "<u2" and "<u4" (little-endian, unsigned) that holds every id of a tokenizer."""
     return "<u2" if tokenizers.num_ids(tokenizer) <= 2**16 else "<u4"
 
 
 def encode(
     texts: Iterator[documents.Document], tokenizer: tokenizers.Tokenizer, *, num_workers: int
 ) -> Iterator[Encoded]:
-    """Tokens of the documents of a split in their order, whatever the number of processes.
+    """Yield the tokens of the documents of one split, in order.
+
+    The tokens do not depend on `num_workers`, the number of processes.
 
     Raises:
-        ValueError: where a document cannot be tokenized; names its place.
-        OSError: where a process was ended from outside.
+        errors.UserError: if a document cannot be tokenized (the error names its place), or if a process was killed.
     """
     tasks = _tasks(texts)
     if num_workers == 1:
@@ -71,7 +74,7 @@ def encode(
 
 
 def _tasks(texts: Iterator[documents.Document]) -> Iterator[tuple[list[documents.Document], bool]]:
-    """Lists of documents that are work for a moment, and whether one begins the split."""
+    """Yield lists of documents that make one task, and whether the list begins the split."""
     task, size, is_first = [], 0, True
     for document in texts:
         task.append(document)
@@ -91,8 +94,8 @@ def _encode(tokenizer: tokenizers.Tokenizer, task: list[documents.Document], is_
         text = document.text if is_first and index == 0 else joiner + document.text
         try:
             ids = tokenizer.encode(text)
-        except ValueError as error:
-            raise ValueError(f"{document.place}: {error}") from error
+        except errors.UserError as error:
+            raise error.at(document.place) from error
         parts += [ids, end]
         num_characters += len(text)
         num_words += len(document.text.split())
@@ -104,25 +107,25 @@ def _encode(tokenizer: tokenizers.Tokenizer, task: list[documents.Document], is_
 def _result(future: "concurrent.futures.Future[Encoded]") -> Encoded:
     try:
         return future.result()
-    except ValueError as error:
-        raise ValueError(str(error)) from error  # Raised there; to be told as raised here.
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise OSError(
-            "a process that tokenized was ended from outside, perhaps for want of memory: use fewer --num_workers"
+        raise errors.UserError(
+            "a process that tokenized was killed, perhaps because memory ran out",
+            remedy=f"use fewer {errors.name('num_workers')}",
         ) from error
 
 
-_tokenizer: Any = None  # Of a process that tokenizes for another.
+_tokenizer: tokenizers.Tokenizer | None = None  # Set by `_start` in each worker process.
 
 
 def _start(description: dict[str, Any]) -> None:
     global _tokenizer
     _tokenizer = tokenizers.from_json(description)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The first process ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent process ends its workers.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
+    """End this process when its parent is gone, even if that was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -130,4 +133,5 @@ def _end_with_parent() -> None:
 
 
 def _encode_here(task: list[documents.Document], is_first: bool) -> Encoded:
+    assert _tokenizer is not None
     return _encode(_tokenizer, task, is_first)

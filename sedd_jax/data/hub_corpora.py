@@ -1,34 +1,40 @@
-"""Documents of tensorflow-datasets and of the Hugging Face hub."""
+"""Corpora of tensorflow-datasets and of the Hugging Face hub."""
 
 import os
 import pathlib
+import types
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sedd_jax.data import documents
+from sedd_jax.runtime import errors
 
 _NAMES = {"validation": "valid", "dev": "valid"}
 _ROWS_AT_ONCE = 1024
 _SECONDS_TO_ANSWER = 10
 _HF = "https://huggingface.co"
-_GENERAL_HOST = "https://storage.googleapis.com"  # where tensorflow-datasets looks when a dataset names no address
+_GENERAL_HOST = "https://storage.googleapis.com"  # tensorflow-datasets looks here if a dataset lists no address
 
 
 def read_tfds(spec: str) -> documents.Corpus:
-    """NAME[/config][#feature] of tensorflow-datasets, downloaded where it is not, in array_record, without TensorFlow.
+    """Open NAME[/config][#feature] of tensorflow-datasets, which is downloaded if it is not on this machine.
 
-    `text_files` is one of local files, see `tfds_text_files`.
+    The dataset is stored as array_record and read without TensorFlow. The dataset `text_files` reads local files, see
+    `tfds_text_files`.
+
+    Raises:
+        errors.UserError: if the package or the dataset is missing, or the dataset has no such feature.
     """
     name, _, feature = spec.partition("#")
     tfds = _import_tfds(spec)
     try:
         builder = tfds.builder(name, file_format="array_record")
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"tfds:{spec} is not registered without TensorFlow ({str(error).splitlines()[0]}): correct the name, or "
-            f"export its text and name the files"
+        raise errors.UserError(
+            f"tfds:{spec} is not registered without TensorFlow ({str(error).splitlines()[0]})",
+            remedy="correct the name, or export its text and name the files",
         ) from error
     texts = [key for key, value in builder.info.features.items() if isinstance(value, tfds.features.Text)]
     column = _column(f"tfds:{spec}", feature, texts)
@@ -39,60 +45,73 @@ def read_tfds(spec: str) -> documents.Corpus:
     return _corpus(f"tfds:{builder.info.full_name}", sources, read_rows)
 
 
-def _import_tfds(spec: str) -> Any:
+def _import_tfds(spec: str) -> types.ModuleType:
     try:
         import tensorflow_datasets
-
-        from sedd_jax.data import tfds_text_files  # noqa: F401, which registers itself
     except ImportError as error:
-        raise ImportError(f"tfds:{spec} needs tensorflow-datasets: pip install tensorflow-datasets") from error
+        raise errors.UserError(
+            f"tfds:{spec} needs tensorflow-datasets", remedy="pip install tensorflow-datasets"
+        ) from error
+    from sedd_jax.data import tfds_text_files  # noqa: F401, which registers itself
+
     return tensorflow_datasets
 
 
-def _prepare(spec: str, tfds: Any, builder: Any) -> None:
-    """Downloads and writes a dataset; where nothing answers, fails at once and not after tensorflow-datasets' tries."""
+def _prepare(spec: str, tfds: types.ModuleType, builder: Any) -> None:
+    """Download a dataset and write it to disk.
+
+    If the host does not answer, this fails at once. tensorflow-datasets itself would try again and again first.
+    """
     addresses = [url for url in builder.url_infos or () if url.startswith("http")] or [_GENERAL_HOST]
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS is None and not _answers(addresses[0]):
-        raise OSError(
-            f"tfds:{spec} is not in {builder.data_path.parent}, and {addresses[0]} does not answer: connect to the "
-            f"network, or copy the prepared dataset there"
+        raise errors.UserError(
+            f"tfds:{spec} is not in {builder.data_path.parent}, and {addresses[0]} does not answer",
+            remedy="connect to the network, or copy the prepared dataset there",
         )
     try:
         builder.download_and_prepare()
     except (tfds.download.DownloadError, AssertionError, OSError) as error:
-        raise OSError(f"tfds:{spec} cannot be prepared: {' '.join(str(error).split())}") from error
+        raise errors.UserError(f"tfds:{spec} cannot be prepared: {error}") from error
 
 
 def _answers(address: str) -> bool:
+    """Whether the host of an HTTP address answers."""
     try:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_SECONDS_TO_ANSWER):
             return True
     except urllib.error.HTTPError:
-        return True  # An answer, if not the one hoped for: the download will say more.
+        return True  # An error status is an answer too. The download will report it.
     except OSError:
         return False
 
 
 def read_hf(spec: str) -> documents.Corpus:
-    """OWNER/NAME[/config][#column] of the Hugging Face hub, or a local directory of that name, in Parquet or JSON."""
+    """Open OWNER/NAME[/config][#column] of the Hugging Face hub, or of a local directory OWNER/NAME.
+
+    The files must be Parquet or JSON.
+
+    Raises:
+        errors.UserError: if the package or the dataset is missing, or the dataset has no such column.
+    """
     name, _, column = spec.partition("#")
     owner, _, rest = name.partition("/")
     if not rest:
-        raise ValueError(f"hf:{spec} names no owner: give one as in hf:OWNER/NAME")
+        raise errors.UserError(f"hf:{spec} names no owner", remedy="give one as in hf:OWNER/NAME")
     dataset, _, config = rest.partition("/")
     repository = f"{owner}/{dataset}"
     if not pathlib.Path(repository).is_dir() and not _answers(os.environ.get("HF_ENDPOINT", _HF)):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # What has been loaded before is found, and the rest fails at once.
+        os.environ["HF_HUB_OFFLINE"] = "1"  # Cached datasets still load, and others fail at once.
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"hf:{spec} needs the package datasets: pip install 'sedd_jax[hf]'") from error
+        raise errors.UserError(f"hf:{spec} needs the package datasets", remedy="pip install 'sedd_jax[hf]'") from error
     try:
         sources: Any = datasets.load_dataset(repository, config or None)
     except (OSError, ValueError, RuntimeError) as error:
-        raise OSError(
-            f"hf:{spec} cannot be loaded ({' '.join(str(error).split())}): check the name and the network; datasets "
-            f"made by a script are no longer loaded, look for one in Parquet"
+        raise errors.UserError(
+            f"hf:{spec} cannot be loaded ({error})",
+            remedy="check the name and the network; if a script makes the dataset, look for a copy in Parquet, because "
+            "scripts are no longer run",
         ) from error
     features = next(iter(sources.values())).features
     texts = [key for key, value in features.items() if getattr(value, "dtype", None) in ("string", "large_string")]
@@ -101,12 +120,14 @@ def read_hf(spec: str) -> documents.Corpus:
 
 
 def _column(spec: str, wanted: str, texts: Sequence[str]) -> str:
-    """The column that a spec asks for, else `text`, else the only one that holds text."""
+    """Name of the column to read: the wanted one, else `text`, else the only column of text."""
     column = wanted or ("text" if "text" in texts or len(texts) != 1 else texts[0])
     if not texts:
-        raise ValueError(f"{spec} has no column of text: give another dataset")
+        raise errors.UserError(f"{spec} has no column of text", remedy="give another dataset")
     if column not in texts:
-        raise ValueError(f"{spec} has no text in {column!r}: name one of {', '.join(texts)}, as in #{texts[0]}")
+        raise errors.UserError(
+            f"{spec} has no text in {column!r}", remedy=f"name one of {', '.join(texts)}, as in #{texts[0]}"
+        )
     return column
 
 
@@ -116,7 +137,10 @@ def _corpus(
     native = {_NAMES.get(name, name): name for name in sources}
     parts = documents.divide(native)
     if not parts:
-        raise ValueError(f"{spec} has the splits {', '.join(sources)}, none of train, validation and test")
+        raise errors.UserError(
+            f"{spec} has the splits {', '.join(sources)}, none of train, validation and test",
+            remedy="give another dataset",
+        )
 
     def read(split: str) -> Iterator[documents.Document]:
         part = parts[split]

@@ -1,34 +1,38 @@
-"""Text prepared once: from a source to token shards that any number of runs read."""
+"""Prepare text once: tokenize a source and write token shards that any number of runs can read."""
 
 import os
 from typing import Any
 
 from sedd_jax.data import batches, corpora, shards, tokenizers
-from sedd_jax.runtime import storage, terminals
+from sedd_jax.runtime import errors, storage, terminals
 
-_MEASURED_TOKENS = 2**24  # enough for the entropies; pairs of GPT-2's tokens then take half a gigabyte
+_MEASURED_TOKENS = 2**24  # enough for the entropies, whose pairs then take half a gigabyte with GPT-2's tokens
 _SHOWN_TOKENS = 200
 
 
 def prepare(source: str, tokenizer_spec: str, directory: storage.Directory, *, num_workers: int | None = None) -> None:
-    """Writes a corpus' tokens into a new directory, which appears when it is complete.
+    """Tokenize a corpus and write it to a new directory, which appears only when it is complete.
 
     Args:
         source: one of `corpora.FORMS`.
         tokenizer_spec: one of `tokenizers.FORMS`.
-        directory: local, or in a bucket, whose header.json comes last.
-        num_workers: processes that tokenize; one for each core if None.
+        directory: a new directory, local or in a bucket. In a bucket, header.json is written last.
+        num_workers: processes that tokenize; one per CPU core if None.
 
     Raises:
-        ValueError: names the document and the remedy.
-        OSError: where something cannot be read or written.
+        errors.UserError: if an argument or a document cannot be used.
+        OSError: if a file cannot be read or written.
     """
     if num_workers is not None and num_workers < 1:
-        raise ValueError(f"--num_workers={num_workers} must be at least 1")
+        raise errors.UserError("must be at least 1", field="num_workers", value=num_workers)
     if shards.is_packed(directory):
-        raise FileExistsError(f"{directory} already holds prepared text: use it, or choose another --out")
+        raise errors.UserError(
+            "already holds prepared text", field="out", value=directory, remedy="use it, or choose another directory"
+        )
     if not storage.is_remote(directory) and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not empty: choose another --out")
+        raise errors.UserError(
+            "exists and is not empty", field="out", value=directory, remedy="choose another directory"
+        )
     corpus = corpora.find(source)
     tokenizer = tokenizers.build(tokenizer_spec, corpus.texts)
     storage.clear(directory)
@@ -48,7 +52,7 @@ def prepare(source: str, tokenizer_spec: str, directory: storage.Directory, *, n
 
 
 def describe(directory: storage.Directory) -> dict[str, Any]:
-    """Counts of prepared text, its entropies in bits and the beginning of its first split."""
+    """Counts of prepared text, its entropies in bits per token, and the beginning of its first split as text."""
     header = shards.read_header(directory)
     tokenizer = tokenizers.from_json(header["tokenizer"])
     num_ids = tokenizers.num_ids(tokenizer)
@@ -77,7 +81,7 @@ def describe(directory: storage.Directory) -> dict[str, Any]:
 
 
 def table(description: dict[str, Any]) -> str:
-    """What `describe` found as text."""
+    """The result of `describe` as a table to print."""
     lines = [
         f"{description['directory']}: {description['source']} in tokens of {description['tokenizer']}, "
         f"{description['num_ids']} ids of {8 * int(description['dtype'][-1])} bits",
@@ -93,11 +97,13 @@ def table(description: dict[str, Any]) -> str:
     for name, split in description["splits"].items():
         if split["num_unknown"]:
             share = split["num_unknown"] / split["num_tokens"]
-            lines.append(f"{name}: {split['num_unknown']:,} tokens ({share:.2%}) stand for text that has no token")
+            lines.append(
+                f"{name}: {split['num_unknown']:,} tokens ({share:.2%}) are unknown: their text has no token of its own"
+            )
         if split["num_empty"]:
             lines.append(
                 f"{name}: {split['num_empty']:,} empty documents left out, the first at {split['first_empty']}"
             )
         if split["measured_tokens"] < split["num_tokens"]:
-            lines.append(f"{name}: entropies are of its first {split['measured_tokens']:,} tokens")
+            lines.append(f"{name}: entropies are those of its first {split['measured_tokens']:,} tokens")
     return "\n".join([*lines, f"{next(iter(description['splits']))} begins:", description["sample"]])

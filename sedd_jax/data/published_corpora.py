@@ -1,6 +1,6 @@
-"""The corpora of the paper by name: where each is had, and what its rows become.
+"""The corpora of the paper by name: where to download each, and how the published program rewrites its rows.
 
-`NAME` fetches it, `NAME:SOURCE` reads the same rows from a source of one's own.
+`NAME` downloads the corpus. `NAME:SOURCE` reads the same rows from another source, such as your own files.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 
 from sedd_jax.data import detokenizers, documents
-from sedd_jax.runtime import hosts
+from sedd_jax.runtime import errors, hosts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,9 +18,9 @@ class Published:
     """A corpus of the paper.
 
     Attributes:
-        source: names the source, after it has fetched what that needs.
-        row: what the published program tokenizes of a row.
-        keeps_empty: whether an empty row is one, which an end of text stands for.
+        source: returns the source of the corpus, after downloading the files that it needs.
+        row: maps a row to the text that the published program tokenizes.
+        keeps_empty: whether an empty row counts as a document. If so, it becomes one end of text.
     """
 
     source: Callable[[], str]
@@ -29,7 +29,7 @@ class Published:
 
 
 def read(name: str, corpus: documents.Corpus) -> documents.Corpus:
-    """The rows of a source as the published program tokenizes those of this corpus."""
+    """Rewrite the rows of `corpus` as the published program does with the corpus `name`."""
     published = PUBLISHED[name]
 
     def rows(split: str) -> Iterator[documents.Document]:
@@ -44,7 +44,14 @@ def _wikitext_row(row: str) -> str:
 
 
 def _fetched(kind: str, corpus: str, name: str, addresses: Mapping[str, str]) -> Callable[[], str]:
-    """A source of files (one for each split where `name` says {split}) that are fetched into the user's cache, once."""
+    """A function that downloads files into the user's cache, once, and returns their source.
+
+    Args:
+        kind: of the source, such as text.
+        corpus: name of the corpus, and of its directory in the cache.
+        name: file name, in which {split} stands for the name of a split.
+        addresses: address of the file of each split.
+    """
 
     def source() -> str:
         directory = hosts.cache_directory() / "corpora" / corpus
@@ -67,9 +74,9 @@ def _fetch(address: str, path: pathlib.Path) -> None:
             if file.tell() != length:
                 raise OSError(f"it ended after {file.tell()} of {length} bytes")
     except OSError as error:
-        raise OSError(
-            f"{address} cannot be fetched ({error}): connect to the network, or read your own copy with "
-            f"--data={path.parent.name}:SOURCE"
+        raise errors.UserError(
+            f"{address} cannot be fetched ({error})",
+            remedy=f"connect to the network, or read your own copy as {path.parent.name}:SOURCE",
         ) from error
     partial.rename(path)
 

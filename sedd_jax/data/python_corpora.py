@@ -1,4 +1,4 @@
-"""Text that every CPython carries: the English of its documentation, and its own source code."""
+"""Text that comes with every CPython: its documentation in English, and the source code of its library."""
 
 import ast
 import collections
@@ -12,25 +12,34 @@ import warnings
 from collections.abc import Iterable, Iterator
 
 from sedd_jax.data import documents
+from sedd_jax.runtime import errors
 
-# Directories of the standard library that hold tests, tools with their own tests, or other people's packages.
+# Directories of the standard library with tests, tools that have their own tests, or third-party packages.
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
-_TABLES = frozenset({"encodings", "pydoc_data"})  # of characters and of topics: data rather than code
+_TABLES = frozenset({"encodings", "pydoc_data"})  # tables of characters and help topics: data, not code
 _TYPOGRAPHY = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "•": "*", "→": "->"})
 
 
 def read(name: str) -> documents.Corpus:
-    """docs: language reference and docstrings of the standard library; stdlib: the library's source, a file each."""
+    """Open a corpus that comes with CPython.
+
+    Args:
+        name: docs (the language reference, and docstrings of the standard library) or stdlib (source code of the
+            standard library, one document per file).
+
+    Raises:
+        errors.UserError: if the name is another one.
+    """
     if name not in _CORPORA:
-        known = " and ".join(f"'python:{known}'" for known in _CORPORA)
-        raise ValueError(f"source='python:{name}' does not exist: {known} do")
+        known = " or ".join(f"python:{known}" for known in _CORPORA)
+        raise errors.UserError(f"the source 'python:{name}' does not exist", remedy=f"give {known}")
     splits = _CORPORA[name]()
     return documents.Corpus(splits=documents.SPLITS, read=lambda split: iter(splits[split]))
 
 
 @functools.cache
 def _stdlib() -> dict[str, list[documents.Document]]:
-    """Source files of each split; a top-level module with all its submodules belongs to one split, as in `_docs`."""
+    """Source files of each split. A top-level module and its submodules belong to one split, the same as in `_docs`."""
     found = collections.defaultdict(list)
     for place, path in _modules():
         if place.parts[0] not in _TABLES and _parsed(path) is not None:
@@ -40,7 +49,7 @@ def _stdlib() -> dict[str, list[documents.Document]]:
 
 
 def _modules() -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
-    """Files of the standard library in order: path below its root, and whole path."""
+    """Yield the files of the standard library in order: path relative to its root, and full path."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         place = path.relative_to(root)
@@ -53,7 +62,7 @@ def _module_split(place: pathlib.Path) -> str:
 
 
 def _numbered(texts: list[tuple[str, object]]) -> list[documents.Document]:
-    """Documents of texts and places."""
+    """Documents made of (text, place) pairs."""
     return [documents.Document(text, str(place), (index + 1) / len(texts)) for index, (text, place) in enumerate(texts)]
 
 
@@ -61,9 +70,10 @@ def _numbered(texts: list[tuple[str, object]]) -> list[documents.Document]:
 def _docs() -> dict[str, list[documents.Document]]:
     """Documents of each split, one per topic of the language reference and one per module.
 
-    A topic, and a top-level module with all its submodules, belongs to one split by the hash of its name. A paragraph
-    that stands in an earlier split (train, valid, test) is dropped from the later ones: the language reference repeats
-    whole topics inside others, and the standard library repeats docstrings, which would make held-out text known.
+    The hash of its name assigns each topic to a split, and each top-level module with all its submodules. The splits
+    are ordered train, valid, test. A paragraph of an earlier split is dropped from the later ones. Otherwise held-out
+    text would also be training text: the language reference repeats whole topics inside others, and the standard
+    library repeats docstrings.
     """
     from pydoc_data import topics
 
@@ -82,14 +92,14 @@ def _docs() -> dict[str, list[documents.Document]]:
 
 
 def _split_of(name: str) -> str:
-    """Held-out split for 2 names in 20, by a hash that is the same in every process."""
-    salted = f"23:{name}"  # of the first salts, the one whose held-out splits come nearest to 5 % of the text each
+    """Split of a name: valid for 1 name in 20, test for 1 in 20, else train, by a hash that never changes."""
+    salted = f"23:{name}"  # Of the first salts, this one gives held-out splits nearest to 5 % of the text each.
     bucket = int.from_bytes(hashlib.sha256(salted.encode()).digest()[:8], "big") % 20
     return {0: "valid", 1: "test"}.get(bucket, "train")
 
 
 def _docstrings(path: pathlib.Path) -> list[str]:
-    """Docstrings of a file's module, classes and functions, each once, read without running the file."""
+    """Docstrings of a file's module, classes and functions, each once. The file is parsed, not run."""
     tree = _parsed(path)
     if tree is None:
         return []
@@ -99,17 +109,18 @@ def _docstrings(path: pathlib.Path) -> list[str]:
 
 
 def _parsed(path: pathlib.Path) -> ast.Module | None:
-    """A file's syntax tree; None for those that are no Python on purpose, or Python 2."""
+    """Syntax tree of a file. None for files of Python 2, and for those that are invalid on purpose."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the parsed file's own escapes, which would depend on -W
+            # The file's own escape sequences may warn, and `python -W error` would turn that into a failure.
+            warnings.simplefilter("ignore")
             return ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return None
 
 
 def _paragraphs(texts: Iterable[str]) -> list[str]:
-    """Paragraphs in printable ASCII: typography is spelled out, accents are dropped, what is left over is skipped."""
+    """Paragraphs in printable ASCII, after typography is spelled out and accents are dropped; others are skipped."""
     paragraphs = []
     for text in texts:
         plain = unicodedata.normalize("NFKD", text.expandtabs().translate(_TYPOGRAPHY))
@@ -120,11 +131,12 @@ def _paragraphs(texts: Iterable[str]) -> list[str]:
 
 
 def _without(paragraphs: list[str], seen: set[str]) -> list[str]:
+    """Paragraphs whose key has not been seen."""
     return [paragraph for paragraph in paragraphs if _key(paragraph) not in seen]
 
 
 def _key(paragraph: str) -> str:
-    """A paragraph without its indentation and line breaks, so that a rewrapped copy counts as the same."""
+    """A paragraph without indentation and line breaks, so that a rewrapped copy counts as the same."""
     return " ".join(paragraph.split())
 
 

@@ -1,16 +1,18 @@
-"""Prepared text: token shards in a directory, and the header that says what they are.
+"""Prepared text: a directory of token shards, with a header that describes them.
 
-header.json, which is written last, so that a directory without it was never finished:
+A shard holds token ids and nothing else. The header, header.json, is written last. So a directory without it was never
+finished. Its fields are:
 
-    format_version        2
-    source, tokenizer_spec   what `sedd prepare` was told
-    tokenizer             what `tokenizers.from_json` reads
+    format_version           2
+    source, tokenizer_spec   arguments of `sedd prepare`
+    tokenizer                input of `tokenizers.from_json`
     tokenizer_fingerprint    equal for tokenizers that give every text the same ids
-    dtype                 of the shards: "<u2" or "<u4", little-endian and nothing else in the file
-    shard_tokens          tokens in every shard of a split but its last
-    directory             where the shards are, if not here
-    splits                for each: num_documents, num_empty (left out), num_characters, num_words, num_unknown,
-                          num_tokens, and its shards in order: file and sha256
+    dtype                    of the token ids in a shard: "<u2" or "<u4" (little-endian)
+    shard_tokens             tokens in every shard of a split, except its last
+    directory                where the shards are, if they are in another directory
+    splits                   for each split: num_documents, num_empty (documents left out), first_empty (the first of
+                             these), num_characters, num_words, num_unknown, num_tokens, and shards in order, each
+                             with file and sha256
 """
 
 import concurrent.futures
@@ -29,28 +31,28 @@ from etils import epath
 from jaxtyping import Int, Integer
 
 from sedd_jax.data import documents, encoders, tokenizers
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 
 FORMAT_VERSION = 2
 HEADER = "header.json"
 SHARD_TOKENS = 2**26
 _REPAIR = "remove the directory and prepare it again"
-# Called with the split, the share of it that is done, and its tokens so far.
+# Called with the name of a split, the share of it that is done, and its number of tokens so far.
 Report = Callable[[str, float, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Tokens:
-    """The tokens of a split, memory-mapped from its shards, or read by range from those in a bucket.
+    """The tokens of a split. Local shards are memory-mapped; shards in a bucket are read by byte range.
 
     Attributes:
-        parts: each shard, as an array or its address in a bucket.
-        dtype: of a token in a shard.
-        shard_tokens: tokens in every part but the last.
-        count: tokens in all.
+        parts: the shards in order, either arrays or addresses in a bucket.
+        dtype: type of a token id in a shard.
+        shard_tokens: tokens in every shard except the last.
+        count: tokens in all shards.
     """
 
-    parts: Sequence[Any]
+    parts: Sequence[np.ndarray | str]
     dtype: str
     shard_tokens: int
     count: int
@@ -59,12 +61,12 @@ class Tokens:
         return self.count
 
     def read(self, start: int, stop: int) -> Integer[np.ndarray, " T"]:
-        """Tokens [start, stop), a view of a shard where they lie in one."""
+        """Tokens [start, stop). If they lie in one local shard, the result is a view of it."""
         pieces = self._fetch(list(self._pieces(start, stop - start)))
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, self.dtype), *pieces])
 
     def gather(self, starts: Int[np.ndarray, " R"], length: int) -> Int[np.ndarray, "R length"]:
-        """Rows of `length` tokens (int32) from each start on, the split taken as a ring."""
+        """Rows of `length` tokens (int32), one from each start. The split is read as a ring."""
         rows = np.empty((len(starts), length), np.int32)
         pieces = [list(self._pieces(start, length)) for start in starts.tolist()]
         fetched = iter(self._fetch([piece for row in pieces for piece in row]))
@@ -76,7 +78,7 @@ class Tokens:
         return rows
 
     def _pieces(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """Part, first and last of the stretches that `length` tokens from `start` on lie in."""
+        """Yield (shard, first, stop) of the contiguous pieces that make up `length` tokens from `start` on."""
         while length:
             part, first = divmod(start, self.shard_tokens)
             count = min(length, self.shard_tokens - first, self.count - start)
@@ -84,10 +86,10 @@ class Tokens:
             start, length = (start + count) % self.count, length - count
 
     def _fetch(self, pieces: Sequence[tuple[int, int, int]]) -> list[Integer[np.ndarray, " _"]]:
-        if isinstance(self.parts[0], np.ndarray):
-            return [self.parts[part][first:last] for part, first, last in pieces]
+        if not isinstance(self.parts[0], str):
+            return [np.asarray(self.parts[part])[first:last] for part, first, last in pieces]
         size = np.dtype(self.dtype).itemsize
-        ranges = [(self.parts[part], first * size, last * size) for part, first, last in pieces]
+        ranges = [(str(self.parts[part]), first * size, last * size) for part, first, last in pieces]
         return [np.frombuffer(content, self.dtype) for content in storage.read_ranges(ranges)]
 
 
@@ -101,10 +103,22 @@ def pack(
     num_workers: int = 1,
     report: Report | None = None,
 ) -> None:
-    """Writes every split of a corpus as tokens into an empty directory, and the header when all of them are there.
+    """Write every split of a corpus as token shards into an empty directory, and then the header.
 
-    A tokenizer with an end of text puts it after each document, which adds no character. One without joins documents
-    by a blank line, or by a space where it has no newline, and counts these as text.
+    If the tokenizer has an end of text, that token follows each document and counts as no character. Otherwise a joiner
+    (`tokenizers.joiner`) stands between documents and counts as text.
+
+    Args:
+        corpus: the documents.
+        tokenizer: encodes them.
+        directory: an empty local directory.
+        source: recorded in the header.
+        tokenizer_spec: recorded in the header.
+        num_workers: processes that tokenize.
+        report: called as the work goes on.
+
+    Raises:
+        errors.UserError: if a split holds no text, or a document cannot be read or tokenized.
     """
     dtype = encoders.dtype_of(tokenizer)
     splits = {}
@@ -162,12 +176,12 @@ def _pack_split(
             os.fsync(file.fileno())
         written.append({"file": path.name, "sha256": digest.hexdigest()})
     if not written:
-        raise ValueError(f"the {split} split holds no text: give it more text, or files of its own")
+        raise errors.UserError(f"the {split} split holds no text", remedy="give it more text, or files of its own")
     return {**counts, "num_empty": len(empty), "first_empty": empty[0] if empty else None, "shards": written}
 
 
 def _by_shard(chunks: Iterator[Integer[np.ndarray, " _"]]) -> Iterator[tuple[int, Integer[np.ndarray, " _"]]]:
-    """The chunks' tokens in pieces, each with the number of the shard it lies in."""
+    """Cut chunks of tokens at shard boundaries. Yields (shard number, tokens)."""
     position = 0
     for tokens in chunks:
         while len(tokens):
@@ -178,49 +192,56 @@ def _by_shard(chunks: Iterator[Integer[np.ndarray, " _"]]) -> Iterator[tuple[int
 
 
 def link(directory: pathlib.Path, prepared: storage.Directory) -> None:
-    """Makes `directory` stand for prepared text that stays where it is, in the state that it has now."""
+    """Make `directory` a link to prepared text, which stays where it is.
+
+    The link holds a copy of the header. If the prepared text changes later, opening the link fails.
+    """
     header = read_header(prepared)
     place = prepared if storage.is_remote(prepared) else pathlib.Path(prepared).absolute()
-    place = header["directory"] or place  # What stands for another is not followed twice.
+    place = header["directory"] or place  # A link to a link points to the shards themselves.
     directory.mkdir(parents=True)
     _write_header(directory, {**header, "directory": str(place)})
 
 
 def is_packed(directory: storage.Directory) -> bool:
-    """Whether a directory holds prepared text that was finished."""
+    """Whether a directory holds finished prepared text."""
     return storage.holds(directory, HEADER)
 
 
 def read_header(directory: storage.Directory) -> dict[str, Any]:
-    """What a directory of prepared text says of itself.
+    """Read the header of prepared text.
 
     Raises:
-        ValueError: where it is damaged, or of another format.
-        FileNotFoundError: where there is none.
+        errors.UserError: if there is no header, or it is damaged or has another format version.
     """
     if not is_packed(directory):
-        raise FileNotFoundError(f"{directory} holds no finished {HEADER}: run `sedd prepare --out={directory}` (again)")
+        raise errors.UserError(
+            f"{directory} holds no finished {HEADER}", remedy=f"run `sedd prepare --out={directory}` (again)"
+        )
     try:
         header = json.loads((directory / HEADER).read_text())
         version = header["format_version"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{directory / HEADER} is damaged ({error}): {_REPAIR}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise errors.UserError(f"{directory / HEADER} is damaged ({error})", remedy=_REPAIR) from error
     if version != FORMAT_VERSION:
-        raise ValueError(f"{directory} has format {version}, this reads {FORMAT_VERSION}: {_REPAIR}")
+        raise errors.UserError(
+            f"{directory} has format {version}, and this version reads {FORMAT_VERSION}", remedy=_REPAIR
+        )
     return header
 
 
 def open_split(directory: storage.Directory, split: str) -> tuple[dict[str, Any], Tokens]:
-    """Counts and tokens of one split.
+    """Open one split of prepared text. Returns its entry in the header (see above), and its tokens.
 
     Raises:
-        ValueError: where the directory has no such split, a shard is of the wrong size, or what the directory stands
-            for has changed.
-        FileNotFoundError: where a shard is missing.
+        errors.UserError: if there is no such split, a shard is missing or has the wrong size, or the directory is a
+            link to prepared text that has changed.
     """
     header, place = _follow(directory)
     if split not in header["splits"]:
-        raise ValueError(f"split={split!r} is not in {place}: choose one of {', '.join(header['splits'])}")
+        raise errors.UserError(
+            f"the split {split!r} is not in {place}", remedy=f"choose one of {', '.join(header['splits'])}"
+        )
     counts, dtype = header["splits"][split], header["dtype"]
     shards = [place / shard["file"] for shard in counts["shards"]]
     for number, shard in enumerate(shards):
@@ -234,10 +255,10 @@ def open_split(directory: storage.Directory, split: str) -> tuple[dict[str, Any]
 
 
 def verify(directory: storage.Directory) -> None:
-    """Checks every shard: sizes in a bucket, which guards contents itself; contents elsewhere.
+    """Check every shard: its size, and also its content if it is local. A bucket guards contents itself.
 
     Raises:
-        ValueError: names the first shard that is not what was written.
+        errors.UserError: if a shard is missing or damaged. The message names the first one.
     """
     header, place = _follow(directory)
     for split in header["splits"]:
@@ -245,38 +266,40 @@ def verify(directory: storage.Directory) -> None:
     if storage.is_remote(place):
         return
     shards = [shard for counts in header["splits"].values() for shard in counts["shards"]]
+    paths = [pathlib.Path(place) / shard["file"] for shard in shards]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for shard, found in zip(shards, pool.map(lambda shard: _digest(place / shard["file"]), shards), strict=True):
+        for path, shard, found in zip(paths, shards, pool.map(_digest, paths), strict=True):
             if found != shard["sha256"]:
-                raise ValueError(
-                    f"{place / shard['file']} is damaged (sha256 {found}, written as {shard['sha256']}): {_REPAIR}"
+                raise errors.UserError(
+                    f"{path} is damaged (sha256 {found}, written as {shard['sha256']})", remedy=_REPAIR
                 )
 
 
 def _follow(directory: storage.Directory) -> tuple[dict[str, Any], storage.Directory]:
-    """A directory's header, and where its shards are."""
+    """Header of a directory, and the directory that holds its shards."""
     header = read_header(directory)
     if header["directory"] is None:
         return header, directory
     place = storage.directory(header["directory"])
     if {**read_header(place), "directory": header["directory"]} != header:
-        raise ValueError(
-            f"{place} has changed since this run began with it: put the text back as it was, or begin another run"
+        raise errors.UserError(
+            f"{place} has changed since this run began with it",
+            remedy="put the text back as it was, or begin another run",
         )
     return header, place
 
 
-def _digest(path: Any) -> str:
+def _digest(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_size(path: storage.Directory, expected: int) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: {_REPAIR}")
+        raise errors.UserError(f"{path} is missing", remedy=_REPAIR)
     size = epath.Path(path).stat().length
     if size != expected:
-        raise ValueError(f"{path} is damaged ({size} bytes, written as {expected}): {_REPAIR}")
+        raise errors.UserError(f"{path} is damaged ({size} bytes, written as {expected})", remedy=_REPAIR)
 
 
 def _write_header(directory: pathlib.Path, header: dict[str, Any]) -> None:

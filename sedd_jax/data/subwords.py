@@ -1,4 +1,4 @@
-"""Tokens that are parts of words: GPT-2's byte pairs, BERT's word pieces, SentencePiece."""
+"""Subword tokenizers: GPT-2's byte pair encoding, BERT's WordPiece, and SentencePiece."""
 
 import base64
 import dataclasses
@@ -8,6 +8,7 @@ import io
 import os
 import pathlib
 import re
+import types
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -15,22 +16,30 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from sedd_jax.data import alphabets
+from sedd_jax.runtime import errors
 
-# How GPT-2 cuts text before it merges bytes: contractions, words, numbers and signs with one space before them, space.
+# GPT-2 cuts text with this pattern before it merges bytes. It matches contractions; words, numbers and signs, each with
+# an optional space before it; and white space.
 _GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _END_OF_TEXT = "<|endoftext|>"
 _BLOCK = "\u2581"
-_SPECIAL_PIECE = re.compile(r"\[\w+\]")  # [SEP], [unused7], but not the pieces [ and ]
-_LINE = 4096  # characters
-_NUM_LINES = 1_000_000
+_SPECIAL_PIECE = re.compile(r"\[\w+\]")  # matches [SEP] and [unused7], but not the pieces [ and ]
+_LINE = 4096  # characters of a line that SentencePiece learns from
+_NUM_LINES = 1_000_000  # lines that SentencePiece learns from
+_RETURN = "put the same file back"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPT2:
-    """Byte pairs cut by GPT-2's pattern; the end of text is the id after the last rank (50256 for GPT-2's own ranks).
+    """Byte pair encoding (BPE) of text that is cut by GPT-2's pattern.
 
-    `path` is a file in tiktoken's format (base64 bytes and rank, one a line), or None for tiktoken's own copy of
-    GPT-2's ranks; `sha256` is that of the ranks written in this format, so that both name the same tokenizer.
+    The end of text is the id after the last rank, which is 50256 for GPT-2's own ranks.
+
+    Attributes:
+        path: file of BPE ranks in tiktoken's format (each line is base64 bytes and a rank). None stands for tiktoken's
+            own copy of GPT-2's ranks.
+        sha256: hash of the ranks in that format. So a file and tiktoken's copy have the same hash if they have the same
+            ranks.
     """
 
     path: str | None
@@ -42,7 +51,7 @@ class GPT2:
     def __post_init__(self):
         found = _sha256_of_ranks(self._ranks)
         if found != self.sha256:
-            raise ValueError(f"the ranks in {self.path} have sha256 {found}, not {self.sha256}: put the same file back")
+            raise errors.UserError(f"the ranks in {self.path} have sha256 {found}, not {self.sha256}", remedy=_RETURN)
 
     @functools.cached_property
     def _ranks(self) -> dict[bytes, int]:
@@ -72,11 +81,11 @@ class GPT2:
         return len(self._ranks) + 1
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
-        """Ids (int32) of a text; a text that spells <|endoftext|> is read as those characters."""
+        """Token ids (int32) of `text`. If it contains <|endoftext|>, these are ordinary characters."""
         return np.array(self._encoding.encode_ordinary(text), np.int32)
 
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
-        """The text that ids stand for; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids`. Bytes that are not valid UTF-8 become U+FFFD."""
         alphabets.check_ids(ids, self.vocab_size)
         return self._encoding.decode(ids.tolist())
 
@@ -84,20 +93,24 @@ class GPT2:
         return {"kind": "gpt2", "path": self.path, "sha256": self.sha256}
 
     def file(self) -> bytes:
-        """Content of a file that `path` may name."""
+        """Content of a file for `path`."""
         return _file_of_ranks(self._ranks)
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give every text the same ids, wherever their files lie."""
+        """Hash that is equal for tokenizers that give every text the same ids, wherever their files are."""
         return alphabets.fingerprint_of({"kind": "gpt2", "sha256": self.sha256})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WordPiece:
-    """BERT's uncased word pieces; its [MASK] is the absorbing state and so not one of the vocab_size real tokens.
+    """WordPiece, the tokenizer of uncased BERT.
 
-    `path` is a vocabulary, one piece a line (bert-base-uncased: [MASK] is 103 of 30,522 ids); [SEP] ends a document.
-    Decoding gives lower-case text without accents, since that is all the ids know.
+    [MASK] is the absorbing state, so it is not one of the `vocab_size` real tokens. In bert-base-uncased it is id 103
+    of 30,522. [SEP] ends a document. Decoded text is lower case without accents, because the ids hold no more.
+
+    Attributes:
+        path: vocabulary file, one piece per line.
+        sha256: hash of that file.
     """
 
     path: str
@@ -107,20 +120,31 @@ class WordPiece:
     def __post_init__(self):
         found = hashlib.sha256(content(self.path)).hexdigest()
         if found != self.sha256:
-            raise ValueError(f"{self.path} has sha256 {found}, not {self.sha256}: put the same file back")
+            raise errors.UserError(f"{self.path} has sha256 {found}, not {self.sha256}", remedy=_RETURN)
         if missing := {"[MASK]", "[SEP]", "[UNK]"} - self._pieces.keys():
-            raise ValueError(f"{self.path} lacks {', '.join(sorted(missing))}: give BERT's own vocabulary file")
+            raise errors.UserError(
+                f"{self.path} lacks {', '.join(sorted(missing))}", remedy="give BERT's own vocabulary file"
+            )
 
     @functools.cached_property
     def _pieces(self) -> dict[str, int]:
-        return {piece: id_ for id_, piece in enumerate(content(self.path).decode("utf-8").splitlines())}
+        try:
+            text = content(self.path).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise errors.UserError(
+                f"{self.path} is not UTF-8 text ({error})", remedy="give BERT's own vocabulary file"
+            ) from error
+        return {piece: id_ for id_, piece in enumerate(text.splitlines())}
 
     @functools.cached_property
     def _model(self):
         try:
             import tokenizers as hf
         except ImportError as error:
-            raise ImportError("word pieces need a package that is not installed: pip install tokenizers") from error
+            raise errors.UserError(
+                "wordpiece needs the package tokenizers, which is not installed",
+                remedy="pip install 'sedd_jax[wordpiece]'",
+            ) from error
 
         model = hf.Tokenizer(hf.models.WordPiece(self._pieces, unk_token="[UNK]", max_input_chars_per_word=100))
         model.normalizer = hf.normalizers.BertNormalizer(lowercase=True)
@@ -149,11 +173,11 @@ class WordPiece:
         return len(self._pieces) - 1
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
-        """Ids (int32) of a text, without BERT's frame of [CLS] and [SEP]."""
+        """Token ids (int32) of `text`, without the [CLS] and [SEP] that BERT puts around it."""
         return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
-        """The text that ids stand for, in lower case and with the spaces BERT's pieces imply."""
+        """Text of `ids`, in lower case and with the spaces that WordPiece implies."""
         alphabets.check_ids(ids, len(self._pieces))
         return self._model.decode(ids.tolist(), skip_special_tokens=False)
 
@@ -161,20 +185,23 @@ class WordPiece:
         return {"kind": "wordpiece", "path": self.path, "sha256": self.sha256}
 
     def file(self) -> bytes:
-        """Content of a file that `path` may name."""
+        """Content of a file for `path`."""
         return content(self.path)
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give every text the same ids, wherever their files lie."""
+        """Hash that is equal for tokenizers that give every text the same ids, wherever their files are."""
         return alphabets.fingerprint_of({"kind": "wordpiece", "sha256": self.sha256})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentencePiece:
-    """A SentencePiece model, which travels with the tokenizer: `model` is its file in base64.
+    """A SentencePiece model.
 
-    One that `learn_sentence_piece` made gives every text back as it was. Others may normalise text, or lack characters:
-    these become `unk_id`. A control or user-defined piece [MASK] or <mask> is the absorbing state.
+    A model of `learn_sentence_piece` gives every text back exactly. Other models may normalise text. They may also
+    lack characters, which become `unk_id`. A control or user-defined piece [MASK] or <mask> is the absorbing state.
+
+    Attributes:
+        model: the content of the .model file in base64, so that the tokenizer needs no file.
     """
 
     model: str = dataclasses.field(repr=False)
@@ -186,11 +213,13 @@ class SentencePiece:
         try:
             return sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.model, validate=True))
         except (ValueError, RuntimeError) as error:
-            raise ValueError("what should be a SentencePiece model is none: give the .model file") from error
+            raise errors.UserError(
+                "what should be a SentencePiece model is not one", remedy="give the .model file"
+            ) from error
 
     @functools.cached_property
     def _block_ids(self) -> list[int]:
-        """What stands for U+2581, which SentencePiece itself takes for a space: its bytes, or what is unknown."""
+        """Ids for the character U+2581, which SentencePiece would take for a space: its bytes, or `unk_id`."""
         ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _BLOCK.encode()]
         return [self.unk_id] if self.unk_id in ids else ids
 
@@ -218,12 +247,12 @@ class SentencePiece:
         return self._processor.get_piece_size() - (self.mask_id is not None)
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
-        """Ids (int32) of a text."""
+        """Token ids (int32) of `text`."""
         first, *rest = (self._processor.encode(part) for part in text.split(_BLOCK))
         return np.array(first + [id_ for part in rest for id_ in (*self._block_ids, *part)], np.int32)
 
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
-        """The text that ids stand for; an end of text and other control pieces are written by their names."""
+        """Text of `ids`. An end of text and other control pieces appear by name, such as </s>."""
         alphabets.check_ids(ids, self._processor.get_piece_size())
         texts, run = [], []
         for id_ in ids.tolist():
@@ -238,18 +267,22 @@ class SentencePiece:
         return {"kind": "sentencepiece", "model": self.model}
 
     def file(self) -> bytes:
-        """The model as SentencePiece itself reads it."""
+        """Content of the .model file that SentencePiece reads."""
         return base64.b64decode(self.model)
 
     def fingerprint(self) -> str:
-        """Equal for the same model."""
+        """Hash that is equal for equal models."""
         return alphabets.fingerprint_of(self.to_json())
 
 
 def learn_sentence_piece(vocab_size: int, documents: Iterable[str]) -> SentencePiece:
-    """`vocab_size` byte pairs of a corpus: all 256 bytes, the newline and </s> are among them, nothing is normalised.
+    """Learn a SentencePiece model with `vocab_size` byte pair encoding pieces from documents.
 
-    Learned from at most a million lines drawn from all of them, each cut after 4096 characters.
+    The pieces include all 256 bytes, the newline and </s>. Text is not normalised. The model learns from at most a
+    million lines, a random sample of all lines. Longer lines are first cut after every 4096 characters.
+
+    Raises:
+        errors.UserError: if the text does not yield that many pieces.
     """
     sentencepiece = _import_sentence_piece()
     lines = (line for document in documents for line in document.split("\n"))
@@ -278,64 +311,76 @@ def learn_sentence_piece(vocab_size: int, documents: Iterable[str]) -> SentenceP
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
-            f"SentencePiece cannot make {vocab_size} pieces of this text ({reason}): ask for another number, or give "
-            f"more text"
+        raise errors.UserError(
+            f"SentencePiece cannot make {vocab_size} pieces of this text ({reason})",
+            remedy="ask for another number, or give more text",
         ) from error
     return SentencePiece(model=base64.b64encode(model.getvalue()).decode())
 
 
 def load_sentence_piece(path: str) -> SentencePiece:
-    """The model in a file."""
+    """Read a SentencePiece model from a .model file."""
     tokenizer = SentencePiece(model=base64.b64encode(content(path)).decode())
     if not tokenizer.vocab_size:
-        raise ValueError(f"{path} holds no pieces: give a SentencePiece .model file")
+        raise errors.UserError(f"{path} holds no pieces", remedy="give a SentencePiece .model file")
     return tokenizer
 
 
 def gpt2(path: str | None) -> GPT2:
-    """GPT-2's tokenizer with the ranks in a file, or with tiktoken's own copy."""
+    """GPT-2's tokenizer with the ranks of a file, or with tiktoken's own copy if `path` is None."""
     return GPT2(path=path, sha256=_sha256_of_ranks(_read_ranks(path)))
 
 
 def word_piece(path: str) -> WordPiece:
-    """Word pieces of a vocabulary file."""
+    """WordPiece tokenizer with the vocabulary of a file."""
     return WordPiece(path=path, sha256=hashlib.sha256(content(path)).hexdigest())
 
 
-def _import_sentence_piece() -> Any:
+def _import_sentence_piece() -> types.ModuleType:
     try:
         import sentencepiece
     except ImportError as error:
-        raise ImportError("sentencepiece is not installed: pip install sentencepiece") from error
+        raise errors.UserError("sentencepiece is not installed", remedy="pip install sentencepiece") from error
     return sentencepiece
 
 
 def content(path: str) -> bytes:
-    """A file of a tokenizer."""
+    """Read a file of a tokenizer."""
     if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"the tokenizer's file {path} does not exist: put it back, or name where it is now")
+        raise errors.UserError(
+            f"the tokenizer's file {path} does not exist", remedy="put it back, or name where it is now"
+        )
     return pathlib.Path(path).read_bytes()
 
 
 def _read_ranks(path: str | None) -> dict[bytes, int]:
-    """Byte pair ranks of a file in tiktoken's format, or of GPT-2 as tiktoken keeps (or fetches) it."""
+    """BPE ranks of a file in tiktoken's format. If `path` is None, those of GPT-2, which tiktoken may download."""
     if path is None:
         import tiktoken
 
-        return tiktoken.get_encoding("gpt2")._mergeable_ranks
+        try:
+            return tiktoken.get_encoding("gpt2")._mergeable_ranks
+        except (OSError, ValueError) as error:
+            raise errors.UserError(
+                f"tiktoken cannot fetch GPT-2's ranks ({error})",
+                remedy="connect to the network, or give a file as in gpt2:FILE",
+            ) from error
     lines = [line.split() for line in content(path).splitlines() if line]
     try:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as error:
-        raise ValueError(f"{path} is no file of ranks ({error}): each line is base64 bytes and a rank") from error
+        raise errors.UserError(
+            f"{path} is not a file of ranks ({error})", remedy="give one whose lines are base64 bytes and a rank"
+        ) from error
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ValueError(f"{path} has {len(ranks)} ranks that lack a number or one of the 256 bytes: give a whole file")
+        raise errors.UserError(
+            f"{path} has {len(ranks)} ranks that lack a number or one of the 256 bytes", remedy="give a whole file"
+        )
     return ranks
 
 
 def _file_of_ranks(ranks: dict[bytes, int]) -> bytes:
-    """Ranks in tiktoken's format."""
+    """Content of a file of ranks in tiktoken's format."""
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
     return b"".join(lines)
 

@@ -1,7 +1,7 @@
-"""Documents in files: text, lines, JSON lines and Parquet.
+"""Corpora in local files: plain text, one document per line, JSON lines and Parquet.
 
-A pattern may say {split}: the files of a split are then those that match with its name in that place (validation, dev
-and heldout are names of valid, too).
+A source names files by a glob pattern. If the pattern contains {split}, each split reads the files that match with its
+name in that place. The valid split may also be called validation, dev or heldout.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from sedd_jax.data import documents
+from sedd_jax.runtime import errors
 
 _NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev", "heldout"), "test": ("test",)}
 _DECOMPRESSION_ERRORS = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error)
@@ -26,7 +27,14 @@ Reader = Callable[[Sequence[str], documents.Part], Iterator[documents.Document]]
 
 
 class Line(NamedTuple):
-    """A line of text with its end (a newline or a form feed), where it stands, and the share of all files read."""
+    """A line of a file.
+
+    Attributes:
+        text: its text, with the newline or form feed at its end.
+        path: the file.
+        number: line number in the file, from 1.
+        done: share of all files that has been read.
+    """
 
     text: str
     path: str
@@ -39,42 +47,48 @@ class Line(NamedTuple):
 
 
 def read_text(pattern: str) -> documents.Corpus:
-    """UTF-8 text, also in .gz, .xz and .zip; a form feed or the end of a file ends a document; blank ones are left out.
+    """Open text files in UTF-8, which may be compressed as .gz, .xz or .zip.
 
-    Held-out text without files of its own is cut off at a line, which may be amid a document.
+    A form feed or the end of a file ends a document. Blank documents are left out. If held-out splits have no files of
+    their own, they are cut off the end of train at a line, which may be inside a document.
     """
     return _corpus(pattern, _text)
 
 
 def read_lines(pattern: str) -> documents.Corpus:
-    """Text files with a document on every line."""
+    """Open text files with one document per line."""
     return _corpus(
         pattern, functools.partial(_records, parse=lambda line: line.text.removesuffix("\n").removesuffix("\f"))
     )
 
 
 def read_jsonl(pattern: str) -> documents.Corpus:
-    """JSON objects, one a line, also .gz and .xz: GLOB#field (text if it names none); blank lines are left out."""
+    """Open files with one JSON object per line, which may be compressed: GLOB#field, by default the field text.
+
+    Blank lines are left out.
+    """
     pattern, _, field = pattern.partition("#")
     parse = functools.partial(_json_field, field=field or "text")
     return _corpus(pattern, functools.partial(_records, parse=parse, skips_blank=True))
 
 
 def read_parquet(pattern: str) -> documents.Corpus:
-    """Parquet files: GLOB#column (text if it names none)."""
+    """Open Parquet files: GLOB#column, by default the column text."""
     pattern, _, column = pattern.partition("#")
     return _corpus(pattern, functools.partial(_parquet, column=column or "text"))
 
 
 def _corpus(pattern: str, reader: Reader) -> documents.Corpus:
     names = _NAMES if "{split}" in pattern else {"train": ("",)}
-    # A name may begin like another: valid, validation.
+    # A pattern such as {split}*.txt matches validation.txt for valid and for validation; each file counts once.
     files = {
         split: list(dict.fromkeys(p for name in names[split] for p in _matching(pattern, name))) for split in names
     }
     parts = documents.divide({split for split, paths in files.items() if paths})
     if not parts:
-        raise FileNotFoundError(f"no file matches {pattern!r} (seen from {pathlib.Path.cwd()}): correct the path")
+        raise errors.UserError(
+            f"no file matches {pattern!r} (seen from {pathlib.Path.cwd()})", remedy="correct the path"
+        )
     read = lambda split: reader(files[parts[split].native], parts[split])
     return documents.Corpus(splits=tuple(parts), read=read)
 
@@ -85,7 +99,10 @@ def _matching(pattern: str, split: str) -> list[str]:
 
 
 def _text(paths: Sequence[str], part: documents.Part) -> Iterator[documents.Document]:
-    """Documents of the lines that end in a part of all characters; a single line is cut where the part ends."""
+    """Documents made of the lines whose last character is in a part of all characters.
+
+    If all files together have only one line, the line itself is cut where the part begins and ends.
+    """
     wanted = None
     if not part.is_whole:
         number, size = 0, 0
@@ -111,7 +128,7 @@ def _text(paths: Sequence[str], part: documents.Part) -> Iterator[documents.Docu
 
 
 def _joined(lines: list[Line], part: documents.Part) -> Iterator[documents.Document]:
-    """The document that lines make, if they hold any text; takes them out of the list."""
+    """The document that `lines` make, unless it is blank. Empties the list."""
     text = "".join(line.text for line in lines).removesuffix("\f").strip("\n")
     if text.strip():
         place = next(line.place for line in lines if line.text.strip())
@@ -122,7 +139,7 @@ def _joined(lines: list[Line], part: documents.Part) -> Iterator[documents.Docum
 def _records(
     paths: Sequence[str], part: documents.Part, *, parse: Callable[[Line], str], skips_blank: bool = False
 ) -> Iterator[documents.Document]:
-    """Documents that stand on a line each."""
+    """Documents of one line each."""
     records = lambda: (line for line in _lines(paths) if not (skips_blank and line.text.isspace()))
     wanted = None if part.is_whole else part.indices(sum(1 for _ in records()))
     for index, line in enumerate(records()):
@@ -134,10 +151,13 @@ def _json_field(line: Line, field: str) -> str:
     try:
         record = json.loads(line.text.strip())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{line.place} is not JSON ({error}): correct or remove the line") from error
+        raise errors.UserError(f"{line.place} is not JSON ({error})", remedy="correct or remove the line") from error
     if not isinstance(record, dict) or field not in record:
-        found = f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is no object"
-        raise ValueError(f"{line.place} has no field {field!r}, {found}: name the field of the text as in #{field}")
+        found = f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
+        raise errors.UserError(
+            f"{line.place} has no field {field!r}, {found}",
+            remedy=f"name the field that holds the text, as in #{field}",
+        )
     return _checked(record[field], f"{line.place}, field {field!r},")
 
 
@@ -162,36 +182,43 @@ def _parquet_file(path: str, column: str) -> Any:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file ({error}): give another, or copy it again") from error
+        raise errors.UserError(
+            f"{path} is not a Parquet file ({error})", remedy="give another, or copy it again"
+        ) from error
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
-        raise ValueError(f"{path} has no column {column!r}, its columns are {names}: name the text's as in #{column}")
+        raise errors.UserError(
+            f"{path} has no column {column!r}, its columns are {names}",
+            remedy=f"name the one that holds the text, as in #{column}",
+        )
     return file
 
 
-def _parquet_values(path: str, file: Any, column: str) -> Iterator[Any]:
+def _parquet_values(path: str, file: Any, column: str) -> Iterator[object]:
     import pyarrow
 
     try:
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
             yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
+        raise errors.UserError(f"{path} is damaged ({error})", remedy="copy it again") from error
 
 
-def _checked(value: Any, what: str) -> str:
-    """A value that must be text which UTF-8 can write."""
+def _checked(value: object, what: str) -> str:
+    """`value`, if it is text that UTF-8 can write. `what` describes it in the error."""
     if not isinstance(value, str):
-        raise ValueError(f"{what} holds {type(value).__name__}, not text: correct or remove it")
+        raise errors.UserError(f"{what} holds {type(value).__name__}, not text", remedy="correct or remove it")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} holds half a surrogate pair at character {error.start}: remove it") from error
+        raise errors.UserError(
+            f"{what} holds half a surrogate pair at character {error.start}", remedy="remove it"
+        ) from error
     return value
 
 
 def _lines(paths: Sequence[str]) -> Iterator[Line]:
-    """Every line of files; a byte order mark is left out, and \r\n is read as \n."""
+    """Yield every line of files. A byte order mark is dropped, and \r\n becomes \n."""
     total = sum(map(os.path.getsize, paths))
     before = 0
     for path in paths:
@@ -203,7 +230,9 @@ def _lines(paths: Sequence[str]) -> Iterator[Line]:
                     for part in [text] if "\f" not in text else re.findall("[^\f]*\f|[^\f]+", text):
                         yield Line(part, path, number, done)
         except _DECOMPRESSION_ERRORS as error:
-            raise ValueError(f"{path} cannot be decompressed ({error}): copy or compress it again") from error
+            raise errors.UserError(
+                f"{path} cannot be decompressed ({error})", remedy="copy or compress it again"
+            ) from error
         before += os.path.getsize(path)
 
 
@@ -211,16 +240,16 @@ def _decoded(content: bytes, path: str, number: int) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}:{number} is not UTF-8: byte {content[error.start]:#04x} at byte {error.start} of the line; "
-            f"convert the file, for example with iconv -t utf-8"
+        raise errors.UserError(
+            f"{path}:{number} is not UTF-8: byte {content[error.start]:#04x} at byte {error.start} of the line",
+            remedy="convert the file, for example with iconv -t utf-8",
         ) from error
     text = text.removeprefix("\ufeff") if number == 1 else text
     return text[:-2] + "\n" if text.endswith("\r\n") else text
 
 
 def _unzipped(raw: BinaryIO) -> Any:
-    """The only file of a ZIP archive."""
+    """Open the only file of a ZIP archive."""
     try:
         archive = zipfile.ZipFile(raw)
         if len(archive.namelist()) != 1:

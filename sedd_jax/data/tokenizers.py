@@ -1,8 +1,12 @@
-"""Text to token ids and back; each tokenizer is a frozen value that JSON carries, so that a run directory can hold it.
+"""Tokenizers: text to token ids and back. Each is a frozen value that JSON can store in a run directory.
 
-`vocab_size` is N, the number of real tokens. `mask_id` is None where the diffusion appends its mask as id N, `eos_id`
-where nothing ends a document, `unk_id` where nothing stands for text that has no token: such text is an error then.
-`special_ids` are those that stand for no text: these three, and what else a vocabulary holds for its own use.
+Every tokenizer has these attributes:
+
+    vocab_size     number of real tokens, N
+    mask_id        id of its own mask; if None, the diffusion appends its mask as id N
+    eos_id         id of the end of text; None if nothing ends a document
+    unk_id         id of text that has no token; if None, such text is an error
+    special_ids    ids that stand for no text: the three above, and others that a vocabulary keeps for its own use
 """
 
 import difflib
@@ -13,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sedd_jax.data import alphabets, subwords
+from sedd_jax.runtime import errors
 
 Tokenizer = (
     alphabets.Characters | alphabets.Bytes | alphabets.Ids | subwords.GPT2 | subwords.WordPiece | subwords.SentencePiece
@@ -30,31 +35,35 @@ FORMS = (
     "wordpiece:FILE",
     "ids:N",
 )
-# What a kind reads beside its description.
+# Files that some kinds of tokenizer read beside their description.
 FILES = {"gpt2": "gpt2.tiktoken", "wordpiece": "vocab.txt"}
-# Tokens of the tokenizers, masks left out; a corpus' own characters are taken to be 100.
+_REPAIR = "copy it again from where it was written"
+# Tokens of each kind, masks excluded. The number of characters depends on the corpus and is assumed to be 100.
 VOCAB_SIZES = {"gpt2": 50_257, "text8": 27, "bytes": 256, "wordpiece": 30_521, "characters": 100}
 
 
 def build(spec: str, documents: Documents) -> Tokenizer:
-    """The tokenizer that a spec names, one of `FORMS`.
+    """Make the tokenizer that `spec` names, one of `FORMS`.
 
-    `characters` (the corpus' own, sorted) and `sentencepiece:N` (N pieces) are learned from `documents()`. Give
-    characters those of every split: the set of characters is all that held-out text lends, and no evaluation then
-    meets a character without an id. text8 is a space (0) and a to z.
+    `characters` (the sorted characters of the corpus) and `sentencepiece:N` (N pieces) are learned from `documents()`.
+    For `characters`, give the documents of every split. Then evaluations meet no character without an id, and the
+    tokenizer learns nothing from held-out text but its set of characters. `text8` is a space (id 0) and a to z.
+
+    Raises:
+        errors.UserError: if the spec is malformed, or a file or a package that it needs is missing.
     """
     kind, argument = _parse(spec)
     return _BUILDERS[kind](argument, documents)
 
 
 def is_learned(spec: str) -> bool:
-    """Whether a spec names a tokenizer that depends on the text."""
+    """Whether a spec names a tokenizer that is learned from the documents."""
     kind, argument = _parse(spec)
     return kind == "characters" or (kind == "sentencepiece" and argument.isdecimal())
 
 
 def vocab_size_of(spec: str) -> int:
-    """Tokens that a tokenizer will have, the mask left out, from its spec alone."""
+    """Number of tokens, mask excluded, of the tokenizer that a spec names. Needs no documents."""
     kind, argument = _parse(spec)
     if kind in VOCAB_SIZES:
         return VOCAB_SIZES[kind]
@@ -62,16 +71,16 @@ def vocab_size_of(spec: str) -> int:
 
 
 def from_json(description: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_json` described; one that reads a file checks that it is the same file."""
+    """Make a tokenizer from the description that its `to_json` returned. A file it reads must be unchanged."""
     fields = dict(description)
     kind = fields.pop("kind")
     if kind not in _KINDS:
-        raise ValueError(f"tokenizer kind={kind!r} is unknown: this version reads {', '.join(_KINDS)}")
+        raise errors.UserError(f"tokenizer kind={kind!r} is unknown", remedy=f"this version reads {', '.join(_KINDS)}")
     return _KINDS[kind](**fields)
 
 
 def write(tokenizer: Tokenizer, path: pathlib.Path) -> None:
-    """Writes what `read` reads: the description in JSON, and beside it the file that it needs, if any (`FILES`)."""
+    """Write a tokenizer for `read`: its description in JSON, and beside it the file that it needs, if any (`FILES`)."""
     description = tokenizer.to_json()
     if isinstance(tokenizer, subwords.GPT2 | subwords.WordPiece):
         description["path"] = FILES[description["kind"]]
@@ -80,33 +89,38 @@ def write(tokenizer: Tokenizer, path: pathlib.Path) -> None:
 
 
 def read(path: pathlib.Path) -> Tokenizer:
-    """The tokenizer that `write` wrote.
+    """Read a tokenizer that `write` wrote.
 
     Raises:
-        ValueError: where the description is damaged, or names a file that is not its own.
+        errors.UserError: if the description is damaged, or names another file than the one beside it.
     """
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         name = FILES.get(description["kind"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
+        raise errors.UserError(f"{path} is damaged: {error!r}", remedy=_REPAIR) from error
     if name is not None:
         if description.get("path") != name:
-            raise ValueError(f"{path} names the file {description.get('path')!r}, but its own is {name}, beside it")
+            raise errors.UserError(
+                f"{path} names the file {description.get('path')!r}, but its own is {name}, beside it", remedy=_REPAIR
+            )
         description["path"] = str(path.absolute().parent / name)
     try:
         return from_json(description)
     except TypeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise errors.UserError(f"{path} is damaged: {error}", remedy=_REPAIR) from error
 
 
 def num_ids(tokenizer: Tokenizer) -> int:
-    """How many ids a tokenizer itself can name: its real tokens, and its own mask where it has one."""
+    """Number of ids of a tokenizer: its real tokens, and its own mask if it has one."""
     return tokenizer.vocab_size + (tokenizer.mask_id is not None)
 
 
 def joiner(tokenizer: Tokenizer) -> str:
-    """What stands between documents that no end of text ends: a blank line, or a space where there is no newline."""
+    """Text between documents for tokenizers of characters or bytes; empty for other tokenizers.
+
+    It is a blank line, or a space if the alphabet has no newline.
+    """
     if isinstance(tokenizer, alphabets.Bytes):
         return "\n\n"
     if not isinstance(tokenizer, alphabets.Characters):
@@ -115,15 +129,19 @@ def joiner(tokenizer: Tokenizer) -> str:
 
 
 def _parse(spec: str) -> tuple[str, str]:
-    """Kind and argument of a tokenizer's spec."""
+    """Split the spec of a tokenizer into kind and argument, and check both."""
     kind, colon, argument = spec.partition(":")
     if kind not in _BUILDERS:
         nearest = difflib.get_close_matches(kind, _BUILDERS, n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise ValueError(f"tokenizer={spec!r} is of no known kind: {hint}give one of {', '.join(FORMS)}")
+        raise errors.UserError(
+            f"the tokenizer {spec!r} is of no known kind", remedy=f"{hint}give one of {', '.join(FORMS)}"
+        )
     takes = {":" in form for form in FORMS if form.partition(":")[0] == kind}
     if bool(argument) not in takes or bool(colon) != bool(argument):
-        raise ValueError(f"tokenizer={spec!r} is not complete, or more than that: give one of {', '.join(FORMS)}")
+        raise errors.UserError(
+            f"the tokenizer {spec!r} lacks an argument, or has one too many", remedy=f"give one of {', '.join(FORMS)}"
+        )
     return kind, argument
 
 
@@ -133,7 +151,7 @@ def _characters(documents: Documents) -> alphabets.Characters:
         found.update(text)
     alphabet = "".join(sorted(found))
     if not alphabet:
-        raise ValueError("there is no text to take characters from: give files with text in them")
+        raise errors.UserError("there is no text to take characters from", remedy="give files with text in them")
     return alphabets.Characters(alphabet=alphabet)
 
 
@@ -145,7 +163,9 @@ def _sentence_piece(argument: str, documents: Documents) -> subwords.SentencePie
 
 def _ids(count: str) -> alphabets.Ids:
     if not (count.isascii() and count.isdecimal() and int(count) > 0):
-        raise ValueError(f"tokenizer='ids:{count}' names no number of tokens: give one from 1, as in ids:50257")
+        raise errors.UserError(
+            f"the tokenizer 'ids:{count}' names no number of tokens", remedy="give at least 1, as in ids:50257"
+        )
     return alphabets.Ids(vocab_size=int(count))
 
 

@@ -1,4 +1,4 @@
-"""A batch is a function of (seed, step), and no token is dropped."""
+"""Tests of batches: each is a function of (seed, step), and over epochs every token is read equally often."""
 
 import math
 
@@ -82,7 +82,7 @@ def test_wrong_steps_are_refused():
 
 @pytest.mark.parametrize("num_ids", [4, 2**15])  # at 2**15 pair codes in 16 bits would collide
 def test_entropies_match_their_closed_forms(num_ids):
-    tokens = np.array([0, 1, 0, 2] * 4000, np.uint16) * (num_ids // 4)  # after 0 one of two, else always 0
+    tokens = np.array([0, 1, 0, 2] * 4000, np.uint16) * (num_ids // 4)  # after 0 comes 1 or 2, otherwise always 0
     found = batches.entropies(tokens, num_ids)
     assert found.unigram == pytest.approx(1.5)
     assert found.bigram == pytest.approx(0.5, abs=1e-3)

@@ -1,4 +1,4 @@
-"""A source names a corpus of any kind, or what is wrong with it."""
+"""Tests of sources: each opens the right corpus, or the error says what is wrong."""
 
 import io
 import json
@@ -9,6 +9,7 @@ import zipfile
 import pytest
 
 from sedd_jax.data import corpora, published_corpora
+from sedd_jax.runtime import errors
 
 
 def _texts(source, split):
@@ -73,7 +74,7 @@ def test_training_corpora_are_read_as_they_are(tmp_path):
     ],
 )
 def test_what_the_network_has_is_fetched_once_and_whole(tmp_path, monkeypatch, name, files):
-    """The addresses are answered here, by files; whether they still hold the corpora is not tested."""
+    """Local files stand in for the addresses. Whether the real addresses still hold the corpora is not tested."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     served = tmp_path / "served"
     served.mkdir()
@@ -86,7 +87,7 @@ def test_what_the_network_has_is_fetched_once_and_whole(tmp_path, monkeypatch, n
         return urlopen((served / address.rpartition("/")[2]).as_uri(), timeout=timeout)
 
     monkeypatch.setattr(urllib.request, "urlopen", answer)
-    with pytest.raises(OSError, match=rf"cannot be fetched .*--data={name}:SOURCE"):
+    with pytest.raises(errors.UserError, match=rf"cannot be fetched .*your own copy as {name}:SOURCE"):
         corpora.find(name)
     content = {"text8.zip": _zipped("ab" * 100), "lambada_test.jsonl": b'{"text": "row"}'}
     for file in files:
@@ -118,18 +119,20 @@ def test_a_fetch_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path, monke
             raise urllib.error.URLError("reset")
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Broken())
-    with pytest.raises(OSError, match=r"http://here/a.zip cannot be fetched .*reset"):
+    with pytest.raises(errors.UserError, match=r"http://here/a.zip cannot be fetched .*reset"):
         published_corpora._fetch("http://here/a.zip", tmp_path / "a.zip")
     assert not (tmp_path / "a.zip").exists()
 
     class Short(io.BytesIO):
-        """The connection is closed in between, of which `read` says nothing."""
+        """A connection that closes early, which `read` does not report."""
 
         def __init__(self):
             super().__init__(b"a" * 10)
             self.headers = {"Content-Length": "1000"}
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Short())
-    with pytest.raises(OSError, match=r"http://here/a.zip cannot be fetched \(it ended after 10 of 1000 bytes\)"):
+    with pytest.raises(
+        errors.UserError, match=r"http://here/a.zip cannot be fetched \(it ended after 10 of 1000 bytes\)"
+    ):
         published_corpora._fetch("http://here/a.zip", tmp_path / "a.zip")
     assert not (tmp_path / "a.zip").exists()

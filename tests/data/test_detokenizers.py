@@ -1,4 +1,4 @@
-"""Rows become what the published program makes of them."""
+"""Tests of detokenizers: rows become the same text as in the published program."""
 
 import json
 

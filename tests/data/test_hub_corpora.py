@@ -1,4 +1,4 @@
-"""Datasets of tensorflow-datasets and the Hugging Face hub give their text; without a network, they say so at once."""
+"""Tests of datasets from tensorflow-datasets and the Hugging Face hub, with and without a network."""
 
 import ast
 import os
@@ -12,18 +12,18 @@ import pytest
 from sedd_jax.data import hub_corpora
 
 ROWS = {"train": [f"train {number} é" for number in range(40)], "valid": ["one", "two"]}
-# Nothing answers at these addresses.
+# Settings that send requests to an address where nothing answers.
 NOWHERE = dict.fromkeys(("http_proxy", "https_proxy", "HF_ENDPOINT"), "http://127.0.0.1:9")
 PREAMBLE = """
 import sys
 from absl import logging
-from sedd_jax import corpora
+from sedd_jax.data import corpora
 logging.set_verbosity(logging.FATAL)
 """
 
 
 def _run(directory, code):
-    """What a process of its own prints; both libraries take their directory and settings when they are imported."""
+    """Lines that a new process prints. It must be new, because both libraries read their settings when imported."""
     done = subprocess.run(
         [sys.executable, "-c", PREAMBLE + code],
         env=os.environ | NOWHERE | {"TFDS_DATA_DIR": str(directory), "HF_HOME": str(directory)},
@@ -99,6 +99,6 @@ def test_hugging_face_datasets_give_their_column(tmp_path):
 def test_hugging_face_datasets_say_at_once_what_is_missing(tmp_path):
     wikitext, script = _run(tmp_path, _failure("hf:Salesforce/wikitext/wikitext-2-raw-v1") + _failure("hf:lm1b"))
     assert wikitext.startswith("hf:Salesforce/wikitext/wikitext-2-raw-v1 cannot be loaded (")
-    assert "OfflineModeIsEnabled" in wikitext  # and not one try after another
+    assert "OfflineModeIsEnabled" in wikitext  # so it did not try again and again
     assert "check the name and the network" in wikitext
     assert script == "hf:lm1b names no owner: give one as in hf:OWNER/NAME"

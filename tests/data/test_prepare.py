@@ -1,4 +1,4 @@
-"""`sedd prepare` leaves finished text or none, describes it, and a run reads it until it changes."""
+"""Tests of `sedd prepare`: it leaves finished text or none, describes it, and a run notices when it changes."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.data import detokenizers, prepare, shards
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 from tests.support import gcs_emulator, places
 
 SHARED = places.SHARED
@@ -70,11 +70,19 @@ def test_a_corpus_is_prepared_and_described(tmp_path, source, capsys):
         (
             ["--data=text:full/a.txt", "--tokenizer=bytes", "--out=full"],
             1,
-            "full exists and is not empty: choose another",
+            "--out=full exists and is not empty: choose another",
         ),
-        (["--data=text:full/a.txt", "--tokenizer=bytes", "--out=full/a.txt"], 1, "full/a.txt exists and is not empty"),
+        (
+            ["--data=text:full/a.txt", "--tokenizer=bytes", "--out=full/a.txt"],
+            1,
+            "--out=full/a.txt exists and is not empty",
+        ),
         (["--data=text:full/a.txt", "--tokenizer=bytes", "--out=full/a.txt/b"], 1, "cannot write to full/a.txt/b"),
-        (["--data=text:full/a.txt", "--tokenizer=bytes", "--out=out", "--num_workers=0"], 1, "--num_workers=0 must be"),
+        (
+            ["--data=text:full/a.txt", "--tokenizer=bytes", "--out=out", "--num_workers=0"],
+            1,
+            "--num_workers=0 must be at least 1",
+        ),
         (["--data=text:full/a.txt", "--tokenizer=text8", "--out=out"], 1, "full/a.txt:1: 'T' (U+0054) at position 0"),
     ],
 )
@@ -110,10 +118,10 @@ def test_what_is_interrupted_does_not_look_finished_and_begins_anew(tmp_path, to
     (tmp_path / "train.txt").write_text("\f".join("some words to be cut " * 200 for _ in range(5000)))
     out = tmp_path / "out"
     arguments = ["prepare", f"--data=text:{tmp_path}/train.txt", "--tokenizer=bytes", f"--out={out}", "--num_workers=2"]
-    # Where these tests run in the background SIGINT is ignored, and so it would be there.
+    # If these tests run in the background, SIGINT is ignored, and child processes would inherit that.
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from sedd_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+        "from sedd_jax.cli import main as cli; sys.exit(cli.main(sys.argv[1:]))"
     )
     child = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
     partial = tmp_path / ".out.partial"
@@ -152,7 +160,7 @@ def test_text_is_prepared_into_a_bucket(tmp_path, source, monkeypatch):
         assert list(server.blobs)[-1] == "data/letters/header.json"
         assert not storage.local_copy(place).exists()
         assert prepare.describe(place)["splits"]["test"]["num_tokens"] == 409
-        with pytest.raises(FileExistsError, match="gs://bucket/data/letters already holds prepared text"):
+        with pytest.raises(errors.UserError, match="out=gs://bucket/data/letters already holds prepared text"):
             prepare.prepare(source, "characters", place, num_workers=1)
 
 
@@ -178,7 +186,7 @@ def test_a_zero_shot_set_is_every_row_with_an_end_of_text(tmp_path, capsys):
 
 
 def test_training_corpora_become_what_the_paper_trains_on(tmp_path):
-    """Stand-ins of the form that each corpus has, since the corpora themselves cannot be fetched here."""
+    """Small files in the format of each corpus stand in for the corpora, which cannot be downloaded here."""
     (tmp_path / "text8").write_text("one two three " * 100)
     prepare.prepare(f"text8:text:{tmp_path}/text8", "text8", tmp_path / "a", num_workers=1)
     sizes = {split: counts["num_tokens"] for split, counts in shards.read_header(tmp_path / "a")["splits"].items()}
@@ -249,5 +257,5 @@ def test_a_run_refuses_text_prepared_with_another_tokenizer(tmp_path, source):
 def test_a_test_set_alone_is_no_text_to_train_on(tmp_path):
     (tmp_path / "test.txt").write_text("letters " * 100)
     prepare.prepare(f"lines:{tmp_path}/{{split}}.txt", "text8", tmp_path / "prepared", num_workers=1)
-    with pytest.raises(ValueError, match=r"split='train' is not in .*prepared: choose one of test"):
+    with pytest.raises(ValueError, match=r"the split 'train' is not in .*prepared: choose one of test"):
         runs.start(tmp_path / "run", _config(f"prepared:{tmp_path / 'prepared'}", "text8"))

@@ -1,4 +1,4 @@
-"""Text that CPython carries comes whole, in order, and held-out text stays unseen."""
+"""Tests of the corpora that come with CPython: complete, in order, and without held-out text in train."""
 
 import ast
 import subprocess
@@ -38,7 +38,7 @@ def test_python_docs_keep_a_small_alphabet():
 
 def test_python_docs_are_the_same_in_another_process():
     command = (
-        "import hashlib; from sedd_jax import python_corpora; "
+        "import hashlib; from sedd_jax.data import python_corpora; "
         "texts = [document.text for document in python_corpora.read('docs').read('valid')]; "
         "print(hashlib.sha256('|'.join(texts).encode()).hexdigest())"
     )
@@ -87,5 +87,7 @@ def test_stdlib_is_code_that_parses_held_out_by_module():
 
 
 def test_others_do_not_exist():
-    with pytest.raises(ValueError, match=r"source='python:tests' does not exist: 'python:docs' and 'python:stdlib' do"):
+    with pytest.raises(
+        ValueError, match=r"the source 'python:tests' does not exist: give python:docs or python:stdlib"
+    ):
         python_corpora.read("tests")

@@ -1,4 +1,4 @@
-"""What is prepared is the text, whatever the shards and processes; what is damaged or has changed is named."""
+"""Tests of prepared text: it does not depend on shards or processes, and damage or changes are reported."""
 
 import base64
 import hashlib
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sedd_jax.data import alphabets, batches, corpora, encoders, shards, tokenizers
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 from tests.support import gcs_emulator
 
 TEXTS = {"train": "abcab\fcab\nb\f" + "cab" * 30, "valid": "bca\fab\n", "test": "cc"}
@@ -173,21 +173,22 @@ def test_damaged_shards_are_named(packed, tmp_path):
         ):
             read(packed)
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=r"valid-00000.bin is missing"):
+    with pytest.raises(errors.UserError, match=r"valid-00000.bin is missing"):
         shards.open_split(packed, "valid")
     shards.open_split(packed, "train")
 
 
 def test_a_damaged_or_foreign_header_is_named(packed):
     content = (packed / "header.json").read_text()
-    (packed / "header.json").write_text(content[:50])
-    with pytest.raises(ValueError, match=r"header.json is damaged .*prepare it again"):
-        shards.read_header(packed)
+    for damaged in (content[:50], "[]", "{}"):
+        (packed / "header.json").write_text(damaged)
+        with pytest.raises(errors.UserError, match=r"header.json is damaged .*prepare it again"):
+            shards.read_header(packed)
     (packed / "header.json").write_text(json.dumps(json.loads(content) | {"format_version": 3}))
-    with pytest.raises(ValueError, match="has format 3, this reads 2"):
+    with pytest.raises(ValueError, match="has format 3, and this version reads 2"):
         shards.read_header(packed)
     (packed / "header.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no finished header.json: run `sedd prepare --out="):
+    with pytest.raises(errors.UserError, match=r"holds no finished header.json: run `sedd prepare --out="):
         shards.read_header(packed)
 
 
@@ -196,7 +197,7 @@ def test_opening_says_what_does_not_fit(packed):
         batches.open_split(packed, "test", 3)
     with pytest.raises(ValueError, match="length=0 does not fit"):
         batches.open_split(packed, "test", 0)
-    with pytest.raises(ValueError, match=r"split='dev' is not in .*: choose one of train, valid, test"):
+    with pytest.raises(ValueError, match=r"the split 'dev' is not in .*: choose one of train, valid, test"):
         batches.open_split(packed, "dev", 3)
     with pytest.raises(ValueError, match="prepared with another tokenizer"):
         batches.open_split(packed, "test", 2, tokenizer=alphabets.Characters(alphabet="\nabcd"))
@@ -216,7 +217,7 @@ def test_a_link_reads_what_it_stands_for_until_that_changes(packed, source, tmp_
     with pytest.raises(ValueError, match=r"packed/valid-00000.bin is damaged \(sha256"):
         shards.verify(tmp_path / "run" / "data")
     shutil.rmtree(packed)
-    with pytest.raises(FileNotFoundError, match=r"packed holds no finished header.json"):
+    with pytest.raises(errors.UserError, match=r"packed holds no finished header.json"):
         shards.verify(tmp_path / "run" / "data")
     _pack(source, alphabets.Characters(alphabet="\nabcd"), packed)
     for read in (shards.verify, lambda folder: shards.open_split(folder, "train")):
@@ -255,5 +256,5 @@ def test_shards_in_a_bucket_are_read_by_range(tmp_path, source, characters, monk
         shards.link(tmp_path / "run" / "data", place)
         assert len(shards.open_split(tmp_path / "run" / "data", "test")[1]) == 2
         del server.blobs["data/abc/test-00000.bin"]
-        with pytest.raises(FileNotFoundError, match=r"gs://bucket/data/abc/test-00000.bin is missing"):
+        with pytest.raises(errors.UserError, match=r"gs://bucket/data/abc/test-00000.bin is missing"):
             shards.verify(place)

@@ -1,4 +1,4 @@
-"""Documents of files come whole and in order, and what is wrong in a file is named with its line."""
+"""Tests of corpora in files: documents are complete and in order, and errors name the file and the line."""
 
 import glob
 import gzip
@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from sedd_jax.data import documents, text_files
+from sedd_jax.runtime import errors
 
 
 def _texts(corpus, split):
@@ -109,7 +110,7 @@ def test_json_lines_give_their_field_whole(tmp_path):
     ("line", "message"),
     [
         (b'{"text": "cut', r"test.jsonl:2 is not JSON \(Unterminated string.*correct or remove the line"),
-        (b"[1, 2]", r"test.jsonl:2 has no field 'text', it is no object"),
+        (b"[1, 2]", r"test.jsonl:2 has no field 'text', it is not an object"),
         (b'{"body": "b", "id": 1}', r"test.jsonl:2 has no field 'text', its fields are body, id: name .* as in #text"),
         (b'{"text": null}', r"test.jsonl:2, field 'text', holds NoneType, not text"),
         (b'{"text": "a\\ud800"}', r"test.jsonl:2, field 'text', holds half a surrogate pair at character 1"),
@@ -153,7 +154,7 @@ def test_wrong_parquet_is_named(tmp_path):
 
 
 def test_text_errors_name_the_file_and_the_remedy(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file matches '.*none\*'"):
+    with pytest.raises(errors.UserError, match=r"no file matches '.*none\*'"):
         text_files.read_text(f"{tmp_path}/none*")
     wrong = {
         "latin.txt": (b"good\ncaf\xe9 noir", r"latin.txt:2 is not UTF-8: byte 0xe9 at byte 3 of the line"),
@@ -181,7 +182,7 @@ def test_blank_files_hold_no_document(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zip", "a.parquet", "plain.parquet"])
 def test_bytes_that_changed_are_read_or_named(tmp_path, name):
-    """Cut, overwritten and inserted at random: never another error than one line with the file in it."""
+    """Files with random cuts, changes and insertions are read, or the error names the file."""
     texts = [f"line {number} é" for number in range(300)]
     lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts).encode()
     path = tmp_path / name

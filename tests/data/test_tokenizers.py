@@ -1,4 +1,4 @@
-"""Every tokenizer gives back the text it was given, describes itself, and says what it cannot do."""
+"""Tests of tokenizers: round trips, descriptions in JSON, and errors."""
 
 import base64
 import io
@@ -8,8 +8,10 @@ import string
 import numpy as np
 import pytest
 import sentencepiece
+import tiktoken
 
 from sedd_jax.data import alphabets, tokenizers
+from sedd_jax.runtime import errors
 from tests.support import places
 
 SHARED_RANKS = places.SHARED / "tokenizers" / "gpt2.tiktoken"
@@ -17,7 +19,7 @@ SHARED_RANKS = places.SHARED / "tokenizers" / "gpt2.tiktoken"
 
 @pytest.fixture
 def ranks_file(tmp_path):
-    """All single bytes and three merges, in tiktoken's format."""
+    """A file of ranks in tiktoken's format: all single bytes and three merges."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"he", b"hel", b" w"]
     path = tmp_path / "small.tiktoken"
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
@@ -80,8 +82,8 @@ def test_ids_are_numbers_below_their_count():
     assert ids.tolist() == [3, 29, 0]
     assert tokenizer.decode(ids) == "3 29 0"
     assert tokenizer.encode("").shape == (0,)
-    for wrong in ("30", "-1", "three", "٣"):
-        with pytest.raises(ValueError, match=f"'{wrong}' is no id: give numbers from 0 to 29"):
+    for wrong in ("30", "-1", "three", "٣", "1" * 5000):
+        with pytest.raises(errors.UserError, match=f"'{wrong}' is not an id: give numbers from 0 to 29"):
             tokenizer.encode(f"3 {wrong}")
     with pytest.raises(ValueError, match=r"id 30 at position 0 is outside \[0, 30\)"):
         tokenizer.decode(np.array([30]))
@@ -120,10 +122,10 @@ def test_byte_pairs_say_when_their_file_is_gone_changed_or_broken(ranks_file, tm
         with pytest.raises(ValueError, match="lack a number or one of the 256 bytes"):
             tokenizers.from_json(description)
     ranks_file.write_bytes(b"not ranks at all\n")
-    with pytest.raises(ValueError, match="is no file of ranks"):
+    with pytest.raises(ValueError, match="is not a file of ranks"):
         tokenizers.from_json(description)
     ranks_file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"small.tiktoken does not exist"):
+    with pytest.raises(errors.UserError, match=r"small.tiktoken does not exist"):
         tokenizers.from_json(description)
 
 
@@ -157,9 +159,9 @@ def test_relative_paths_are_stored_whole(ranks_file, monkeypatch, tmp_path):
     ("spec", "message"),
     [
         ("charcters", r"'charcters'.*did you mean 'characters'\?.*wordpiece:FILE"),
-        ("wordpiece", "'wordpiece' is not complete"),
-        ("text8:file", "'text8:file' is not complete, or more"),
-        ("gpt2:", "'gpt2:' is not complete"),
+        ("wordpiece", "'wordpiece' lacks an argument"),
+        ("text8:file", "'text8:file' lacks an argument, or has one too many"),
+        ("gpt2:", "'gpt2:' lacks an argument"),
         ("ids:0", "'ids:0' names no number of tokens"),
         ("ids:many", "'ids:many' names no number of tokens"),
     ],
@@ -179,6 +181,21 @@ def test_word_pieces_count_the_mask_apart(vocabulary_file):
         tokenizers.from_json(description)
     with pytest.raises(ValueError, match=r"vocab.txt lacks \[MASK\]"):
         _build(f"wordpiece:{vocabulary_file}")
+
+
+def test_a_vocabulary_that_is_no_text_is_named(vocabulary_file):
+    vocabulary_file.write_bytes(b"[UNK]\n\xff\n")
+    with pytest.raises(errors.UserError, match=r"vocab.txt is not UTF-8 text .*0xff"):
+        _build(f"wordpiece:{vocabulary_file}")
+
+
+def test_ranks_that_cannot_be_fetched_are_an_error_with_a_remedy(monkeypatch):
+    def get_encoding(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    with pytest.raises(errors.UserError, match=r"cannot fetch GPT-2's ranks \(no network\): .*gpt2:FILE"):
+        _build("gpt2")
 
 
 def test_word_pieces_encode_and_decode(vocabulary_file):
@@ -221,6 +238,8 @@ def test_bytes_are_utf8():
     assert tokenizer.decode(ids[1:].astype(np.uint16)) == "\ufffd\0𝄞"
     with pytest.raises(ValueError, match=r"id 256 at position 0 is outside \[0, 256\)"):
         tokenizer.decode(np.array([256]))
+    with pytest.raises(errors.UserError, match=r"'\\ud800' at position 1 is half a surrogate pair: remove it"):
+        tokenizer.encode("a\ud800")
 
 
 def test_learned_pieces_give_every_text_back(pieces):
@@ -276,7 +295,7 @@ def test_pieces_of_a_file_keep_their_unknown_and_their_mask(tmp_path):
     for unknown in ("aza", "a▁a"):
         assert tokenizer.encode(unknown).tolist().count(tokenizer.unk_id) == 1
     path.write_bytes(b"no model")
-    with pytest.raises(ValueError, match=r"should be a SentencePiece model is none: give the \.model file"):
+    with pytest.raises(ValueError, match=r"should be a SentencePiece model is not one: give the \.model file"):
         _build(f"sentencepiece:{path}")
 
 

@@ -52,7 +52,9 @@ def test_the_suite_runs_what_it_finds_and_lists_what_it_does_not(code_run, sets,
 def test_nothing_found_is_a_failure(code_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zero_shot, "SETS", {"nothing": ("test",)})
     assert cli.main(["eval", f"--workdir={code_run}", "--suite=zero_shot", "--num_processes=1"]) == 1
-    assert "no set of the suite can be read: nothing: source='nothing' is of no known kind" in capsys.readouterr().err
+    assert (
+        "no set of the suite can be read: nothing: the source 'nothing' is of no known kind" in capsys.readouterr().err
+    )
     assert cli.main(["eval", f"--workdir={code_run}", "--suite=zero_shot", "--split=test", "--num_processes=1"]) == 2
 
 
