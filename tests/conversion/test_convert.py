@@ -272,7 +272,7 @@ def test_safetensors_need_no_torch_and_pickles_say_that_they_do(published, tmp_p
 import importlib.util, pathlib
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
-from sedd_jax import cli
+from sedd_jax.cli import main as cli
 assert cli.main(["convert", "--from=published", "--to=run"]) == 0
 assert cli.main(["convert", "--from=run", "--to=back"]) == 0
 assert cli.main(["convert", "--from=x.ckpt", "--to=other"]) == 1
