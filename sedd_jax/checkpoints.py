@@ -13,7 +13,7 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers
 
 from sedd_jax.model import networks, train_state
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 
 # Saved side by side, so that evaluation and sampling read the moving average alone.
 _TREES = ("params", "ema_params", "opt_state")
@@ -60,11 +60,13 @@ class Checkpoints:
         """`step`, or if None that of the newest complete checkpoint; None where there is none.
 
         Raises:
-            ValueError: where there is no checkpoint of that step.
+            errors.UserError: where there is no checkpoint of that step.
         """
         steps = self.steps()
         if step is not None and step not in steps:
-            raise ValueError(f"--step={step}: the checkpoints in {self._directory} are of steps {steps}")
+            raise errors.UserError(
+                f"has no checkpoint: those in {self._directory} are of steps {steps}", field="step", value=step
+            )
         return max(steps, default=None) if step is None else step
 
     def save(self, step: int, state: train_state.TrainState) -> None:
@@ -96,7 +98,7 @@ class Checkpoints:
         """The state saved at `step`, with the shapes, dtypes and shardings of `like` (arrays, or only their shapes).
 
         Raises:
-            ValueError: names a damaged checkpoint, and the step of the one before it.
+            errors.UserError: names a damaged checkpoint, and the step of the one before it.
         """
         items = self._restore(step, {name: getattr(like, name) for name in _TREES}, like.step.sharding)
         return train_state.TrainState(step=items.pop("progress")["step"], **items)
@@ -123,20 +125,28 @@ class Checkpoints:
         abstract = jax.tree.map(_shape, trees)
         abstract["progress"] = {"step": number("int32"), "checksums": {name: number("uint32") for name in _TREES}}
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(item) for name, item in abstract.items()})
-        items: dict[str, Any] = {}
         try:
             items = dict(self._manager.restore(step, args=args).items())
-            found = jax.device_get(_checksums({name: items[name] for name in trees}))
-            known = jax.device_get(items["progress"]["checksums"])
-            wrong = [name for name in trees if found[name] != known[name]]
-            why = f"checksum of {wrong[0]}" if wrong else ""
         except Exception as error:
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:150]
-        if why:
-            before = max((other for other in self.steps() if other < step), default=None)
-            remedy = "there is none before it" if before is None else f"--step={before} uses the one before it"
-            raise ValueError(f"checkpoint {self._directory / str(step)} is damaged or cannot be read ({why}): {remedy}")
+            raise self._damaged(step, f"{type(error).__name__}: {error}") from error
+        missing = [name for name in abstract if name not in items]
+        if missing:
+            raise self._damaged(step, f"{missing[0]} is missing")
+        found = jax.device_get(_checksums({name: items[name] for name in trees}))
+        known = jax.device_get(items["progress"]["checksums"])
+        wrong = [name for name in trees if found[name] != known[name]]
+        if wrong:
+            raise self._damaged(step, f"checksum of {wrong[0]}")
         return items
+
+    def _damaged(self, step: int, why: str) -> errors.UserError:
+        before = max((other for other in self.steps() if other < step), default=None)
+        return errors.UserError(
+            f"checkpoint {self._directory / str(step)} is damaged or cannot be read ({' '.join(why.split())[:150]})",
+            remedy="there is none before it"
+            if before is None
+            else f"{errors.name('step')}={before} uses the one before it",
+        )
 
     @contextlib.contextmanager
     def _naming_failures(self) -> Iterator[None]:

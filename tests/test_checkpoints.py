@@ -98,7 +98,7 @@ def test_the_newest_are_kept_and_every_so_many_for_good(tmp_path):
         assert saved.steps() == [3, 6, 7]
         assert saved.find(None) == 7
         assert saved.find(3) == 3
-        with pytest.raises(ValueError, match=r"--step=4: the checkpoints in .* are of steps \[3, 6, 7\]"):
+        with pytest.raises(ValueError, match=r"step=4 has no checkpoint: those in .* are of steps \[3, 6, 7\]"):
             saved.find(4)
 
 
@@ -165,7 +165,7 @@ def test_damage_is_found_and_the_one_before_named(saved_twice, tmp_path, how):
             message = str(error)
         if message:
             assert re.search(
-                rf"{directory}/2 is damaged or cannot be read \(.*\): --step=1 uses the one before it", message
+                rf"{directory}/2 is damaged or cannot be read \(.*\): step=1 uses the one before it", message
             )
             refused += 1
         else:

@@ -22,7 +22,7 @@ from sedd_jax.conversion import (
 )
 from sedd_jax.data import subwords, tokenizers
 from sedd_jax.model import networks, optimizers, train_state
-from sedd_jax.runtime import hosts, storage
+from sedd_jax.runtime import errors, hosts, storage
 
 FORMATS = ("torch", "jax", "stablehlo")
 WEIGHTS = {"ema": "ema_params", "raw": "params"}
@@ -80,34 +80,47 @@ def convert(
         verified), and what is known of the source: layout, weights, step, revision of this program.
 
     Raises:
-        ImportError: where torch is needed and not installed.
-        ValueError: where the source is none of these or damaged, the target's program has no such model, or the two
-            networks disagree.
+        errors.UserError: where the source is none of these or damaged, the target's program has no such model, the two
+            networks disagree, or torch is needed and not installed.
     """
-    for flag, place in (("from", source), ("to", target)):
+    for field, place in (("from", source), ("to", target)):
         if not isinstance(place, pathlib.Path):
-            raise ValueError(f"--{flag}={place} is in a bucket: copy it, and give a local directory")
+            raise errors.UserError(
+                "is in a bucket", field=field, value=place, remedy="copy it, and give a local directory"
+            )
     assert isinstance(source, pathlib.Path)
     assert isinstance(target, pathlib.Path)
-    for flag, value, known in (("weights", weights, WEIGHTS), ("dtype", dtype, DTYPES)):
+    choices = {"weights": (weights, WEIGHTS), "dtype": (dtype, DTYPES), "to_format": (to_format, (None, *FORMATS))}
+    for field, (value, known) in choices.items():
         if value not in known:
-            raise ValueError(f"--{flag}={value} is unknown: choose one of {', '.join(known)}")
-    if to_format not in (None, *FORMATS):
-        raise ValueError(f"--to_format={to_format} is unknown: choose one of {', '.join(FORMATS)}")
+            raise errors.UserError(
+                "is unknown", field=field, value=value, remedy=f"choose one of {', '.join(filter(None, known))}"
+            )
     if target.exists():
-        raise ValueError(f"{target} exists: use another --to")
+        raise errors.UserError("exists", field="to", value=target, remedy=f"use another {errors.name('to')}")
     has_torch = importlib.util.find_spec("torch") is not None
     if verify and not has_torch:
-        raise ImportError("--verify runs the network in PyTorch: pip install torch, or give --noverify")
+        raise errors.UserError(
+            "runs the network in PyTorch",
+            field="verify",
+            remedy=f"pip install torch, or give {errors.name('verify')}=false",
+        )
 
     model, other_side = _read(source, weights, step, tokenizer)
     origin = {"from": str(source), **model.origin, "revision": hosts.revision()}
     model = dataclasses.replace(model, origin=origin)
     to_format = to_format or other_side
     if to_format == "jax" and other_side != "jax":
-        raise ValueError(f"--to_format=jax: {source} is a run directory already")
+        raise errors.UserError(
+            f"makes a run directory, and {source} is one already",
+            field="to_format",
+            value=to_format,
+            remedy="choose torch or stablehlo",
+        )
     if to_format == "jax" and dtype != "float32":
-        raise ValueError(f"--dtype={dtype} is for tensors of PyTorch: a run directory holds float32")
+        raise errors.UserError(
+            "is for tensors of PyTorch", field="dtype", value=dtype, remedy="a run directory holds float32"
+        )
     compares = has_torch if verify is None else verify
     with storage.new_directory(target) as partial:
         if to_format == "jax":
@@ -140,20 +153,33 @@ def _read(source: pathlib.Path, weights: str, step: int | None, spec: str) -> tu
     """What a source holds, and the format on its other side."""
     if not source.exists():
         if not published_checkpoints.is_hub_name(str(source)):
-            raise ValueError(f"--from={source} does not exist: correct the path")
+            raise errors.UserError("does not exist", field="from", value=source, remedy="correct the path")
         source = published_checkpoints.download(str(source))
     read = published_checkpoints.find_reader(source)
     if read is not None:
         if step is not None:
-            raise ValueError(f"--step={step} is for run directories: name the file of that step in {source} instead")
+            raise errors.UserError(
+                "is for run directories",
+                field="step",
+                value=step,
+                remedy=f"name the file of that step in {source} instead",
+            )
         return _from_checkpoint(read(source, weights), source, spec), "jax"
     if not (source / storage.CHECKPOINTS).exists():
-        raise ValueError(
-            f"{source} is no checkpoint: give a run directory, one with config.json and model.safetensors or "
-            "pytorch_model.bin, one with .hydra/ and checkpoints-meta/, or a .pth or .ckpt file"
+        raise errors.UserError(
+            "is no checkpoint",
+            field="from",
+            value=source,
+            remedy="give a run directory, one with config.json and model.safetensors or pytorch_model.bin, one with "
+            ".hydra/ and checkpoints-meta/, or a .pth or .ckpt file",
         )
     if spec:
-        raise ValueError(f"--tokenizer={spec} has no use here: {source} is a run directory and has its own")
+        raise errors.UserError(
+            f"has no use here, since the run directory {source} has its own",
+            field="tokenizer",
+            value=spec,
+            remedy="leave it out",
+        )
     run = runs.load(source)
     found, params = run.params(WEIGHTS[weights], step=step)
     origin = {"layout": "run directory", "weights": weights, "step": found}
@@ -165,9 +191,11 @@ def _from_checkpoint(checkpoint: published_checkpoints.Checkpoint, source: pathl
     data = dataclasses.replace(checkpoint.config.data, tokenizer=spec or tokenizer.to_json()["kind"])
     run = runs.Run(workdir=source, config=dataclasses.replace(checkpoint.config, data=data), tokenizer=tokenizer)
     if run.graph.vocab_size != checkpoint.num_tokens:
-        raise ValueError(
-            f"{spec or published_checkpoints.TOKENIZER} has {run.graph.vocab_size} tokens, the checkpoint "
-            f"{checkpoint.num_tokens}: give its own, as --tokenizer"
+        raise errors.UserError(
+            f"has {run.graph.vocab_size} tokens, the checkpoint {checkpoint.num_tokens}",
+            field="tokenizer",
+            value=spec or published_checkpoints.TOKENIZER,
+            remedy="give the checkpoint's own",
         )
     tensors = {name: np.asarray(tensor, np.float32) for name, tensor in checkpoint.tensors.items()}
     tensors.setdefault(torch_weights.ROTARY, torch_weights.rotary(run.network))
@@ -181,9 +209,9 @@ def _find_tokenizer(
     if not spec and (source / published_checkpoints.TOKENIZER).exists():
         return tokenizers.read(source / published_checkpoints.TOKENIZER)
     if not spec and checkpoint.tokenizer not in ("", "gpt2"):
-        raise ValueError(
-            f"{source} was trained on tokens of {checkpoint.tokenizer}, whose mask may be any of them: give "
-            "--tokenizer, such as wordpiece:vocab.txt"
+        raise errors.UserError(
+            f"{source} was trained on tokens of {checkpoint.tokenizer}, whose mask may be any of them",
+            remedy=f"give {errors.name('tokenizer')}, such as wordpiece:vocab.txt",
         )
     usual = "gpt2" if checkpoint.num_tokens == tokenizers.VOCAB_SIZES["gpt2"] else f"ids:{checkpoint.num_tokens}"
     return tokenizers.build(spec or usual, lambda: iter(()))
@@ -240,9 +268,10 @@ def _agreeing(
 ) -> verification.Comparison:
     compared = verification.compare(theirs, params, run.network, run.config.data.length, is_conditioned=is_conditioned)
     if not compared.agrees:
-        raise ValueError(
+        raise errors.UserError(
             f"logits of PyTorch and JAX differ by {compared.largest_difference:.2g} where the largest is "
-            f"{compared.largest_logit:.4g}: nothing was written; --noverify writes all the same"
+            f"{compared.largest_logit:.4g}, so nothing was written",
+            remedy=f"{errors.name('verify')}=false writes all the same",
         )
     return compared
 
@@ -260,5 +289,7 @@ def _rounded(tensors: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray
         }
     for name, x in narrow.items():
         if not np.isfinite(x.astype(np.float32)).all():
-            raise ValueError(f"--dtype={dtype} cannot hold the values of {name}: use bfloat16 or float32")
+            raise errors.UserError(
+                f"cannot hold the values of {name}", field="dtype", value=dtype, remedy="use bfloat16 or float32"
+            )
     return narrow

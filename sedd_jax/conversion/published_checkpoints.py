@@ -15,6 +15,7 @@ import numpy as np
 from sedd_jax import config as configs
 from sedd_jax.conversion import published_configs, torch_files, torch_weights
 from sedd_jax.data import tokenizers
+from sedd_jax.runtime import errors
 
 TOKENIZER = "sedd_tokenizer.json"  # The Hub's tokenizer.json has another format.
 _MDLM_PREFIX = "backbone."
@@ -55,11 +56,16 @@ def read_hub(source: pathlib.Path, weights: str) -> Checkpoint:
     """A directory with config.json and weights: SEDD's, or MDLM's where its model_type is mdlm.
 
     Raises:
-        ImportError: where a file takes torch, which is not installed.
-        ValueError: names what is missing, damaged or contradictory; so do the others.
+        errors.UserError: names what is missing (torch, where a file takes it), damaged or contradictory; so do the
+            others.
     """
     if weights != "ema":
-        raise ValueError(f"--weights={weights}: {source} holds one set of weights, as a rule the moving average")
+        raise errors.UserError(
+            f"is not in {source}, which holds one set of weights, as a rule the moving average",
+            field="weights",
+            value=weights,
+            remedy=f"give {errors.name('weights')}=ema",
+        )
     file = source / "config.json"
     published = published_configs.read_json(file)
     origin = {"layout": "Hub directory"}
@@ -78,7 +84,9 @@ def read_training(source: pathlib.Path, weights: str) -> Checkpoint:
     file = source if is_file else source / "checkpoints-meta" / "checkpoint.pth"
     for path in (_hydra(root), file):
         if not path.exists():
-            raise ValueError(f"{path} is missing: a run of the published program has .hydra/ beside its checkpoints")
+            raise errors.UserError(
+                f"{path} is missing", remedy="a run of the published program has .hydra/ beside its checkpoints"
+            )
     config, num_tokens = published_configs.from_sedd(published_configs.read_yaml(_hydra(root)), _hydra(root))
     saved = published_configs.Fields(torch_files.read_pickle(file), file)
     tensors = torch_files.to_arrays(saved["model"], file)
@@ -109,18 +117,21 @@ def download(name: str) -> pathlib.Path:
     """A model of the Hugging Face Hub by its id, OWNER/NAME, into the Hub's own cache; only the files that are read.
 
     Raises:
-        ImportError: where huggingface_hub is not installed.
-        ValueError: where it cannot be had.
+        errors.UserError: where it cannot be had, or huggingface_hub is not installed.
     """
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError(f"{name} is not here, and the Hub needs a package: pip install huggingface_hub") from error
+        raise errors.UserError(
+            f"{name} is not here, and the Hub needs a package", remedy="pip install huggingface_hub"
+        ) from error
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADED))
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        raise ValueError(f"{name} is not here, and the Hub did not give it ({why}): give a local directory") from error
+        raise errors.UserError(
+            f"{name} is not here, and the Hub did not give it ({why})", remedy="give a local directory"
+        ) from error
 
 
 def is_hub_name(name: str) -> bool:
@@ -153,8 +164,8 @@ def _checked(
     num_states = configs.make_graph(config.graph, num_tokens, None).num_states
     try:
         torch_weights.check(tensors, dataclasses.replace(config.network, num_states=num_states))
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    except errors.UserError as error:
+        raise error.at(str(source)) from error
     return Checkpoint(config=config, num_tokens=num_tokens, tensors=tensors, origin=origin)
 
 
@@ -164,7 +175,10 @@ def _moving_average(saved: Any, config: configs.Config, path: pathlib.Path) -> d
     values = published_configs.Fields(saved, path)["shadow_params"]
     if not isinstance(values, list) or len(values) != len(names):
         count = len(values) if isinstance(values, list) else type(values).__name__
-        raise ValueError(f"{path} has a moving average of {count} tensors for {len(names)} parameters: it is damaged")
+        raise errors.UserError(
+            f"{path} is damaged, with a moving average of {count} tensors for {len(names)} parameters",
+            remedy="copy it again",
+        )
     return torch_files.to_arrays(dict(zip(names, values, strict=True)), path)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from sedd_jax import config as configs
 from sedd_jax import runs
+from sedd_jax.runtime import errors
 
 # Our name -> theirs; what a config may lack stands apart.
 _NETWORK = {
@@ -64,20 +65,23 @@ class Fields:
 
     def __init__(self, content: Any, path: pathlib.Path):
         if not isinstance(content, Mapping):
-            raise ValueError(f"{path} holds a {type(content).__name__} where a mapping should be: it is another file")
+            raise errors.UserError(
+                f"{path} holds a {type(content).__name__} where a mapping should be", remedy="it is another file"
+            )
         self._content, self._path = content, path
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._content:
-            raise ValueError(f"{self._path} has no {name!r}, only {', '.join(map(repr, list(self._content)[:6]))}")
+            found = ", ".join(map(repr, list(self._content)[:6]))
+            raise errors.UserError(f"{self._path} has no {name!r}, only {found}")
         return self._content[name]
 
     def choice(self, name: str, *known: Any) -> Any:
         """The value of a field that must be one of those known."""
         if self[name] not in known:
-            raise ValueError(
-                f"{self._path} has {name}={self[name]!r}: it can be converted where that is "
-                f"{' or '.join(map(repr, known))}"
+            raise errors.UserError(
+                f"{self._path} has {name}={self[name]!r}",
+                remedy=f"it can be converted where that is {' or '.join(map(repr, known))}",
             )
         return self[name]
 
@@ -85,7 +89,7 @@ class Fields:
         """The value of a field that must be a whole number, at least 0."""
         value = self[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{self._path} has {name}={value!r}: it must be a whole number")
+            raise errors.UserError(f"{self._path} has {name}={value!r}", remedy="it must be a whole number")
         return value
 
 
@@ -93,11 +97,11 @@ def from_sedd(published: Mapping[str, Any], path: pathlib.Path) -> tuple[configs
     """Config and number of real tokens N from config.json or .hydra/config.yaml of the published program.
 
     Raises:
-        ValueError: names the file and the field that is missing or impossible; so do the others.
+        errors.UserError: names the file and the field that is missing or impossible; so do the others.
     """
     num_tokens = Fields(published, path).whole_number("tokens")
     if num_tokens == 0:
-        raise ValueError(f"{path} has tokens=0: it must be the number of real tokens")
+        raise errors.UserError(f"{path} has tokens=0", remedy="it must be the number of real tokens")
     return _translate(published, path, _SEDD, _SEDD_OPTIONAL, {}), num_tokens
 
 
@@ -131,17 +135,22 @@ def to_sedd(run: runs.Run) -> dict[str, Any]:
 
 
 def check_publishable(run: runs.Run) -> None:
-    """Raises ValueError where the published program knows no model like the run's."""
+    """Raises errors.UserError where the published program knows no model like the run's."""
     if run.is_autoregressive:
-        raise ValueError(f"{run.workdir} is an autoregressive run: the published layout is for diffusion models")
+        raise errors.UserError(
+            f"{run.workdir} is an autoregressive run", remedy="the published layout is for diffusion models"
+        )
     if run.graph.num_states - 1 != getattr(run.graph, "mask_id", run.graph.num_states - 1):
-        raise ValueError(
-            f"{run.workdir} has its mask at id {run.tokenizer.mask_id}: the published layout knows only the last id"
+        raise errors.UserError(
+            f"{run.workdir} has its mask at id {run.tokenizer.mask_id}",
+            remedy="the published layout knows only the last id",
         )
     for name, known in (("normalize", False), ("mlp_ratio", 4)):
         found = getattr(run.network, name)
         if found != known:
-            raise ValueError(f"{run.workdir} has network.{name}={found}: the published layout knows only {known}")
+            raise errors.UserError(
+                f"{run.workdir} has network.{name}={found}", remedy=f"the published layout knows only {known}"
+            )
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -149,9 +158,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: a published directory has one beside its weights") from error
+        raise errors.UserError(
+            f"{path} is missing", remedy="a published directory has one beside its weights"
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+        raise errors.UserError(f"{path} is not JSON ({error})", remedy="copy it again") from error
     Fields(content, path)
     return content
 
@@ -163,7 +174,8 @@ def read_yaml(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())[:120]}): copy it again") from error
+        why = " ".join(str(error).split())[:120]
+        raise errors.UserError(f"{path} is not YAML ({why})", remedy="copy it again") from error
     Fields(content, path)
     return content
 
@@ -182,7 +194,7 @@ def _translate(
         if name in theirs:
             flat[ours] = _as_number(theirs[name], type(flat[ours]))
         elif ours in required:
-            raise ValueError(f"{path} has no {name}: it is not the config of such a model")
+            raise errors.UserError(f"{path} has no {name}", remedy="it is not the config of such a model")
     flat |= {**fixed, "data.source": "", "network.dtype": "float32"}
     nested: dict[str, Any] = {}
     for name, value in flat.items():
@@ -190,8 +202,8 @@ def _translate(
         (nested.setdefault(section, {}) if section else nested)[field] = value
     try:
         return configs.parse(nested)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except errors.UserError as error:
+        raise error.at(str(path)) from error
 
 
 def _as_number(value: Any, kind: type) -> Any:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from sedd_jax.conversion import torch_weights
 from sedd_jax.model import networks, score_heads
+from sedd_jax.runtime import errors
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -28,10 +29,15 @@ def export(tensors: Mapping[str, np.ndarray], network: networks.NetworkConfig, l
         length: of the sequences.
 
     Raises:
-        ImportError: where flatbuffers, which `jax.export` writes with, is not installed.
+        errors.UserError: where flatbuffers, which `jax.export` writes with, is not installed.
     """
     if importlib.util.find_spec("flatbuffers") is None:
-        raise ImportError("--to_format=stablehlo takes a package that is not installed: pip install flatbuffers")
+        raise errors.UserError(
+            "takes a package that is not installed",
+            field="to_format",
+            value="stablehlo",
+            remedy="pip install flatbuffers",
+        )
     network = dataclasses.replace(network, attention="plain")
 
     def log_score(tensors: Any, tokens: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:

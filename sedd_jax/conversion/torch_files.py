@@ -14,6 +14,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from sedd_jax.runtime import errors
+
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # Whose objects may be replaced, and names of other libraries that come with them.
 _LIBRARIES = ("omegaconf", "transformers", "tokenizers", "lightning", "pytorch_lightning", "torchmetrics")
@@ -48,8 +50,8 @@ def read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
     """All tensors of a directory: model.safetensors or pytorch_model.bin, or the parts that their index names.
 
     Raises:
-        ImportError: where it takes torch, which is not installed.
-        ValueError: names the file that is missing, damaged or not what it should be.
+        errors.UserError: names the file that is missing, damaged or not what it should be, or takes torch, which is
+            not installed.
     """
     for name in WEIGHTS:
         read = read_safetensors if name.endswith(".safetensors") else read_pickled_tensors
@@ -57,7 +59,7 @@ def read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
             return read(directory / name)
         if _index(directory, name).exists():
             return {key: value for part in _parts(_index(directory, name)) for key, value in read(part).items()}
-    raise ValueError(f"{directory} has none of {', '.join(WEIGHTS)}: copy it again")
+    raise errors.UserError(f"{directory} has none of {', '.join(WEIGHTS)}", remedy="copy it again")
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -65,7 +67,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}): copy it again") from error
+        raise errors.UserError(f"{path} cannot be read as safetensors ({error})", remedy="copy it again") from error
 
 
 def read_pickled_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -77,35 +79,36 @@ def read_pickle(path: pathlib.Path) -> Any:
     """What torch.save wrote: tensors, containers and `Inert` objects.
 
     Raises:
-        ImportError: where torch is not installed.
-        ValueError: where the file is damaged, or would run or load anything but tensors.
+        errors.UserError: where the file is damaged, would run or load anything but tensors, or torch is not installed.
     """
     try:
         import torch
     except ImportError as error:
-        raise ImportError(
-            f"{path} is a pickle, which takes torch to read: pip install torch, or use safetensors"
+        raise errors.UserError(
+            f"{path} is a pickle, which takes torch to read", remedy="pip install torch, or use safetensors"
         ) from error
 
     try:
         is_zip = zipfile.is_zipfile(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a PyTorch file ({_brief(error)}): copy it again") from error
+        raise errors.UserError(
+            f"{path} cannot be read as a PyTorch file ({_brief(error)})", remedy="copy it again"
+        ) from error
     foreign = [name for name in names if name not in _NAMES and name.partition(".")[0] not in _LIBRARIES]
     if foreign:
-        raise ValueError(
-            f"{path} is a pickle that asks for {', '.join(foreign[:3])}: nothing of it was loaded or run; save the "
-            "tensors alone"
+        raise errors.UserError(
+            f"{path} is a pickle that asks for {', '.join(foreign[:3])}, so nothing of it was loaded or run",
+            remedy="save the tensors alone",
         )
     inert: list[Any] = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in names]
     try:
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as tensors alone ({_brief(error)}): nothing of it was run; copy it again, or save "
-            "the tensors alone"
+        raise errors.UserError(
+            f"{path} cannot be read as tensors alone ({_brief(error)}), and nothing of it was run",
+            remedy="copy it again, or save the tensors alone",
         ) from error
 
 
@@ -114,7 +117,9 @@ def to_arrays(state: Any, path: pathlib.Path) -> dict[str, np.ndarray]:
     import torch
 
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state_dict, a mapping from names to tensors: give one that does")
+        raise errors.UserError(
+            f"{path} holds no state_dict, a mapping from names to tensors", remedy="give one that does"
+        )
     return {name: tensor.detach().float().numpy() for name, tensor in state.items()}
 
 
@@ -137,15 +142,20 @@ def _index(directory: pathlib.Path, name: str) -> pathlib.Path:
 def _parts(index: pathlib.Path) -> list[pathlib.Path]:
     """The files that an index names, all of them beside it."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of weights ({_brief(error)}): copy it again") from error
-    for name in names:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise errors.UserError(f"{index} is no index of weights ({_brief(error)})", remedy="copy it again") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise errors.UserError(f"{index} is no index of weights (it has no weight_map)", remedy="copy it again")
+    for name in weight_map.values():
         if not isinstance(name, str) or pathlib.PurePath(name).name != name or name == "..":
-            raise ValueError(f"{index} names {name!r}, which is not a file beside it: nothing was read")
+            raise errors.UserError(
+                f"{index} names {name!r}, which is not a file beside it: nothing was read", remedy="copy it again"
+            )
         if not (index.parent / name).exists():
-            raise ValueError(f"{index} names {name}, which is missing: copy it again")
-    return [index.parent / name for name in names]
+            raise errors.UserError(f"{index} names {name}, which is missing", remedy="copy it again")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def _brief(error: Exception) -> str:

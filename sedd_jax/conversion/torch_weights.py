@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd_jax.model import networks
+from sedd_jax.runtime import errors
 
 # (path below a block or the root here, published name, whether the published matrix is the transpose of ours)
 _ROOT = (
@@ -54,16 +55,20 @@ def shapes(config: networks.NetworkConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check(tensors: Mapping[str, np.ndarray], config: networks.NetworkConfig) -> None:
-    """Raises ValueError that names the tensors that are missing, unknown, of another shape, or not finite."""
+    """Raises errors.UserError that names the tensors that are missing, unknown, of another shape, or not finite."""
     expected = shapes(config)
     missing, unknown = sorted(set(expected) - set(tensors) - {ROTARY}), sorted(set(tensors) - set(expected))
     if missing or unknown:
-        raise ValueError(f"these are not the weights of this network: missing {missing[:4]}, unknown {unknown[:4]}")
+        raise errors.UserError(
+            f"these are not the weights of this network: missing {missing[:4]}, unknown {unknown[:4]}"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name]:
-            raise ValueError(f"tensor {name} has shape {tensor.shape}, but the config means {expected[name]}")
+            raise errors.UserError(f"tensor {name} has shape {tensor.shape}, but the config means {expected[name]}")
         if not np.isfinite(tensor.astype(np.float32)).all():
-            raise ValueError(f"tensor {name} holds values that are not finite: the file is damaged or the run diverged")
+            raise errors.UserError(
+                f"tensor {name} holds values that are not finite", remedy="the file is damaged or the run diverged"
+            )
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], config: networks.NetworkConfig) -> networks.Params:

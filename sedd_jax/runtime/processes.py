@@ -10,6 +10,8 @@ import jax
 from jax._src import distributed  # The key-value store of the processes has no public name.
 from jax.experimental import multihost_utils
 
+from sedd_jax.runtime import errors
+
 _PREPARATION_MS = 24 * 60 * 60 * 1000  # The first process may tokenize a corpus while the others wait.
 _SHUTDOWN_SECONDS = 60
 
@@ -26,19 +28,30 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
         process_id: which of them this one is, from 0.
 
     Raises:
-        ValueError: where only some of the three are given, or they are impossible.
+        errors.UserError: where only some of the three are given, or they are impossible.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if num_processes == 1:
         return
     if len(missing) in (1, 2):
-        raise ValueError(f"--{missing[0]} is missing: give all of {', '.join(f'--{name}' for name in given)}, or none")
+        raise errors.UserError(
+            "is missing", field=missing[0], remedy=f"give all of {', '.join(map(errors.name, given))}, or none"
+        )
     if coordinator_address is not None and num_processes is not None and process_id is not None:
         if ":" not in coordinator_address:
-            raise ValueError(f"--coordinator_address={coordinator_address} has no port: give host:port of process 0")
+            raise errors.UserError(
+                "has no port",
+                field="coordinator_address",
+                value=coordinator_address,
+                remedy="give host:port of process 0",
+            )
         if not 0 <= process_id < num_processes:
-            raise ValueError(f"--process_id={process_id} must be from 0 to {num_processes - 1}, below --num_processes")
+            raise errors.UserError(
+                f"must be from 0 to {num_processes - 1}, below {errors.name('num_processes')}",
+                field="process_id",
+                value=process_id,
+            )
     try:
         # A process that fails alone waits this long for the others before it ends them too.
         jax.distributed.initialize(**given, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
@@ -65,7 +78,7 @@ def first_then_all(name: str, fn: Callable[[], object]) -> None:
         fn: what to do.
 
     Raises:
-        ValueError: in the others, with the message of the first.
+        errors.UserError: in the others, with the message of the first.
     """
     if jax.process_count() == 1:
         fn()
@@ -78,14 +91,16 @@ def first_then_all(name: str, fn: Callable[[], object]) -> None:
             fn()
             outcome = ""
         except Exception as error:
-            outcome = str(error) or outcome
+            # Names of inputs stay marked, so that the others spell them as this process does.
+            said = error.worded(errors.name) if isinstance(error, errors.UserError) else str(error)
+            outcome = said or outcome
             raise
         finally:
             client.key_value_set(f"sedd_jax/{name}", f"outcome: {outcome}")
     else:
         told = client.blocking_key_value_get(f"sedd_jax/{name}", _PREPARATION_MS)
         if outcome := str(told).removeprefix("outcome: "):
-            raise ValueError(f"process 0 says: {outcome}")
+            raise errors.UserError(f"process 0 says: {outcome}")
 
 
 def describe() -> str:

@@ -14,6 +14,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sedd_jax.runtime import errors
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -52,18 +54,19 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """The mesh of all devices (or of those given) in the shape the config asks for.
 
     Raises:
-        ValueError: where the sizes do not multiply to the number of devices.
+        errors.UserError: where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"mesh sizes (data, fsdp, tensor) = {tuple(sizes)} must be positive, with at most one -1")
+    for axis, size in zip(AXES, sizes, strict=True):
+        if size < 1 and (size != -1 or sizes.count(-1) > 1):
+            raise errors.UserError("must be positive, with at most one -1", field=f"config.mesh.{axis}", value=size)
     known = math.prod(size for size in sizes if size != -1)
     shape = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(shape) != len(devices):
-        raise ValueError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} does not fill {len(devices)} devices: set mesh.data=-1 or "
-            "change a size"
+        raise errors.UserError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} does not fill {len(devices)} devices",
+            remedy=f"set {errors.name('config.mesh.data')}=-1 or change a size",
         )
     axis_types = (AxisType.Auto,) * 3
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -71,8 +74,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         return jax.make_mesh(tuple(shape), AXES, axis_types=axis_types, devices=devices)
     # Only gradients cross the slow network between slices: each holds whole copies of the model.
     if shape[0] % num_slices:
-        raise ValueError(
-            f"mesh.data={shape[0]} must be divisible by the {num_slices} slices: make fsdp x tensor fit into one"
+        raise errors.UserError(
+            f"must be divisible by the {num_slices} slices",
+            field="config.mesh.data",
+            value=shape[0],
+            remedy="make fsdp x tensor fit into one",
         )
     within = (shape[0] // num_slices, *shape[1:])
     grid = mesh_utils.create_hybrid_device_mesh(within, (num_slices, 1, 1), devices)

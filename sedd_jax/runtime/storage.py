@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from sedd_jax.runtime import hosts
+from sedd_jax.runtime import errors, hosts
 
 Directory = pathlib.Path | epath.Path
 CHECKPOINTS = "checkpoints"
@@ -26,7 +26,7 @@ def directory(name: str) -> Directory:
     """The directory of a name, gs:// or local.
 
     Raises:
-        ImportError: where gs:// is asked for without gcsfs.
+        errors.UserError: where gs:// is asked for without gcsfs.
     """
     if not name.startswith("gs://"):
         return pathlib.Path(name)
@@ -34,7 +34,7 @@ def directory(name: str) -> Directory:
         import fsspec
         import gcsfs  # noqa: F401, which fsspec finds
     except ImportError as error:
-        raise ImportError(f"{name} needs gcsfs: pip install 'sedd_jax[gcs]'") from error
+        raise errors.UserError(f"{name} needs gcsfs", remedy="pip install 'sedd_jax[gcs]'") from error
     # What other processes write must be seen.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(name.rstrip("/"))
@@ -119,7 +119,7 @@ def new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
             shutil.rmtree(partial)  # What a kill has left.
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"cannot write to {final}: {error.strerror}; use another directory") from error
+        raise errors.UserError(f"cannot write to {final} ({error.strerror})", remedy="use another directory") from error
     try:
         yield partial
         partial.rename(final)

@@ -22,6 +22,7 @@ from sedd_jax import runs
 from sedd_jax.conversion import convert, torch_model, torch_weights
 from sedd_jax.data import tokenizers
 from sedd_jax.model import networks, optimizers, score_heads, train_state
+from sedd_jax.runtime import errors
 from tests.support import foreign, places
 
 GOLDEN = places.GOLDEN
@@ -124,7 +125,7 @@ def test_broken_directories_are_refused_and_nothing_is_written(published, tmp_pa
 
 
 def test_a_tokenizer_of_another_size_is_refused(published, tmp_path):
-    with pytest.raises(ValueError, match="text8 has 27 tokens, the checkpoint 26: give its own, as --tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer=text8 has 27 tokens, the checkpoint 26: give the checkpoint's own"):
         convert.convert(published, tmp_path / "run", tokenizer="text8")
 
 
@@ -218,7 +219,7 @@ def test_half_precision_rounds_weights_alone(make_run, tmp_path, dtype):
 
 def test_values_that_half_precision_does_not_hold_are_named(published, tmp_path):
     edit(published, lambda t: t["output_layer.linear.bias"].fill(1e6))
-    with pytest.raises(ValueError, match=r"--dtype=float16 cannot hold the values of output_layer\.linear\.bias"):
+    with pytest.raises(ValueError, match=r"dtype=float16 cannot hold the values of output_layer\.linear\.bias"):
         convert.convert(published, tmp_path / "out", to_format="torch", dtype="float16")
     assert not (tmp_path / "out").exists()
 
@@ -234,7 +235,9 @@ def test_networks_that_disagree_are_not_written(published, tmp_path, monkeypatch
         return params
 
     monkeypatch.setattr(torch_weights, "arrange", wrong)
-    with pytest.raises(ValueError, match=r"logits of PyTorch and JAX differ by .* nothing was written") as caught:
+    with pytest.raises(
+        ValueError, match=r"logits of PyTorch and JAX differ by .* nothing was written: verify=false writes"
+    ) as caught:
         convert.convert(published, tmp_path / "out", to_format=to_format)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
@@ -244,7 +247,7 @@ def test_networks_that_disagree_are_not_written(published, tmp_path, monkeypatch
 def test_without_torch_nothing_is_verified(published, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
-    with pytest.raises(ImportError, match="--verify runs the network in PyTorch: pip install torch"):
+    with pytest.raises(errors.UserError, match="verify runs the network in PyTorch: pip install torch"):
         convert.convert(published, tmp_path / "out", verify=True)
     result = convert.convert(published, tmp_path / "out")
     assert "not verified: install torch" in convert.describe(result)
@@ -253,7 +256,7 @@ def test_without_torch_nothing_is_verified(published, tmp_path, monkeypatch):
 def test_without_flatbuffers_the_score_function_is_refused(tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "flatbuffers" else find_spec(name))
-    with pytest.raises(ImportError, match="pip install flatbuffers"):
+    with pytest.raises(errors.UserError, match=r"to_format=stablehlo .*: pip install flatbuffers"):
         convert.convert(GOLDEN / "model_absorb_a", tmp_path / "out", to_format="stablehlo")
     assert not list(tmp_path.iterdir())
 
@@ -335,7 +338,7 @@ def test_what_the_published_program_does_not_know_is_refused(make_run, tmp_path,
 
 def test_a_run_is_a_run_already(make_run, tmp_path):
     make_run()
-    with pytest.raises(ValueError, match=r"--to_format=jax: .*/run is a run directory already"):
+    with pytest.raises(ValueError, match=r"to_format=jax makes a run directory, and .*/run is one already: choose"):
         convert.convert(tmp_path / "run", tmp_path / "out", to_format="jax")
 
 
@@ -369,9 +372,7 @@ def test_tokens_of_an_unknown_order_are_asked_for(tmp_path):
     model = torch_model.SEDD.from_pretrained(GOLDEN / "model_absorb_a")
     config = foreign.mdlm_config(data={"tokenizer_name_or_path": "bert-base-uncased"})
     source = foreign.write_lightning(tmp_path / "x.ckpt", model, config)
-    with pytest.raises(
-        ValueError, match="tokens of bert-base-uncased, whose mask may be any of them: give --tokenizer"
-    ):
+    with pytest.raises(ValueError, match="tokens of bert-base-uncased, whose mask may be any of them: give tokenizer"):
         convert.convert(source, tmp_path / "run")
     convert.convert(source, tmp_path / "run", tokenizer="ids:26")
 
@@ -379,14 +380,14 @@ def test_tokens_of_an_unknown_order_are_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"weights": "best"}, "--weights=best is unknown: choose one of ema, raw"),
-        ({"dtype": "int8"}, "--dtype=int8 is unknown: choose one of float32, bfloat16, float16"),
-        ({"to_format": "onnx"}, "--to_format=onnx is unknown: choose one of torch, jax, stablehlo"),
-        ({"dtype": "bfloat16"}, "--dtype=bfloat16 is for tensors of PyTorch"),
-        ({"step": 3}, "--step=3 is for run directories"),
-        ({"source": pathlib.Path("nowhere/at/all")}, "--from=nowhere/at/all does not exist"),
-        ({"source": pathlib.Path("nowhere.ckpt")}, "--from=nowhere.ckpt does not exist"),
-        ({"target": GOLDEN}, "exists: use another --to"),
+        ({"weights": "best"}, "weights=best is unknown: choose one of ema, raw"),
+        ({"dtype": "int8"}, "dtype=int8 is unknown: choose one of float32, bfloat16, float16"),
+        ({"to_format": "onnx"}, "to_format=onnx is unknown: choose one of torch, jax, stablehlo"),
+        ({"dtype": "bfloat16"}, "dtype=bfloat16 is for tensors of PyTorch"),
+        ({"step": 3}, "step=3 is for run directories"),
+        ({"source": pathlib.Path("nowhere/at/all")}, "from=nowhere/at/all does not exist"),
+        ({"source": pathlib.Path("nowhere.ckpt")}, "from=nowhere.ckpt does not exist"),
+        ({"target": GOLDEN}, "exists: use another to"),
     ],
 )
 def test_impossible_wishes_are_refused(tmp_path, given, message):

@@ -106,11 +106,11 @@ def test_an_unknown_leaf_is_refused():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((3, 1, 1), "does not fill 8 devices: set mesh.data=-1"),
+        ((3, 1, 1), "does not fill 8 devices: set config.mesh.data=-1"),
         ((-1, 3, 1), "does not fill 8 devices"),
         ((-1, -1, 1), "at most one -1"),
-        ((0, 1, 1), "must be positive"),
-        ((-2, 1, 1), "must be positive"),
+        ((0, 1, 1), "config.mesh.data=0 must be positive"),
+        ((1, -2, 1), "config.mesh.fsdp=-2 must be positive"),
     ],
 )
 def test_wrong_meshes_are_refused(sizes, message):
