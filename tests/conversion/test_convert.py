@@ -1,4 +1,4 @@
-"""Checkpoints in and out, what proves them, and broken ones refused."""
+"""Conversion in both directions, its verification, and errors for broken checkpoints."""
 
 import dataclasses
 import importlib.util
@@ -47,7 +47,7 @@ def test_a_published_directory_comes_back_bit_for_bit(name, tmp_path):
         np.testing.assert_array_equal(value, after[tensor])
     old, new = (json.loads((path / "config.json").read_text()) for path in (source, back))
     assert new["tokens"] == old["tokens"]
-    assert new["noise"].pop("eps") == 1e-3  # Which the published program has no field for.
+    assert new["noise"].pop("eps") == 1e-3  # The published program has no field for it.
     for section in ("graph", "noise", "training", "optim"):
         assert new[section].items() <= old[section].items()
     assert {**old["model"], "name": new["model"]["name"]} == new["model"]
@@ -95,13 +95,13 @@ def truncate(path):
         (lambda path: edit(path, lambda t: t.update(extra=np.zeros(1))), r"unknown \['extra'\]"),
         (
             lambda path: edit(path, lambda t: t.update({"output_layer.linear.bias": np.zeros(28, np.float32)})),
-            r"output_layer.linear.bias has shape \(28,\), but the config means \(27,\)",
+            r"output_layer.linear.bias has shape \(28,\), but the config implies \(27,\)",
         ),
         (
             lambda path: edit(path, lambda t: t["vocab_embed.embedding"].fill(np.nan)),
             "vocab_embed.embedding holds values that are not finite",
         ),
-        (lambda path: edit_config(path, lambda c: c.update(tokens=25)), "but the config means"),
+        (lambda path: edit_config(path, lambda c: c.update(tokens=25)), "but the config implies"),
         (lambda path: edit_config(path, lambda c: c.update(tokens="26")), "tokens='26'"),
         (lambda path: edit_config(path, lambda c: c["model"].pop("n_heads")), "has no model.n_heads"),
         (
@@ -112,7 +112,7 @@ def truncate(path):
         (lambda path: (path / "config.json").unlink(), "config.json is missing"),
         (
             lambda path: (path / "model.safetensors").unlink(),
-            "is no checkpoint: give a run directory, one with config.json and",
+            "is not a checkpoint: give a run directory, a directory with config.json and",
         ),
     ],
 )
@@ -125,7 +125,9 @@ def test_broken_directories_are_refused_and_nothing_is_written(published, tmp_pa
 
 
 def test_a_tokenizer_of_another_size_is_refused(published, tmp_path):
-    with pytest.raises(ValueError, match="tokenizer=text8 has 27 tokens, the checkpoint 26: give the checkpoint's own"):
+    with pytest.raises(
+        ValueError, match="tokenizer=text8 has 27 tokens, but the checkpoint has 26: give the tokenizer"
+    ):
         convert.convert(published, tmp_path / "run", tokenizer="text8")
 
 
@@ -211,7 +213,7 @@ def test_half_precision_rounds_weights_alone(make_run, tmp_path, dtype):
         assert x.dtype == (np.float32 if name == torch_weights.ROTARY else jnp.dtype(dtype))
         np.testing.assert_array_equal(x, expected[name].astype(x.dtype), name)
     convert.convert(tmp_path / "out", tmp_path / "back")
-    # Padding has no place there; the rest comes back as it was rounded.
+    # The padding is not saved. All other values come back as they were rounded.
     back = torch_weights.to_torch(runs.load(tmp_path / "back").ema_params()[1], run.network)
     for name, x in load(tmp_path / "out").items():
         np.testing.assert_array_equal(back[name], x.astype(np.float32), name)
@@ -283,7 +285,7 @@ assert cli.main(["convert", "--from=x.ckpt", "--to=other"]) == 1
     done = run_python(code, "torch", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1].endswith(
-        "is a pickle, which takes torch to read: pip install torch, or use safetensors"
+        "is a pickle, and reading it needs torch: pip install torch, or use safetensors"
     )
     np.testing.assert_equal(load(tmp_path / "back"), load(published))
 
@@ -321,7 +323,7 @@ np.save("../out.npy", score.call(tensors, given["x"].astype(np.int32), given["si
     assert done.stdout.startswith("(2, 24, 27) [")
     expected = golden("model_absorb_a_io.npz")["log_score"]
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=1e-5, atol=5e-6)
-    # The directory is a published one, too.
+    # The directory has the published layout, too.
     np.testing.assert_equal(load(tmp_path / "out"), load(GOLDEN / "model_absorb_a"))
 
 
@@ -345,7 +347,7 @@ def test_a_run_is_a_run_already(make_run, tmp_path):
 def test_a_mask_inside_the_vocabulary_is_refused(make_run, tmp_path):
     (tmp_path / "pieces.txt").write_text("[UNK]\n[SEP]\n[MASK]\na")
     make_run(tokenizers.build(f"wordpiece:{tmp_path / 'pieces.txt'}", lambda: ()))
-    with pytest.raises(ValueError, match="has its mask at id 2: the published layout knows only the last id"):
+    with pytest.raises(ValueError, match="has its mask at id 2: the published layout supports only the last id"):
         convert.convert(tmp_path / "run", tmp_path / "out")
 
 
@@ -356,23 +358,25 @@ def test_a_checkpoint_of_mdlm_becomes_a_run(tmp_path):
     assert result["largest_difference"] < 1e-5
     run = runs.load(tmp_path / "run")
     assert run.network.normalize
-    # Scores out of the mask are the law of x0 over e^sigma - 1, whatever noise the network is told.
+    # Scores at a mask are the distribution of x0 divided by e^sigma - 1, at any noise level.
     _, params = run.ema_params()
     xt, sigma = jnp.full((2, 24), 26), jnp.array([0.1, 3.0])
     features = networks.apply(run.network, params, xt, sigma)
     score = np.exp(score_heads.log_score(run.network, params, features, xt, sigma))[..., :26]
-    law = score * np.expm1(np.asarray(sigma))[:, None, None]
-    np.testing.assert_allclose(law[0], law[1], rtol=1e-4)
+    predicted = score * np.expm1(np.asarray(sigma))[:, None, None]
+    np.testing.assert_allclose(predicted[0], predicted[1], rtol=1e-4)
     with torch.inference_mode():
         z = model.output_layer.linear(model.features(torch.full((1, 24), 26), torch.zeros(1)))[..., :26]
-    np.testing.assert_allclose(law[0], z.softmax(-1)[0], rtol=1e-4)
+    np.testing.assert_allclose(predicted[0], z.softmax(-1)[0], rtol=1e-4)
 
 
 def test_tokens_of_an_unknown_order_are_asked_for(tmp_path):
     model = torch_model.SEDD.from_pretrained(GOLDEN / "model_absorb_a")
     config = foreign.mdlm_config(data={"tokenizer_name_or_path": "bert-base-uncased"})
     source = foreign.write_lightning(tmp_path / "x.ckpt", model, config)
-    with pytest.raises(ValueError, match="tokens of bert-base-uncased, whose mask may be any of them: give tokenizer"):
+    with pytest.raises(
+        ValueError, match="with the tokenizer bert-base-uncased, and does not say which id is the mask: give tokenizer"
+    ):
         convert.convert(source, tmp_path / "run")
     convert.convert(source, tmp_path / "run", tokenizer="ids:26")
 
@@ -383,14 +387,17 @@ def test_tokens_of_an_unknown_order_are_asked_for(tmp_path):
         ({"weights": "best"}, "weights=best is unknown: choose one of ema, raw"),
         ({"dtype": "int8"}, "dtype=int8 is unknown: choose one of float32, bfloat16, float16"),
         ({"to_format": "onnx"}, "to_format=onnx is unknown: choose one of torch, jax, stablehlo"),
-        ({"dtype": "bfloat16"}, "dtype=bfloat16 is for tensors of PyTorch"),
-        ({"step": 3}, "step=3 is for run directories"),
+        (
+            {"dtype": "bfloat16"},
+            "dtype=bfloat16 is for PyTorch tensors, and a run directory holds float32: leave it out",
+        ),
+        ({"step": 3}, "step=3 selects a checkpoint of a run directory: give the file"),
         ({"source": pathlib.Path("nowhere/at/all")}, "from=nowhere/at/all does not exist"),
         ({"source": pathlib.Path("nowhere.ckpt")}, "from=nowhere.ckpt does not exist"),
         ({"target": GOLDEN}, "exists: use another to"),
     ],
 )
-def test_impossible_wishes_are_refused(tmp_path, given, message):
+def test_impossible_arguments_are_refused(tmp_path, given, message):
     arguments = {"source": GOLDEN / "model_absorb_a", "target": tmp_path / "run"} | given
     with pytest.raises(ValueError, match=message):
         convert.convert(**arguments)
