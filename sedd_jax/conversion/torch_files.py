@@ -1,7 +1,8 @@
-"""Files of tensors that PyTorch programs write, read without running anything that is in them.
+"""Readers for tensor files of PyTorch programs. Nothing in the files is executed.
 
-safetensors needs no torch. Pickles are read by torch's `weights_only` loader; objects of a few libraries that training
-states carry along (OmegaConf's configs, tokenizers) are replaced by `Inert` ones, and any other pickle is refused.
+A safetensors file needs no torch. A pickle is read by torch's `weights_only` loader. Training checkpoints also contain
+objects of a few libraries (OmegaConf configs, tokenizers), which are replaced by `Inert` ones. Pickles with objects of
+any other library are refused.
 """
 
 import json
@@ -17,7 +18,7 @@ import safetensors.numpy
 from sedd_jax.runtime import errors
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# Whose objects may be replaced, and names of other libraries that come with them.
+# Libraries whose objects may be replaced, and other names that their pickles refer to.
 _LIBRARIES = ("omegaconf", "transformers", "tokenizers", "lightning", "pytorch_lightning", "torchmetrics")
 _NAMES = (
     "typing.Any",
@@ -27,7 +28,7 @@ _NAMES = (
 
 
 class Inert:
-    """Stands for an object of a class that is not loaded: it has that object's state and does nothing."""
+    """A stand-in for an object whose class is not loaded. It has the object's state and does nothing."""
 
     state: Any
 
@@ -42,16 +43,16 @@ class Inert:
 
 
 def has_weights(directory: pathlib.Path) -> bool:
-    """Whether a directory holds weights in one of the files that the Hub knows, whole or in parts."""
+    """Whether a directory has weights under a file name that the Hub uses, in one file or in parts with an index."""
     return any((directory / name).exists() or _index(directory, name).exists() for name in WEIGHTS)
 
 
 def read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors of a directory: model.safetensors or pytorch_model.bin, or the parts that their index names.
+    """All tensors of a directory, from model.safetensors or pytorch_model.bin, or from the parts that an index lists.
 
     Raises:
-        errors.UserError: names the file that is missing, damaged or not what it should be, or takes torch, which is
-            not installed.
+        errors.UserError: names the file that is missing, damaged or of another format, or that needs torch where torch
+            is not installed.
     """
     for name in WEIGHTS:
         read = read_safetensors if name.endswith(".safetensors") else read_pickled_tensors
@@ -71,21 +72,21 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_pickled_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a file that torch.save wrote from a state_dict."""
+    """The tensors of a state_dict that torch.save wrote."""
     return to_arrays(read_pickle(path), path)
 
 
 def read_pickle(path: pathlib.Path) -> Any:
-    """What torch.save wrote: tensors, containers and `Inert` objects.
+    """The content of a file that torch.save wrote: tensors, containers and `Inert` objects.
 
     Raises:
-        errors.UserError: where the file is damaged, would run or load anything but tensors, or torch is not installed.
+        errors.UserError: if the file is damaged, would run code or load more than tensors, or torch is not installed.
     """
     try:
         import torch
     except ImportError as error:
         raise errors.UserError(
-            f"{path} is a pickle, which takes torch to read", remedy="pip install torch, or use safetensors"
+            f"{path} is a pickle, and reading it needs torch", remedy="pip install torch, or use safetensors"
         ) from error
 
     try:
@@ -98,7 +99,7 @@ def read_pickle(path: pathlib.Path) -> Any:
     foreign = [name for name in names if name not in _NAMES and name.partition(".")[0] not in _LIBRARIES]
     if foreign:
         raise errors.UserError(
-            f"{path} is a pickle that asks for {', '.join(foreign[:3])}, so nothing of it was loaded or run",
+            f"{path} is a pickle that refers to {', '.join(foreign[:3])}, so nothing of it was loaded or run",
             remedy="save the tensors alone",
         )
     inert: list[Any] = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in names]
@@ -113,18 +114,18 @@ def read_pickle(path: pathlib.Path) -> Any:
 
 
 def to_arrays(state: Any, path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a state_dict as float32 arrays."""
+    """The tensors of a state_dict as float32 NumPy arrays."""
     import torch
 
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise errors.UserError(
-            f"{path} holds no state_dict, a mapping from names to tensors", remedy="give one that does"
+            f"{path} holds no state_dict, a mapping from names to tensors", remedy="give a file that does"
         )
     return {name: tensor.detach().float().numpy() for name, tensor in state.items()}
 
 
 def plain(value: Any) -> Any:
-    """An OmegaConf config that was read as `Inert` objects, as dicts, lists and values; interpolations are strings."""
+    """Dicts, lists and values of an OmegaConf config that was read as `Inert` objects; interpolations stay strings."""
     if isinstance(value, Inert) and isinstance(value.state, Mapping):
         state = value.state
         return plain(state["_content"]) if "_content" in state else plain(state.get("_val"))
@@ -140,18 +141,21 @@ def _index(directory: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _parts(index: pathlib.Path) -> list[pathlib.Path]:
-    """The files that an index names, all of them beside it."""
+    """The files that an index lists, all of which must be in its directory."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise errors.UserError(f"{index} is no index of weights ({_brief(error)})", remedy="copy it again") from error
+        raise errors.UserError(
+            f"{index} is not an index of weights ({_brief(error)})", remedy="copy it again"
+        ) from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
-        raise errors.UserError(f"{index} is no index of weights (it has no weight_map)", remedy="copy it again")
+        raise errors.UserError(f"{index} is not an index of weights (it has no weight_map)", remedy="copy it again")
     for name in weight_map.values():
         if not isinstance(name, str) or pathlib.PurePath(name).name != name or name == "..":
             raise errors.UserError(
-                f"{index} names {name!r}, which is not a file beside it: nothing was read", remedy="copy it again"
+                f"{index} names {name!r}, which is not a file in its directory, so nothing was read",
+                remedy="copy it again",
             )
         if not (index.parent / name).exists():
             raise errors.UserError(f"{index} names {name}, which is missing", remedy="copy it again")
