@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, what a damaged one says, and what a directory that cannot be written does."""
+"""Checkpoints: which are kept, errors for damaged ones, and errors of a directory that cannot be written."""
 
 import contextlib
 import gc
@@ -15,7 +15,7 @@ from sedd_jax import checkpoints
 from sedd_jax.model import train_state
 from sedd_jax.runtime import sharding
 
-# What is left of Orbax's threads when it fails is reported by Python, too.
+# After a failure Python also reports exceptions in leftover threads of Orbax.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 MESHES = {"one": (1, 1, 1), "split": (2, 2, 2)}
 
@@ -23,11 +23,11 @@ MESHES = {"one": (1, 1, 1), "split": (2, 2, 2)}
 @pytest.fixture(autouse=True)
 def leave_nothing():
     yield
-    gc.collect()  # While the mark above holds.
+    gc.collect()  # While the filter above is active.
 
 
 def arrays(seed):
-    """Parameters of the names that `sharding.RULES` knows, one of each kind of layout."""
+    """Parameters with names that `sharding.RULES` covers, one of each kind of layout."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     return {
@@ -98,7 +98,7 @@ def test_the_newest_are_kept_and_every_so_many_for_good(tmp_path):
         assert saved.steps() == [3, 6, 7]
         assert saved.find(None) == 7
         assert saved.find(3) == 3
-        with pytest.raises(ValueError, match=r"--step=4: the checkpoints in .* are of steps \[3, 6, 7\]"):
+        with pytest.raises(ValueError, match=r"step=4 has no checkpoint in .*: those there are of steps \[3, 6, 7\]"):
             saved.find(4)
 
 
@@ -148,9 +148,9 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "flipped"])
 def test_damage_is_found_and_the_one_before_named(saved_twice, tmp_path, how):
-    """Whichever file is damaged: the checkpoint is refused by name, or nothing that counts was in the file.
+    """Whichever file is damaged, an error names the checkpoint, or the file held nothing that matters.
 
-    Of the three trees, which are saved alike, it is one.
+    Of the three trees, only one is damaged, because all are saved alike.
     """
     expected, refused = state(2), 0
     files = [file for file in files_of(saved_twice / "2") if file.parts[0] not in ("ema_params", "opt_state")]
@@ -165,13 +165,13 @@ def test_damage_is_found_and_the_one_before_named(saved_twice, tmp_path, how):
             message = str(error)
         if message:
             assert re.search(
-                rf"{directory}/2 is damaged or cannot be read \(.*\): --step=1 uses the one before it", message
+                rf"{directory}/2 is damaged or cannot be read \(.*\): step=1 uses the one before it", message
             )
             refused += 1
         else:
             assert_same(found, expected)
     assert_same(restore(directory, 1), state(1))
-    # At the least the numbers of both items.
+    # At least the array data of both items.
     assert refused >= 2
 
 

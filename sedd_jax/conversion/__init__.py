@@ -1,1 +1,1 @@
-"""Checkpoints to and from PyTorch and StableHLO."""
+"""Conversion of checkpoints between run directories, PyTorch files and StableHLO."""

@@ -1,4 +1,4 @@
-"""Carrying checkpoints between run directories, the published PyTorch layouts and StableHLO."""
+"""Conversion of checkpoints between run directories, the published PyTorch layouts and StableHLO."""
 
 import dataclasses
 import importlib.util
@@ -22,7 +22,7 @@ from sedd_jax.conversion import (
 )
 from sedd_jax.data import subwords, tokenizers
 from sedd_jax.model import networks, optimizers, train_state
-from sedd_jax.runtime import hosts, storage
+from sedd_jax.runtime import errors, hosts, storage
 
 FORMATS = ("torch", "jax", "stablehlo")
 WEIGHTS = {"ema": "ema_params", "raw": "params"}
@@ -31,13 +31,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is carried.
+    """A model that is being converted.
 
     Attributes:
-        run: config, tokenizer and, as its directory, where it comes from.
-        tensors: the network's, in the published names and layouts, float32.
-        origin: facts about where it comes from.
-        is_conditioned: whether the tensors are of a network that is told the noise.
+        run: config and tokenizer; its `workdir` is the source.
+        tensors: weights in float32, with the published names and layouts.
+        origin: facts about the source, which are written beside the converted model.
+        is_conditioned: whether the network receives the noise level.
     """
 
     run: runs.Run
@@ -61,53 +61,70 @@ def convert(
     tokenizer: str = "",
     verify: bool | None = None,
 ) -> dict[str, Any]:
-    """Carries a network from one program's directory to another's, which appears whole or not at all.
+    """Converts a checkpoint and writes it to a new directory, which appears complete or not at all.
 
     Args:
-        source: a run directory, whatever `published_checkpoints` reads, or OWNER/NAME of the Hub.
-        target: a directory that does not exist yet.
-        to_format: torch (config.json and model.safetensors as the published program loads them, a model card, the
-            network in PyTorch), stablehlo (that, and the score function), or jax (a run directory); the other side of
-            the source if None.
-        weights: ema or raw.
-        dtype: of the tensors written, where they are not a run's.
-        step: of a run directory's checkpoint; the newest if None.
-        tokenizer: for a source that does not bring its own: a spec as in config.data.tokenizer.
-        verify: whether the PyTorch network must agree with ours; where torch is installed if None.
+        source: a run directory, a path that `published_checkpoints` reads, or OWNER/NAME on the Hugging Face Hub.
+        target: the directory to make; it must not exist yet.
+        to_format: "torch" writes config.json and model.safetensors for the published program, a model card, and the
+            network in PyTorch. "stablehlo" adds the score function. "jax" writes a run directory. None means "torch"
+            for a run directory and "jax" for any other source.
+        weights: "ema" or "raw".
+        dtype: of the tensors in model.safetensors; a run directory always holds float32.
+        step: which checkpoint of a run directory; the newest if None.
+        tokenizer: a spec as in config.data.tokenizer. By default it is the source's own, or follows from the size of
+            the vocabulary.
+        verify: whether the logits of the PyTorch network must match ours. None verifies if torch is installed.
 
     Returns:
-        What was done: from, to, to_format, dtype, num_parameters, largest_difference and largest_logit (None where not
-        verified), and what is known of the source: layout, weights, step, revision of this program.
+        What was done: from, to, to_format, dtype, num_parameters, and largest_difference and largest_logit (None if
+        not verified). Also facts about the source (layout, weights, step) and the revision of this program.
 
     Raises:
-        ImportError: where torch is needed and not installed.
-        ValueError: where the source is none of these or damaged, the target's program has no such model, or the two
-            networks disagree.
+        errors.UserError: if the source is damaged or of no known layout, the target format cannot hold the model, the
+            two networks disagree, or torch is needed but not installed.
     """
-    for flag, place in (("from", source), ("to", target)):
+    for field, place in (("from", source), ("to", target)):
         if not isinstance(place, pathlib.Path):
-            raise ValueError(f"--{flag}={place} is in a bucket: copy it, and give a local directory")
+            raise errors.UserError(
+                "is in a bucket", field=field, value=place, remedy="copy it and give a local directory"
+            )
     assert isinstance(source, pathlib.Path)
     assert isinstance(target, pathlib.Path)
-    for flag, value, known in (("weights", weights, WEIGHTS), ("dtype", dtype, DTYPES)):
+    choices = {"weights": (weights, WEIGHTS), "dtype": (dtype, DTYPES), "to_format": (to_format, (None, *FORMATS))}
+    for field, (value, known) in choices.items():
         if value not in known:
-            raise ValueError(f"--{flag}={value} is unknown: choose one of {', '.join(known)}")
-    if to_format not in (None, *FORMATS):
-        raise ValueError(f"--to_format={to_format} is unknown: choose one of {', '.join(FORMATS)}")
+            raise errors.UserError(
+                "is unknown", field=field, value=value, remedy=f"choose one of {', '.join(filter(None, known))}"
+            )
     if target.exists():
-        raise ValueError(f"{target} exists: use another --to")
+        raise errors.UserError("exists", field="to", value=target, remedy=f"use another {errors.name('to')}")
     has_torch = importlib.util.find_spec("torch") is not None
     if verify and not has_torch:
-        raise ImportError("--verify runs the network in PyTorch: pip install torch, or give --noverify")
+        raise errors.UserError(
+            "runs the network in PyTorch",
+            field="verify",
+            remedy=f"pip install torch, or give {errors.name('verify')}=false",
+        )
 
     model, other_side = _read(source, weights, step, tokenizer)
     origin = {"from": str(source), **model.origin, "revision": hosts.revision()}
     model = dataclasses.replace(model, origin=origin)
     to_format = to_format or other_side
     if to_format == "jax" and other_side != "jax":
-        raise ValueError(f"--to_format=jax: {source} is a run directory already")
+        raise errors.UserError(
+            f"makes a run directory, and {source} is one already",
+            field="to_format",
+            value=to_format,
+            remedy="choose torch or stablehlo",
+        )
     if to_format == "jax" and dtype != "float32":
-        raise ValueError(f"--dtype={dtype} is for tensors of PyTorch: a run directory holds float32")
+        raise errors.UserError(
+            "is for PyTorch tensors, and a run directory holds float32",
+            field="dtype",
+            value=dtype,
+            remedy="leave it out",
+        )
     compares = has_torch if verify is None else verify
     with storage.new_directory(target) as partial:
         if to_format == "jax":
@@ -120,40 +137,53 @@ def convert(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """What `convert` did, in two lines."""
+    """A summary of what `convert` returned, in two lines."""
     step = f" of step {result['step']}" if "step" in result else ""
     lines = [
         f"wrote {result['to']}: {result['num_parameters']} parameters in {result['dtype']}, "
-        f"{result.get('weights', 'the')} weights{step} of {result['from']}; the optimizer's state is not carried"
+        f"{result.get('weights', 'the')} weights{step} of {result['from']}; the optimizer state is not converted"
     ]
     if result["largest_difference"] is None:
-        lines.append("not verified: install torch to compare with the network in PyTorch (--verify)")
+        lines.append("not verified: install torch to compare with the PyTorch network (--verify)")
     else:
         lines.append(
-            f"verified: logits of PyTorch and JAX differ by at most {result['largest_difference']:.2g}, the largest is "
-            f"{result['largest_logit']:.4g}"
+            f"verified: logits of PyTorch and JAX differ by at most {result['largest_difference']:.2g}; the largest "
+            f"logit is {result['largest_logit']:.4g}"
         )
     return "\n".join(lines)
 
 
 def _read(source: pathlib.Path, weights: str, step: int | None, spec: str) -> tuple[Model, str]:
-    """What a source holds, and the format on its other side."""
+    """The model of a source, and the format to convert it to by default."""
     if not source.exists():
         if not published_checkpoints.is_hub_name(str(source)):
-            raise ValueError(f"--from={source} does not exist: correct the path")
+            raise errors.UserError("does not exist", field="from", value=source, remedy="correct the path")
         source = published_checkpoints.download(str(source))
     read = published_checkpoints.find_reader(source)
     if read is not None:
         if step is not None:
-            raise ValueError(f"--step={step} is for run directories: name the file of that step in {source} instead")
+            raise errors.UserError(
+                "selects a checkpoint of a run directory",
+                field="step",
+                value=step,
+                remedy=f"give the file of that step in {source} instead",
+            )
         return _from_checkpoint(read(source, weights), source, spec), "jax"
     if not (source / storage.CHECKPOINTS).exists():
-        raise ValueError(
-            f"{source} is no checkpoint: give a run directory, one with config.json and model.safetensors or "
-            "pytorch_model.bin, one with .hydra/ and checkpoints-meta/, or a .pth or .ckpt file"
+        raise errors.UserError(
+            "is not a checkpoint",
+            field="from",
+            value=source,
+            remedy="give a run directory, a directory with config.json and model.safetensors or pytorch_model.bin, a "
+            "directory with .hydra/ and checkpoints-meta/, or a .pth or .ckpt file",
         )
     if spec:
-        raise ValueError(f"--tokenizer={spec} has no use here: {source} is a run directory and has its own")
+        raise errors.UserError(
+            f"is not needed, since the run directory {source} has its own",
+            field="tokenizer",
+            value=spec,
+            remedy="leave it out",
+        )
     run = runs.load(source)
     found, params = run.params(WEIGHTS[weights], step=step)
     origin = {"layout": "run directory", "weights": weights, "step": found}
@@ -165,9 +195,11 @@ def _from_checkpoint(checkpoint: published_checkpoints.Checkpoint, source: pathl
     data = dataclasses.replace(checkpoint.config.data, tokenizer=spec or tokenizer.to_json()["kind"])
     run = runs.Run(workdir=source, config=dataclasses.replace(checkpoint.config, data=data), tokenizer=tokenizer)
     if run.graph.vocab_size != checkpoint.num_tokens:
-        raise ValueError(
-            f"{spec or published_checkpoints.TOKENIZER} has {run.graph.vocab_size} tokens, the checkpoint "
-            f"{checkpoint.num_tokens}: give its own, as --tokenizer"
+        raise errors.UserError(
+            f"has {run.graph.vocab_size} tokens, but the checkpoint has {checkpoint.num_tokens}",
+            field="tokenizer",
+            value=spec or published_checkpoints.TOKENIZER,
+            remedy="give the tokenizer of the checkpoint",
         )
     tensors = {name: np.asarray(tensor, np.float32) for name, tensor in checkpoint.tensors.items()}
     tensors.setdefault(torch_weights.ROTARY, torch_weights.rotary(run.network))
@@ -177,13 +209,13 @@ def _from_checkpoint(checkpoint: published_checkpoints.Checkpoint, source: pathl
 def _find_tokenizer(
     checkpoint: published_checkpoints.Checkpoint, source: pathlib.Path, spec: str
 ) -> tokenizers.Tokenizer:
-    """The tokenizer asked for, or the source's own, or GPT-2's where its size is that, or plain ids."""
+    """The tokenizer asked for, else the source's own, else GPT-2's if the vocabulary size matches, else plain ids."""
     if not spec and (source / published_checkpoints.TOKENIZER).exists():
         return tokenizers.read(source / published_checkpoints.TOKENIZER)
     if not spec and checkpoint.tokenizer not in ("", "gpt2"):
-        raise ValueError(
-            f"{source} was trained on tokens of {checkpoint.tokenizer}, whose mask may be any of them: give "
-            "--tokenizer, such as wordpiece:vocab.txt"
+        raise errors.UserError(
+            f"{source} was trained with the tokenizer {checkpoint.tokenizer}, and does not say which id is the mask",
+            remedy=f"give {errors.name('tokenizer')}, such as wordpiece:vocab.txt",
         )
     usual = "gpt2" if checkpoint.num_tokens == tokenizers.VOCAB_SIZES["gpt2"] else f"ids:{checkpoint.num_tokens}"
     return tokenizers.build(spec or usual, lambda: iter(()))
@@ -215,7 +247,7 @@ def _write_torch(
     origin = {**model.origin, "dtype": dtype, "config": configs.to_dict(run.config)}
     runs.write_json(directory / "config.json", published_configs.to_sedd(run) | {"sedd_jax": origin})
     safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    # safetensors writes for the owner alone.
+    # safetensors makes its files readable by their owner only.
     (directory / "model.safetensors").chmod((directory / "config.json").stat().st_mode)
     tokenizers.write(run.tokenizer, directory / published_checkpoints.TOKENIZER)
     if isinstance(run.tokenizer, subwords.SentencePiece):
@@ -240,25 +272,28 @@ def _agreeing(
 ) -> verification.Comparison:
     compared = verification.compare(theirs, params, run.network, run.config.data.length, is_conditioned=is_conditioned)
     if not compared.agrees:
-        raise ValueError(
-            f"logits of PyTorch and JAX differ by {compared.largest_difference:.2g} where the largest is "
-            f"{compared.largest_logit:.4g}: nothing was written; --noverify writes all the same"
+        raise errors.UserError(
+            f"logits of PyTorch and JAX differ by {compared.largest_difference:.2g}, and the largest logit is "
+            f"{compared.largest_logit:.4g}, so nothing was written",
+            remedy=f"{errors.name('verify')}=false writes the model without this check",
         )
     return compared
 
 
 def _told_noise(model: Model) -> dict[str, np.ndarray]:
-    """Tensors of a network that may be told any noise level."""
+    """Tensors of a network with the same outputs that accepts any noise level."""
     return model.tensors if model.is_conditioned else torch_weights.without_noise(model.tensors)
 
 
 def _rounded(tensors: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """Tensors in another dtype, but for the frequencies of rotary positions, which are no weights."""
-    with np.errstate(over="ignore"):  # Which is told below, by its name.
+    """The tensors in another dtype. The rotary frequencies stay float32, because they are not weights."""
+    with np.errstate(over="ignore"):  # The check below names the tensor that overflows.
         narrow = {
             name: x if name == torch_weights.ROTARY else x.astype(jnp.dtype(dtype)) for name, x in tensors.items()
         }
     for name, x in narrow.items():
         if not np.isfinite(x.astype(np.float32)).all():
-            raise ValueError(f"--dtype={dtype} cannot hold the values of {name}: use bfloat16 or float32")
+            raise errors.UserError(
+                f"cannot hold the values of {name}", field="dtype", value=dtype, remedy="use bfloat16 or float32"
+            )
     return narrow

@@ -1,4 +1,4 @@
-"""The README of a converted model: what it is, where it comes from, how it is used."""
+"""The model card (README.md) of a converted model: what it is, where it comes from and how to use it."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ _DECODE = {
 
 
 def card(run: runs.Run, origin: dict[str, Any], num_parameters: int, dtype: str, *, with_stablehlo: bool) -> str:
-    """Markdown with the front matter that the Hub reads."""
+    """The model card as Markdown, with the front matter that the Hugging Face Hub reads."""
     config, network = run.config, run.network
     noise = config.noise
     schedule = (
@@ -58,7 +58,7 @@ def card(run: runs.Run, origin: dict[str, Any], num_parameters: int, dtype: str,
         f"{num_parameters:,} parameters in {dtype}",
         "length": f"{config.data.length} tokens",
         "tokenizer": f"{run.tokenizer.to_json()['kind']}, {run.graph.vocab_size} tokens",
-        "trained on": config.data.source or "not known",
+        "trained on": config.data.source or "unknown",
         **{name: str(value) for name, value in origin.items() if value is not None},
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
@@ -74,8 +74,8 @@ tags:
 
 # A score entropy discrete diffusion model
 
-It generates text from noise and fills gaps anywhere in a text (Lou, Meng, Ermon 2023, arXiv 2310.16834). Converted by
-sedd_jax.
+It generates text from noise and fills gaps anywhere in a text (Lou, Meng, Ermon 2023, arXiv 2310.16834). It was
+converted by sedd_jax.
 
 | | |
 |---|---|
@@ -83,7 +83,7 @@ sedd_jax.
 
 ## In PyTorch
 
-`torch_model.py` beside this file and torch are all it takes. Run in this directory:
+You need only torch and `torch_model.py`, which is in this directory. Run here:
 
 ```python
 {imports}import torch
@@ -94,13 +94,13 @@ model = SEDD.from_pretrained(".")  # .to("cuda")
 tokens = model.sample(2, num_steps=128)
 {decode}
 
-# Infilling: the first and the last four tokens are kept, the rest is drawn anew.
+# Infilling: keep the first and last four tokens, and sample the others again.
 is_given = torch.zeros_like(tokens, dtype=torch.bool)
 is_given[:, :4] = is_given[:, -4:] = True
 tokens = model.sample(num_steps=128, given=tokens, is_given=is_given)
 ```
 
-The published program loads this directory as it is: `SEDD.from_pretrained(DIR)`.
+The published SEDD program also loads this directory: `SEDD.from_pretrained(DIR)`.
 {_STABLEHLO if with_stablehlo else ""}
 ## In JAX
 
@@ -114,7 +114,8 @@ sedd sample --workdir=RUN
 _STABLEHLO = f"""
 ## As StableHLO
 
-`score.stablehlo` is the score function for any batch, on CPU, CUDA and TPU, without any model code (`example.py`):
+`score.stablehlo` is the score function for any batch size, on CPU, CUDA and TPU. It needs no model code. This example
+is also in `example.py`:
 
 ```python
 {STABLEHLO_EXAMPLE}```

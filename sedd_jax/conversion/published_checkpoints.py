@@ -1,7 +1,7 @@
-"""Checkpoints of other programs, read without running anything in them: SEDD's, and MDLM's, whose network is the same.
+"""Readers for checkpoints of other programs: SEDD's and MDLM's, whose networks have the same architecture.
 
-A directory of the Hub, a run of the published program, a checkpoint of MDLM's: each keeps its config and weights in
-another place, and gives a `Checkpoint`.
+There are three layouts: a directory from the Hub, a run of the published program, and a checkpoint file of MDLM's
+program. Each is read into a `Checkpoint`. Nothing in the files is executed.
 """
 
 import dataclasses
@@ -15,23 +15,24 @@ import numpy as np
 from sedd_jax import config as configs
 from sedd_jax.conversion import published_configs, torch_files, torch_weights
 from sedd_jax.data import tokenizers
+from sedd_jax.runtime import errors
 
-TOKENIZER = "sedd_tokenizer.json"  # The Hub's tokenizer.json has another format.
+TOKENIZER = "sedd_tokenizer.json"  # Not tokenizer.json, which has another format on the Hub.
 _MDLM_PREFIX = "backbone."
 _DOWNLOADED = ["config.json", "model*.safetensors*", "pytorch_model*.bin*", TOKENIZER, *tokenizers.FILES.values()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A network on its way between programs.
+    """A model read from the files of another program.
 
     Attributes:
-        config: in our terms.
-        num_tokens: real tokens N.
-        tensors: the network's, in the published names and layouts.
-        origin: facts for the reader: layout, which weights, step.
-        tokenizer: its name in the other program; "" where that does not say.
-        is_conditioned: whether the network is told the noise; where it is not, sigma = 0 stands for any.
+        config: the other program's config, translated into ours.
+        num_tokens: vocabulary size N, without the mask.
+        tensors: weights, with the published names and layouts.
+        origin: facts for the user: layout, which weights, step.
+        tokenizer: name of the tokenizer in the other program; "" if it is not recorded.
+        is_conditioned: whether the network receives the noise level; if not, it always receives sigma = 0.
     """
 
     config: configs.Config
@@ -43,7 +44,10 @@ class Checkpoint:
 
 
 def find_reader(source: pathlib.Path) -> Callable[[pathlib.Path, str], Checkpoint] | None:
-    """What reads a file or directory (given it, and "ema" or "raw"), by its layout; None where it has none of these."""
+    """The reader for the layout of a file or directory, or None if the layout is unknown.
+
+    A reader takes the path and which weights to read, "ema" or "raw".
+    """
     if source.suffix == ".ckpt":
         return read_lightning
     if source.suffix == ".pth" or _hydra(source).exists():
@@ -52,14 +56,19 @@ def find_reader(source: pathlib.Path) -> Callable[[pathlib.Path, str], Checkpoin
 
 
 def read_hub(source: pathlib.Path, weights: str) -> Checkpoint:
-    """A directory with config.json and weights: SEDD's, or MDLM's where its model_type is mdlm.
+    """Reads a directory with config.json and weights: an MDLM model if its model_type is "mdlm", else a SEDD model.
 
     Raises:
-        ImportError: where a file takes torch, which is not installed.
-        ValueError: names what is missing, damaged or contradictory; so do the others.
+        errors.UserError: names what is missing, damaged or contradictory, or says that a file needs torch. The other
+            readers raise it too.
     """
     if weights != "ema":
-        raise ValueError(f"--weights={weights}: {source} holds one set of weights, as a rule the moving average")
+        raise errors.UserError(
+            f"is not in {source}, which holds only one set of weights, usually the moving average",
+            field="weights",
+            value=weights,
+            remedy=f"give {errors.name('weights')}=ema",
+        )
     file = source / "config.json"
     published = published_configs.read_json(file)
     origin = {"layout": "Hub directory"}
@@ -72,13 +81,15 @@ def read_hub(source: pathlib.Path, weights: str) -> Checkpoint:
 
 
 def read_training(source: pathlib.Path, weights: str) -> Checkpoint:
-    """A run of the published program, or one of its .pth files, whose EMA is a list in the order of the parameters."""
+    """Reads a run directory of the published program, or one of its .pth files."""
     is_file = source.suffix == ".pth"
     root = source.absolute().parent.parent if is_file else source
     file = source if is_file else source / "checkpoints-meta" / "checkpoint.pth"
     for path in (_hydra(root), file):
         if not path.exists():
-            raise ValueError(f"{path} is missing: a run of the published program has .hydra/ beside its checkpoints")
+            raise errors.UserError(
+                f"{path} is missing", remedy="give a run of the published program, with .hydra/ beside its checkpoints"
+            )
     config, num_tokens = published_configs.from_sedd(published_configs.read_yaml(_hydra(root)), _hydra(root))
     saved = published_configs.Fields(torch_files.read_pickle(file), file)
     tensors = torch_files.to_arrays(saved["model"], file)
@@ -89,7 +100,7 @@ def read_training(source: pathlib.Path, weights: str) -> Checkpoint:
 
 
 def read_lightning(source: pathlib.Path, weights: str) -> Checkpoint:
-    """A checkpoint of MDLM's program."""
+    """Reads a checkpoint file (.ckpt) of MDLM's program, which uses PyTorch Lightning."""
     saved = published_configs.Fields(torch_files.read_pickle(source), source)
     hyper_parameters = published_configs.Fields(saved["hyper_parameters"], source)
     published = torch_files.plain(hyper_parameters["config"])
@@ -106,25 +117,31 @@ def read_lightning(source: pathlib.Path, weights: str) -> Checkpoint:
 
 
 def download(name: str) -> pathlib.Path:
-    """A model of the Hugging Face Hub by its id, OWNER/NAME, into the Hub's own cache; only the files that are read.
+    """Downloads a model from the Hugging Face Hub by its id, OWNER/NAME, and returns its directory.
+
+    Only the files that the readers use are fetched, into the Hub's own cache.
 
     Raises:
-        ImportError: where huggingface_hub is not installed.
-        ValueError: where it cannot be had.
+        errors.UserError: if the download fails, or huggingface_hub is not installed.
     """
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError(f"{name} is not here, and the Hub needs a package: pip install huggingface_hub") from error
+        raise errors.UserError(
+            f"{name} is not a local path, and the Hub needs a package", remedy="pip install huggingface_hub"
+        ) from error
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADED))
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        raise ValueError(f"{name} is not here, and the Hub did not give it ({why}): give a local directory") from error
+        raise errors.UserError(
+            f"{name} is not a local path, and the download from the Hub failed ({why})",
+            remedy="give a local directory",
+        ) from error
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name may be that of a model on the Hub."""
+    """Whether a name has the form of a model id on the Hub, OWNER/NAME."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
@@ -135,7 +152,7 @@ def _mdlm(
     source: pathlib.Path,
     origin: dict[str, Any],
 ) -> Checkpoint:
-    """MDLM's network is one part of what its programs keep; one of its states is the mask."""
+    """A checkpoint of MDLM's network, whose tensors have a prefix and whose states include the mask."""
     own = {name.removeprefix(_MDLM_PREFIX): x for name, x in tensors.items() if name.startswith(_MDLM_PREFIX)}
     num_states = len(published_configs.Fields(own, source)["vocab_embed.embedding"])
     checkpoint = _checked(config, num_states - 1, own, source, origin)
@@ -149,22 +166,25 @@ def _checked(
     source: pathlib.Path,
     origin: dict[str, Any],
 ) -> Checkpoint:
-    """A checkpoint whose tensors are those that its config means."""
+    """A checkpoint, once its tensors are checked against the network that its config describes."""
     num_states = configs.graph_class(config.graph).from_tokenizer(num_tokens, None).num_states
     try:
         torch_weights.check(tensors, dataclasses.replace(config.network, num_states=num_states))
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    except errors.UserError as error:
+        raise error.at(str(source)) from error
     return Checkpoint(config=config, num_tokens=num_tokens, tensors=tensors, origin=origin)
 
 
 def _moving_average(saved: Any, config: configs.Config, path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The published EMA, a list without names, by the order of the model's parameters."""
+    """The EMA of the published program by name. It is saved as a list in the order of the model's parameters."""
     names = torch_weights.parameter_names(config.network.num_layers)
     values = published_configs.Fields(saved, path)["shadow_params"]
     if not isinstance(values, list) or len(values) != len(names):
         count = len(values) if isinstance(values, list) else type(values).__name__
-        raise ValueError(f"{path} has a moving average of {count} tensors for {len(names)} parameters: it is damaged")
+        raise errors.UserError(
+            f"{path} is damaged, with a moving average of {count} tensors for {len(names)} parameters",
+            remedy="copy it again",
+        )
     return torch_files.to_arrays(dict(zip(names, values, strict=True)), path)
 
 

@@ -1,4 +1,4 @@
-"""Configs of the published program, and of MDLM's, in our terms and back."""
+"""Translation of configs: from the published program and MDLM's to ours, and from ours to the published one."""
 
 import json
 import pathlib
@@ -7,8 +7,9 @@ from typing import Any
 
 from sedd_jax import config as configs
 from sedd_jax import runs
+from sedd_jax.runtime import errors
 
-# Our name -> theirs; what a config may lack stands apart.
+# Our field -> theirs. Fields that a config may lack are in tables of their own.
 _NETWORK = {
     "data.length": "model.length",
     "network.hidden_size": "model.hidden_size",
@@ -40,7 +41,7 @@ _SEDD = {
     "training.num_steps": "training.n_iters",
 }
 _SEDD_OPTIONAL = {"noise.eps": "noise.eps"}
-# MDLM's program scales by the parameterisation, whatever its scale_by_sigma says.
+# MDLM's scale_by_sigma is left out: its program decides by the parameterization and ignores that field.
 _MDLM_OPTIONAL = {
     **_NOISE,
     **_OPTIMIZER,
@@ -60,49 +61,54 @@ _MDLM_TRANSFORMERS = {
 
 
 class Fields:
-    """A mapping out of a file, whose missing keys are named together with the file."""
+    """A mapping read from a file. Errors about its fields name the file."""
 
     def __init__(self, content: Any, path: pathlib.Path):
         if not isinstance(content, Mapping):
-            raise ValueError(f"{path} holds a {type(content).__name__} where a mapping should be: it is another file")
+            raise errors.UserError(
+                f"{path} holds a {type(content).__name__} where a mapping should be", remedy="give another file"
+            )
         self._content, self._path = content, path
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._content:
-            raise ValueError(f"{self._path} has no {name!r}, only {', '.join(map(repr, list(self._content)[:6]))}")
+            found = ", ".join(map(repr, list(self._content)[:6]))
+            raise errors.UserError(f"{self._path} has no {name!r}, only {found}")
         return self._content[name]
 
-    def choice(self, name: str, *known: Any) -> Any:
-        """The value of a field that must be one of those known."""
+    def choice(self, name: str, *known: str | bool) -> Any:
+        """The value of a field, which must be one of those known."""
         if self[name] not in known:
-            raise ValueError(
-                f"{self._path} has {name}={self[name]!r}: it can be converted where that is "
-                f"{' or '.join(map(repr, known))}"
+            raise errors.UserError(
+                f"{self._path} has {name}={self[name]!r}",
+                remedy=f"only {' or '.join(map(repr, known))} can be converted",
             )
         return self[name]
 
     def whole_number(self, name: str) -> int:
-        """The value of a field that must be a whole number, at least 0."""
+        """The value of a field, which must be a whole number of at least 0."""
         value = self[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{self._path} has {name}={value!r}: it must be a whole number")
+            raise errors.UserError(
+                f"{self._path} has {name}={value!r}", remedy="it must be a whole number of at least 0"
+            )
         return value
 
 
 def from_sedd(published: Mapping[str, Any], path: pathlib.Path) -> tuple[configs.Config, int]:
-    """Config and number of real tokens N from config.json or .hydra/config.yaml of the published program.
+    """Our config and the vocabulary size N, from config.json or .hydra/config.yaml of the published program.
 
     Raises:
-        ValueError: names the file and the field that is missing or impossible; so do the others.
+        errors.UserError: names the file and the field that is missing or impossible. The other functions raise it too.
     """
     num_tokens = Fields(published, path).whole_number("tokens")
     if num_tokens == 0:
-        raise ValueError(f"{path} has tokens=0: it must be the number of real tokens")
+        raise errors.UserError(f"{path} has tokens=0", remedy="it must be the vocabulary size without the mask")
     return _translate(published, path, _SEDD, _SEDD_OPTIONAL, {}), num_tokens
 
 
 def from_mdlm(published: Any, path: pathlib.Path) -> configs.Config:
-    """Config from that of MDLM's program, whose networks mean scores (sedd) or the law of x0 (subs)."""
+    """Our config from that of MDLM's program, which predicts scores ("sedd") or the distribution of x0 ("subs")."""
     fields = Fields(published, path)
     fields.choice("backbone", "dit")
     fields.choice("diffusion", "absorbing_state")
@@ -111,12 +117,12 @@ def from_mdlm(published: Any, path: pathlib.Path) -> configs.Config:
 
 
 def from_mdlm_transformers(published: Mapping[str, Any], path: pathlib.Path) -> configs.Config:
-    """Config from config.json of a model of MDLM's in transformers, which means the law of x0."""
+    """Our config from config.json of an MDLM model for transformers, which predicts the distribution of x0."""
     return _translate(published, path, _MDLM_TRANSFORMERS, {}, {"network.normalize": True})
 
 
 def to_sedd(run: runs.Run) -> dict[str, Any]:
-    """config.json of the published program for a run."""
+    """The content of config.json of the published program for a run of ours."""
     published: dict[str, Any] = {"model_type": "sedd", "ngpus": 1, "tokens": run.graph.vocab_size}
     flat = configs.flatten(configs.to_dict(run.config))
     for ours, path in (_SEDD | _SEDD_OPTIONAL).items():
@@ -131,39 +137,47 @@ def to_sedd(run: runs.Run) -> dict[str, Any]:
 
 
 def check_publishable(run: runs.Run) -> None:
-    """Raises ValueError where the published program knows no model like the run's."""
+    """Raises errors.UserError if the published program has no model like the run's."""
     if run.is_autoregressive:
-        raise ValueError(f"{run.workdir} is an autoregressive run: the published layout is for diffusion models")
+        raise errors.UserError(
+            f"{run.workdir} is an autoregressive run", remedy="the published layout supports only diffusion models"
+        )
     if run.graph.has_mask and run.graph.mask_id != run.graph.num_states - 1:
-        raise ValueError(
-            f"{run.workdir} has its mask at id {run.tokenizer.mask_id}: the published layout knows only the last id"
+        raise errors.UserError(
+            f"{run.workdir} has its mask at id {run.tokenizer.mask_id}",
+            remedy="the published layout supports only the last id",
         )
     for name, known in (("normalize", False), ("mlp_ratio", 4)):
         found = getattr(run.network, name)
         if found != known:
-            raise ValueError(f"{run.workdir} has network.{name}={found}: the published layout knows only {known}")
+            raise errors.UserError(
+                f"{run.workdir} has network.{name}={found}", remedy=f"the published layout supports only {known}"
+            )
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A config in JSON."""
+    """Reads a config in JSON."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: a published directory has one beside its weights") from error
+        raise errors.UserError(
+            f"{path} is missing", remedy="give a directory with this file beside the weights"
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+        raise errors.UserError(f"{path} is not JSON ({error})", remedy="copy it again") from error
     Fields(content, path)
     return content
 
 
 def read_yaml(path: pathlib.Path) -> dict[str, Any]:
-    """A config in YAML, as Hydra writes it."""
+    """Reads a config in YAML, as Hydra writes it."""
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())[:120]}): copy it again") from error
+        why = " ".join(str(error).split())[:120]
+        raise errors.UserError(f"{path} is not YAML ({why})", remedy="copy it again") from error
     Fields(content, path)
     return content
 
@@ -173,16 +187,24 @@ def _translate(
     path: pathlib.Path,
     required: Mapping[str, str],
     optional: Mapping[str, str],
-    fixed: Mapping[str, Any],
+    fixed: Mapping[str, bool],
 ) -> configs.Config:
-    """A config from another program's, by tables of names."""
+    """Our config from another program's.
+
+    Args:
+        published: the other program's config.
+        path: its file, for error messages.
+        required: our field -> theirs, for fields that it must have.
+        optional: the same for fields that it may lack; ours then keep their defaults.
+        fixed: values of our fields that no field of theirs sets.
+    """
     flat: dict[str, Any] = configs.flatten(configs.to_dict(configs.Config()))
     theirs = configs.flatten(published)
     for ours, name in {**required, **optional}.items():
         if name in theirs:
             flat[ours] = _as_number(theirs[name], type(flat[ours]))
         elif ours in required:
-            raise ValueError(f"{path} has no {name}: it is not the config of such a model")
+            raise errors.UserError(f"{path} has no {name}", remedy="give the config of such a model")
     flat |= {**fixed, "data.source": "", "network.dtype": "float32"}
     nested: dict[str, Any] = {}
     for name, value in flat.items():
@@ -190,12 +212,12 @@ def _translate(
         (nested.setdefault(section, {}) if section else nested)[field] = value
     try:
         return configs.parse(nested)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except errors.UserError as error:
+        raise error.at(str(path)) from error
 
 
 def _as_number(value: Any, kind: type) -> Any:
-    """A value as a field of ours has it: YAML reads 1e-4 as text, and it and JSON write 1.0 as 1."""
+    """A value with the type of our field: YAML reads 1e-4 as text, and YAML and JSON may write 1.0 as 1."""
     if kind not in (int, float) or isinstance(value, bool):
         return value
     try:

@@ -1,40 +1,51 @@
-"""The score function as StableHLO, for programs without this package: any batch, one length, on CPU, CUDA and TPU."""
+"""Export of the score function as StableHLO, for programs without this package.
+
+The exported function takes any batch size and one sequence length. It runs on CPU, CUDA and TPU.
+"""
 
 import dataclasses
 import importlib.util
 from collections.abc import Mapping
-from typing import Any
 
 import jax
-import jax.export  # A module that jax does not load by itself.
+import jax.export  # `import jax` does not load this module.
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sedd_jax.conversion import torch_weights
 from sedd_jax.model import networks, score_heads
+from sedd_jax.runtime import errors
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export(tensors: Mapping[str, np.ndarray], network: networks.NetworkConfig, length: int) -> bytes:
-    """Serialises log_score(tensors, tokens [batch, length] int32, sigma [batch] float32) -> [batch, length, V] float32.
+    """The serialized function log_score(tensors, tokens, sigma), which returns [batch, length, V] float32.
 
-    Attention is plain products, since the kernels of one platform do not run on the others.
+    It takes tokens [batch, length] int32 and the total noise sigma [batch] float32. Attention is computed by plain
+    matrix products, because a kernel for one platform does not run on the others.
 
     Args:
-        tensors: the network's in the published names, as they will be given to it.
-        network: sizes.
-        length: of the sequences.
+        tensors: weights under their published names; the function takes tensors of the same names, shapes and dtypes.
+        network: sizes of the network.
+        length: length of the sequences.
 
     Raises:
-        ImportError: where flatbuffers, which `jax.export` writes with, is not installed.
+        errors.UserError: if flatbuffers is not installed, which `jax.export` uses to serialize.
     """
     if importlib.util.find_spec("flatbuffers") is None:
-        raise ImportError("--to_format=stablehlo takes a package that is not installed: pip install flatbuffers")
+        raise errors.UserError(
+            "needs a package that is not installed",
+            field="to_format",
+            value="stablehlo",
+            remedy="pip install flatbuffers",
+        )
     network = dataclasses.replace(network, attention="plain")
 
-    def log_score(tensors: Any, tokens: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L V"]:
+    def log_score(
+        tensors: dict[str, jax.Array], tokens: Int[Array, "B L"], sigma: Float[Array, "B"]
+    ) -> Float[Array, "B L V"]:
         wide = {name: tensor.astype(jnp.float32) for name, tensor in tensors.items()}
         params = torch_weights.arrange(wide, network, jnp)
         model = networks.Model(network, params)

@@ -1,7 +1,8 @@
-"""Files of tensors that PyTorch programs write, read without running anything that is in them.
+"""Readers for tensor files of PyTorch programs. Nothing in the files is executed.
 
-safetensors needs no torch. Pickles are read by torch's `weights_only` loader; objects of a few libraries that training
-states carry along (OmegaConf's configs, tokenizers) are replaced by `Inert` ones, and any other pickle is refused.
+A safetensors file needs no torch. A pickle is read by torch's `weights_only` loader. Training checkpoints also contain
+objects of a few libraries (OmegaConf configs, tokenizers), which are replaced by `Inert` ones. Pickles with objects of
+any other library are refused.
 """
 
 import json
@@ -14,8 +15,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from sedd_jax.runtime import errors
+
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# Whose objects may be replaced, and names of other libraries that come with them.
+# Libraries whose objects may be replaced, and other names that their pickles refer to.
 _LIBRARIES = ("omegaconf", "transformers", "tokenizers", "lightning", "pytorch_lightning", "torchmetrics")
 _NAMES = (
     "typing.Any",
@@ -25,7 +28,7 @@ _NAMES = (
 
 
 class Inert:
-    """Stands for an object of a class that is not loaded: it has that object's state and does nothing."""
+    """A stand-in for an object whose class is not loaded. It has the object's state and does nothing."""
 
     state: Any
 
@@ -40,16 +43,16 @@ class Inert:
 
 
 def has_weights(directory: pathlib.Path) -> bool:
-    """Whether a directory holds weights in one of the files that the Hub knows, whole or in parts."""
+    """Whether a directory has weights under a file name that the Hub uses, in one file or in parts with an index."""
     return any((directory / name).exists() or _index(directory, name).exists() for name in WEIGHTS)
 
 
 def read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors of a directory: model.safetensors or pytorch_model.bin, or the parts that their index names.
+    """All tensors of a directory, from model.safetensors or pytorch_model.bin, or from the parts that an index lists.
 
     Raises:
-        ImportError: where it takes torch, which is not installed.
-        ValueError: names the file that is missing, damaged or not what it should be.
+        errors.UserError: names the file that is missing, damaged or of another format, or that needs torch where torch
+            is not installed.
     """
     for name in WEIGHTS:
         read = read_safetensors if name.endswith(".safetensors") else read_pickled_tensors
@@ -57,7 +60,7 @@ def read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
             return read(directory / name)
         if _index(directory, name).exists():
             return {key: value for part in _parts(_index(directory, name)) for key, value in read(part).items()}
-    raise ValueError(f"{directory} has none of {', '.join(WEIGHTS)}: copy it again")
+    raise errors.UserError(f"{directory} has none of {', '.join(WEIGHTS)}", remedy="copy it again")
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -65,61 +68,64 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}): copy it again") from error
+        raise errors.UserError(f"{path} cannot be read as safetensors ({error})", remedy="copy it again") from error
 
 
 def read_pickled_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a file that torch.save wrote from a state_dict."""
+    """The tensors of a state_dict that torch.save wrote."""
     return to_arrays(read_pickle(path), path)
 
 
 def read_pickle(path: pathlib.Path) -> Any:
-    """What torch.save wrote: tensors, containers and `Inert` objects.
+    """The content of a file that torch.save wrote: tensors, containers and `Inert` objects.
 
     Raises:
-        ImportError: where torch is not installed.
-        ValueError: where the file is damaged, or would run or load anything but tensors.
+        errors.UserError: if the file is damaged, would run code or load more than tensors, or torch is not installed.
     """
     try:
         import torch
     except ImportError as error:
-        raise ImportError(
-            f"{path} is a pickle, which takes torch to read: pip install torch, or use safetensors"
+        raise errors.UserError(
+            f"{path} is a pickle, and reading it needs torch", remedy="pip install torch, or use safetensors"
         ) from error
 
     try:
         is_zip = zipfile.is_zipfile(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a PyTorch file ({_brief(error)}): copy it again") from error
+        raise errors.UserError(
+            f"{path} cannot be read as a PyTorch file ({_brief(error)})", remedy="copy it again"
+        ) from error
     foreign = [name for name in names if name not in _NAMES and name.partition(".")[0] not in _LIBRARIES]
     if foreign:
-        raise ValueError(
-            f"{path} is a pickle that asks for {', '.join(foreign[:3])}: nothing of it was loaded or run; save the "
-            "tensors alone"
+        raise errors.UserError(
+            f"{path} is a pickle that refers to {', '.join(foreign[:3])}, so nothing of it was loaded or run",
+            remedy="save the tensors alone",
         )
     inert: list[Any] = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in names]
     try:
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as tensors alone ({_brief(error)}): nothing of it was run; copy it again, or save "
-            "the tensors alone"
+        raise errors.UserError(
+            f"{path} cannot be read as tensors alone ({_brief(error)}), and nothing of it was run",
+            remedy="copy it again, or save the tensors alone",
         ) from error
 
 
 def to_arrays(state: Any, path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a state_dict as float32 arrays."""
+    """The tensors of a state_dict as float32 NumPy arrays."""
     import torch
 
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state_dict, a mapping from names to tensors: give one that does")
+        raise errors.UserError(
+            f"{path} holds no state_dict, a mapping from names to tensors", remedy="give a file that does"
+        )
     return {name: tensor.detach().float().numpy() for name, tensor in state.items()}
 
 
 def plain(value: Any) -> Any:
-    """An OmegaConf config that was read as `Inert` objects, as dicts, lists and values; interpolations are strings."""
+    """Dicts, lists and values of an OmegaConf config that was read as `Inert` objects; interpolations stay strings."""
     if isinstance(value, Inert) and isinstance(value.state, Mapping):
         state = value.state
         return plain(state["_content"]) if "_content" in state else plain(state.get("_val"))
@@ -135,17 +141,25 @@ def _index(directory: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _parts(index: pathlib.Path) -> list[pathlib.Path]:
-    """The files that an index names, all of them beside it."""
+    """The files that an index lists, all of which must be in its directory."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of weights ({_brief(error)}): copy it again") from error
-    for name in names:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise errors.UserError(
+            f"{index} is not an index of weights ({_brief(error)})", remedy="copy it again"
+        ) from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise errors.UserError(f"{index} is not an index of weights (it has no weight_map)", remedy="copy it again")
+    for name in weight_map.values():
         if not isinstance(name, str) or pathlib.PurePath(name).name != name or name == "..":
-            raise ValueError(f"{index} names {name!r}, which is not a file beside it: nothing was read")
+            raise errors.UserError(
+                f"{index} names {name!r}, which is not a file in its directory, so nothing was read",
+                remedy="copy it again",
+            )
         if not (index.parent / name).exists():
-            raise ValueError(f"{index} names {name}, which is missing: copy it again")
-    return [index.parent / name for name in names]
+            raise errors.UserError(f"{index} names {name}, which is missing", remedy="copy it again")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def _brief(error: Exception) -> str:

@@ -1,13 +1,15 @@
-"""A converted model in PyTorch: this one file and torch are all it needs (Lou et al. 2023, sections 4 and 5.1).
+"""A converted model in PyTorch (Lou et al. 2023, sections 4 and 5.1). It needs only this file and torch.
 
     model = SEDD.from_pretrained("sedd-mine").to("cuda")
-    tokens = model.sample(4, num_steps=128)  # [4, L] token ids, from nothing
+    tokens = model.sample(4, num_steps=128)  # [4, L] token ids
     log_score = model(tokens, sigma)  # [B, L, V]
 
-Infilling: `model.sample(num_steps=128, given=tokens, is_given=known)`. The modules carry the names of the published
-program's, so its checkpoints load, too. Draws are precise: they are made in float64, without truncated Gumbel noise
-(Zheng et al. 2024, arXiv 2409.02908). Shapes: B batch, L length, V states, D features, H heads, C width of the
-embedding of sigma; R positions that may move.
+For infilling call `model.sample(num_steps=128, given=tokens, is_given=known)`. Modules have the names of the published
+program, so its checkpoints load too. Sampling noise is float64, which avoids the truncated Gumbel noise of float32
+(Zheng et al. 2024, arXiv 2409.02908).
+
+Shapes: B batch, L length, V states, D features, H heads, K head size, C width of the noise embedding, R positions that
+may change in a step.
 """
 
 import itertools
@@ -21,19 +23,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 T_END = 1e-5
-_ROWS = 1024  # Positions whose scores exist at once.
+_ROWS = 1024  # Positions whose scores are in memory at once.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class SEDD(nn.Module):
-    """The score network, its graph and its noise schedule, as config.json describes them."""
+    """The score network with its graph and noise schedule, as config.json describes them."""
 
     def __init__(self, config: dict[str, Any], *, dtype: torch.dtype = torch.float32):
-        """Makes a network with fresh weights.
+        """Makes a network with newly initialized weights.
 
         Args:
-            config: what config.json holds: tokens, graph, noise, model.
-            dtype: of the matrix products between embedding and scores; weights and scores are float32.
+            config: the content of config.json: tokens, graph, noise, model.
+            dtype: of the matrix products between embedding and scores. Weights and scores are float32.
         """
         super().__init__()
         self.config, self.dtype = config, dtype
@@ -51,10 +53,10 @@ class SEDD(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | pathlib.Path, *, dtype: torch.dtype = torch.float32) -> "SEDD":
-        """The model of a directory with config.json and model.safetensors, ready to be used.
+        """Loads a model from a directory with config.json and model.safetensors, in evaluation mode.
 
         Raises:
-            OSError: where a file is missing.
+            OSError: if a file is missing.
             RuntimeError: names tensors that are missing, unknown or of another shape.
         """
         directory = pathlib.Path(directory)
@@ -63,7 +65,7 @@ class SEDD(nn.Module):
         return model.eval()
 
     def features(self, tokens: Tensor, sigma: Tensor) -> Tensor:
-        """What the head's matrix product reads, [B, L, D], from tokens [B, L] and the total noise of each [B]."""
+        """Features [B, L, D] for the head's last linear layer, from tokens [B, L] and their total noise sigma [B]."""
         x = self.vocab_embed(tokens)
         condition = functional.silu(self.sigma_map(sigma))
         rotation = self.rotary_emb(tokens.shape[1])
@@ -73,11 +75,11 @@ class SEDD(nn.Module):
             return self.output_layer.features(x, condition)
 
     def forward(self, tokens: Tensor, sigma: Tensor) -> Tensor:
-        """log of the score of every state, [B, L, V], 0 at the current token; tokens [B, L], sigma [B]."""
+        """Log score of every state, [B, L, V], with 0 at the current token; tokens [B, L], sigma [B]."""
         return self._log_score(self.features(tokens, sigma), tokens, sigma[:, None])
 
     def _log_score(self, features: Tensor, tokens: Tensor, sigma: Tensor) -> Tensor:
-        """[..., V] from features [..., D] at tokens [...], with a sigma that broadcasts over them."""
+        """Log scores [..., V] from features [..., D] at tokens [...]; sigma broadcasts over the tokens."""
         with torch.autocast(features.device.type, self.dtype, enabled=self.dtype != torch.float32):
             z = self.output_layer.linear(features)
         z = z.float()
@@ -102,18 +104,18 @@ class SEDD(nn.Module):
         is_given: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draws token ids [B, L] by Tweedie steps (equations 19 and 20) and a last one that denoises.
+        """Samples token ids [B, L] by Tweedie steps (equations 19 and 20) and a final denoising step.
 
         Args:
-            num_samples: sequences B; as many as `given` has where it is given.
-            num_steps: steps evenly spaced in t; the network is evaluated once more than that.
-            given: known tokens [B, L]; anything where they are not known.
-            is_given: where they are known, a bool [B, L].
-            generator: of everything random, on the model's device.
+            num_samples: number of sequences B; if `given` is passed, B is its number of sequences.
+            num_steps: steps, evenly spaced in t. The denoising step takes one more network evaluation.
+            given: known tokens [B, L]; values at unknown positions do not matter.
+            is_given: whether a token is known, a bool [B, L].
+            generator: source of all randomness, on the model's device.
         """
         device = self.vocab_embed.embedding.device
         if (given is None) != (is_given is None):
-            raise ValueError("given and is_given go together: the known tokens, and where they are known")
+            raise ValueError("given and is_given go together: pass the known tokens, and where they are known")
         if given is None or is_given is None:
             given = torch.zeros(num_samples, self.length, dtype=torch.int64, device=device)
             is_given = torch.zeros_like(given, dtype=torch.bool)
@@ -144,7 +146,7 @@ class SEDD(nn.Module):
         is_last: bool,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """The next states [R] of the movable positions of xt."""
+        """Samples the next states [R] of those positions of xt that may change."""
         features = self.features(xt, sigma.expand(len(xt)))[is_movable]
         moved = []
         for rows, tokens in zip(features.split(_ROWS), xt[is_movable].split(_ROWS), strict=True):
@@ -159,7 +161,7 @@ class SEDD(nn.Module):
 
 
 class Jump(NamedTuple):
-    """The law of a step: the current token has the weight `stay`, any other y slope score_y + offset, at least 0."""
+    """A step's unnormalized distribution: `stay` for the current token, else max(0, slope score_y + offset) for y."""
 
     stay: Tensor
     slope: Tensor
@@ -167,12 +169,12 @@ class Jump(NamedTuple):
 
 
 def absorbing_jump(total: Tensor, delta_sigma: Tensor, *, is_last: bool) -> Jump:
-    """From the mask (equation 19): a token gets (e^d - 1) score_y, the mask what is left of 1, in the end nothing.
+    """The step's distribution at a mask (equation 19): (e^d - 1) score_y for a token y, the rest of 1 for the mask.
 
     Args:
         total: sum of the score over all y != xt, [R, 1].
         delta_sigma: noise d removed by the step.
-        is_last: whether no mask may stay (theorem 4.1).
+        is_last: whether this is the denoising step, in which the mask gets 0 (theorem 4.1).
     """
     growth = torch.expm1(delta_sigma).expand(total.shape)
     stay = torch.zeros_like(total) if is_last else 1 - growth * total
@@ -180,20 +182,23 @@ def absorbing_jump(total: Tensor, delta_sigma: Tensor, *, is_last: bool) -> Jump
 
 
 def uniform_jump(total: Tensor, delta_sigma: Tensor, num_states: int) -> Jump:
-    """From any token: [e^d s_y + (1 - e^d)/N sum s] [e^-d delta(xt, y) + (1 - e^-d)/N], args as above."""
+    """The step's distribution at any token: [e^d s_y + (1 - e^d)/N sum s] [e^-d delta(xt, y) + (1 - e^-d)/N].
+
+    Arguments are as in `absorbing_jump`, and N is `num_states`.
+    """
     grown, share = torch.exp(delta_sigma), -torch.expm1(-delta_sigma) / num_states
     taken = torch.expm1(delta_sigma) * (total + 1) / num_states
     return Jump((grown - taken) * (1 / grown + share), (grown * share).expand(total.shape), -taken * share)
 
 
 def draw(score: Tensor, tokens: Tensor, jump: Jump, generator: torch.Generator | None) -> Tensor:
-    """The next state of every position, [R]: first whether it moves, then where to, both in float64.
+    """Samples the next state of every position, [R]: first whether it changes, then to what, both in float64.
 
     Args:
-        score: of every state, 0 at the current one, [R, V].
+        score: score of every state, 0 at the current one, [R, V].
         tokens: current states [R].
-        jump: the law of the step, arrays [R, 1].
-        generator: of the draws.
+        jump: the step's distribution, arrays [R, 1].
+        generator: source of randomness.
     """
     weights = (jump.slope * score + jump.offset).clamp(min=0).scatter(-1, tokens[:, None], 0.0)
     leave, stay = weights.sum(-1, dtype=torch.float64), jump.stay[:, 0].clamp(min=0)
@@ -206,7 +211,7 @@ def draw(score: Tensor, tokens: Tensor, jump: Jump, generator: torch.Generator |
 
 
 class Embedding(nn.Module):
-    """A vector for every state."""
+    """A learned vector for every state."""
 
     def __init__(self, num_states: int, hidden: int):
         super().__init__()
@@ -218,7 +223,7 @@ class Embedding(nn.Module):
 
 
 class SigmaEmbedding(nn.Module):
-    """The noise level in 256 sinusoids, cosines first, and a two-layer MLP: [B] to [B, C]."""
+    """Embedding of the noise level, [B] to [B, C]: 256 sinusoids, cosines first, and a two-layer MLP."""
 
     def __init__(self, cond: int):
         super().__init__()
@@ -231,7 +236,7 @@ class SigmaEmbedding(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Cosines and sines of rotary positions (Su et al. 2021), base 10000: two arrays [L, K/2]."""
+    """Cosines and sines of the rotary position embedding (Su et al. 2021), base 10000: two arrays [L, K/2]."""
 
     def __init__(self, head_size: int):
         super().__init__()
@@ -243,7 +248,7 @@ class Rotary(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over features with a scale and no bias, in float32."""
+    """LayerNorm over features in float32, with a scale and no bias."""
 
     def __init__(self, hidden: int):
         super().__init__()
@@ -254,7 +259,7 @@ class LayerNorm(nn.Module):
 
 
 def modulation(chunks: int, cond: int, hidden: int) -> nn.Linear:
-    """From the noise level to shifts, scales and gates, 0 at first."""
+    """A linear layer from the noise embedding to shifts, scales and gates, initialized to 0."""
     linear = nn.Linear(cond, chunks * hidden)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -262,7 +267,7 @@ def modulation(chunks: int, cond: int, hidden: int) -> nn.Linear:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with adaptive LayerNorm and a gate driven by the noise level."""
+    """A transformer block: attention and MLP, each with adaptive LayerNorm and a gate set by the noise level."""
 
     def __init__(self, hidden: int, heads: int, cond: int, dropout: float):
         super().__init__()
@@ -284,7 +289,7 @@ class Block(nn.Module):
         return x + gate2 * functional.dropout(mixed, self.dropout, self.training)
 
     def attend(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Attention of every position to all, with rotary positions on queries and keys."""
+        """Bidirectional attention, with rotary position embedding of queries and keys."""
         batch, length, hidden = x.shape
         q, k, v = self.attn_qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         out = functional.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
@@ -292,14 +297,14 @@ class Block(nn.Module):
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns feature j with j + K/2 by the angle of its position; x [B, H, L, K]."""
+    """Rotates the pair of features j and j + K/2 by the angle of its position; x [B, H, L, K]."""
     cos, sin = (part.to(x.dtype) for part in rotation)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class Head(nn.Module):
-    """The last LayerNorm, modulated, and the linear layer to the states."""
+    """The output layer: a modulated LayerNorm and a linear layer to the states."""
 
     def __init__(self, hidden: int, num_states: int, cond: int):
         super().__init__()
@@ -315,7 +320,7 @@ class Head(nn.Module):
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: eight bytes that count the header's, the header in JSON, the numbers."""
+    """The tensors of a safetensors file: eight bytes with the header's size, the header in JSON, then the data."""
     tensors = {}
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")

@@ -1,5 +1,6 @@
-"""The published PyTorch names and layouts of the network's weights, as plain NumPy; torch is not needed."""
+"""The network's weights in the published PyTorch names and layouts, as NumPy arrays. torch is not needed."""
 
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedd_jax.model import networks
+from sedd_jax.runtime import errors
 
-# (path below a block or the root here, published name, whether the published matrix is the transpose of ours)
+# Path in our parameters (below the root or a block), published name, whether the published matrix is ours transposed.
 _ROOT = (
     (("sigma_embedding", "in", "kernel"), "sigma_map.mlp.0.weight", True),
     (("sigma_embedding", "in", "bias"), "sigma_map.mlp.0.bias", False),
@@ -35,7 +37,7 @@ ROTARY = "rotary_emb.inv_freq"
 
 
 def parameter_names(num_layers: int) -> list[str]:
-    """Names of the parameters in the order in which the published program's moving average lists them."""
+    """Published names of the parameters, in the order in which the published program saves its EMA."""
     block = [name for _, name, _ in _BLOCK]
     head = ["norm_final.weight", "linear.weight", "linear.bias", "adaLN_modulation.weight", "adaLN_modulation.bias"]
     return [
@@ -47,33 +49,43 @@ def parameter_names(num_layers: int) -> list[str]:
 
 
 def shapes(config: networks.NetworkConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every published tensor for a network of these sizes."""
+    """Name and shape of every published tensor of a network with these sizes."""
     params = jax.eval_shape(lambda: networks.init(jax.random.key(0), config))
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
     return {name: tensor.shape for name, tensor in to_torch(zeros, config).items()}
 
 
 def check(tensors: Mapping[str, np.ndarray], config: networks.NetworkConfig) -> None:
-    """Raises ValueError that names the tensors that are missing, unknown, of another shape, or not finite."""
+    """Raises an errors.UserError that names tensors that are missing, unknown, of another shape, or not finite."""
     expected = shapes(config)
     missing, unknown = sorted(set(expected) - set(tensors) - {ROTARY}), sorted(set(tensors) - set(expected))
     if missing or unknown:
-        raise ValueError(f"these are not the weights of this network: missing {missing[:4]}, unknown {unknown[:4]}")
+        raise errors.UserError(
+            f"the tensors are not those of this network: missing {missing[:4]}, unknown {unknown[:4]}"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name]:
-            raise ValueError(f"tensor {name} has shape {tensor.shape}, but the config means {expected[name]}")
+            raise errors.UserError(f"tensor {name} has shape {tensor.shape}, but the config implies {expected[name]}")
         if not np.isfinite(tensor.astype(np.float32)).all():
-            raise ValueError(f"tensor {name} holds values that are not finite: the file is damaged or the run diverged")
+            raise errors.UserError(
+                f"tensor {name} holds values that are not finite, so the file is damaged or the run diverged",
+                remedy="use another checkpoint",
+            )
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], config: networks.NetworkConfig) -> networks.Params:
-    """Parameters from published tensors; raises as `check` does."""
+    """Our parameters from published tensors; raises as `check` does."""
     check(tensors, config)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), arrange(tensors, config, np))
 
 
-def arrange(tensors: Mapping[str, Any], config: networks.NetworkConfig, numpy: Any) -> networks.Params:
-    """Published tensors in our layout, padded to the vocabulary multiple with zeros, by `numpy` or `jax.numpy`."""
+def arrange(
+    tensors: Mapping[str, np.ndarray | jax.Array], config: networks.NetworkConfig, numpy: types.ModuleType
+) -> networks.Params:
+    """Published tensors in the layout of our parameters, computed with the module `numpy` or `jax.numpy`.
+
+    The vocabulary is padded with zeros to `config.padded_states`.
+    """
     params: networks.Params = {}
     for path, name, transposed in _ROOT:
         _put(params, path, tensors[name].T if transposed else tensors[name])
@@ -88,7 +100,7 @@ def arrange(tensors: Mapping[str, Any], config: networks.NetworkConfig, numpy: A
 
 
 def to_torch(params: networks.Params, config: networks.NetworkConfig) -> dict[str, np.ndarray]:
-    """Published tensors from parameters, the vocabulary's padding cut off."""
+    """Published tensors from our parameters, without the padding of the vocabulary."""
     n = config.num_states
     tensors = {name: _array(_get(params, path), transposed) for path, name, transposed in _ROOT}
     tensors["vocab_embed.embedding"] = _array(params["embedding"][:n], False)
@@ -102,15 +114,16 @@ def to_torch(params: networks.Params, config: networks.NetworkConfig) -> dict[st
 
 
 def rotary(config: networks.NetworkConfig) -> np.ndarray:
-    """Frequencies of the rotary positions, which the published program keeps beside its weights."""
+    """Frequencies [K/2] of the rotary position embedding, which the published program saves with its weights."""
     half = config.head_size // 2
     return (1.0 / (10_000 ** (np.arange(half, dtype=np.float32) / np.float32(half)))).astype(np.float32)
 
 
 def without_noise(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors of a network that takes every noise level for 0, as those of one that is told sigma = 0 always do.
+    """Tensors of a network that treats every noise level as sigma = 0.
 
-    At 0 the 256 sinusoids are 128 ones and 128 zeros: what the first layer makes of them becomes its bias.
+    They suit a model that was trained with sigma = 0 at all noise levels. At sigma = 0 the 256 sinusoids are 128 ones
+    and 128 zeros, so the first layer's product with them is a constant. It is added to that layer's bias.
     """
     kernel, bias = (tensors[f"sigma_map.mlp.0.{name}"].astype(np.float64) for name in ("weight", "bias"))
     return {
@@ -120,12 +133,12 @@ def without_noise(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _array(x: Any, transposed: bool) -> np.ndarray:
+def _array(x: np.ndarray | jax.Array, transposed: bool) -> np.ndarray:
     x = np.asarray(x)
     return np.ascontiguousarray(x.T if transposed else x)
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: np.ndarray | jax.Array) -> None:
     for part in path[:-1]:
         tree = tree.setdefault(part, {})
     tree[path[-1]] = value

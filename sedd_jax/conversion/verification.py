@@ -1,4 +1,4 @@
-"""Two programs, one network: the PyTorch implementation and ours on the same tokens and noise."""
+"""Comparison of the network in PyTorch with ours, on the same tokens and noise levels."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from sedd_jax.model import networks, score_heads
 
 _LENGTH = 128
 _SIGMAS = (1e-3, 0.1, 1.0, 6.0)
-# Of the largest logit: both are float32, and their sums differ in order.
+# Relative to the largest logit. Both networks are float32, but they sum in different orders.
 TOLERANCE = 1e-4
 
 
 class Comparison(NamedTuple):
-    """How far two programs' logits are apart.
+    """The difference between the logits of two programs.
 
     Attributes:
-        largest_difference: of any two logits.
-        largest_logit: what that is to be held against.
+        largest_difference: largest absolute difference of two logits.
+        largest_logit: largest absolute logit, to judge the difference by.
     """
 
     largest_difference: float
@@ -28,21 +28,21 @@ class Comparison(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is what float32 explains; a NaN is not."""
+        """Whether float32 rounding explains the difference; False for a NaN."""
         return self.largest_difference <= TOLERANCE * self.largest_logit
 
 
 def compare(
     model: Any, params: networks.Params, network: networks.NetworkConfig, length: int, *, is_conditioned: bool = True
 ) -> Comparison:
-    """Logits of a `torch_model.SEDD` and of parameters of ours, in float32, for random tokens at four noise levels.
+    """Compares the logits of a PyTorch network with ours in float32, on random tokens at four noise levels.
 
     Args:
-        model: the PyTorch network.
-        params: ours.
-        network: sizes of ours.
-        length: that the model was trained on; a part of it is compared.
-        is_conditioned: whether the PyTorch network is told the noise, or 0.
+        model: a `torch_model.SEDD`.
+        params: our parameters.
+        network: sizes of our network.
+        length: sequence length of the model; at most 128 positions are compared.
+        is_conditioned: whether the PyTorch network receives the noise level; if not, it receives 0.
     """
     import torch
 
@@ -59,13 +59,13 @@ def compare(
 
 
 def load(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Any:
-    """A `torch_model.SEDD` with these tensors."""
+    """A `torch_model.SEDD` with these tensors, in evaluation mode."""
     import torch
 
     from sedd_jax.conversion import torch_model
 
     model = torch_model.SEDD(dict(config))
-    # A checkpoint may lack the frequencies of rotary positions, which are no parameters.
+    # A checkpoint may lack the rotary frequencies, because they are not parameters.
     found = model.state_dict() | {name: torch.from_numpy(np.array(x, np.float32)) for name, x in tensors.items()}
     model.load_state_dict(found)
     return model.eval()

@@ -77,11 +77,15 @@ class Sampler(Protocol):
 
 SAMPLERS: dict[str, Sampler] = {
     "tweedie": steps.TimeStepping(
-        traits=steps.Traits(meaning='published as "analytic": the best step that moves positions independently'),
+        traits=steps.Traits(
+            meaning='published as "analytic": the best step that moves positions independently',
+            published_name="analytic",
+        ),
         step_fn=steps.one_evaluation(steps.tweedie),
     ),
     "euler": steps.TimeStepping(
-        traits=steps.Traits(meaning="rates of first order"), step_fn=steps.one_evaluation(steps.euler)
+        traits=steps.Traits(meaning="rates of first order", published_name="euler"),
+        step_fn=steps.one_evaluation(steps.euler),
     ),
     "tau_leaping": steps.TimeStepping(
         traits=steps.Traits(meaning="rates frozen over a step"), step_fn=steps.one_evaluation(steps.tau_leaping)

@@ -210,6 +210,7 @@ class Traits:
         takes_grid: whether it has steps in time, which a grid places; then it has a field `grid`.
         takes_guidance: whether it works with classifier-free guidance.
         ends_with_masks: whether it takes no further evaluation once no mask is left.
+        published_name: its name in the published program; empty where that has none.
     """
 
     meaning: str
@@ -218,6 +219,7 @@ class Traits:
     takes_grid: bool = True
     takes_guidance: bool = True
     ends_with_masks: bool = False
+    published_name: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,14 @@
-"""Generated text, measured: perplexity under a judge, never without the entropy that tells how it was bought."""
+"""Quality of generated text: its perplexity under a judge, and its entropy.
 
+Perplexity alone misleads: repetitive text is easy to predict. So it is always reported with the entropy of the text.
+"""
+
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sedd_jax import config as configs
 from sedd_jax import runs
@@ -13,8 +17,26 @@ from sedd_jax.model import sampling_config
 from sedd_jax.runtime import storage
 from sedd_jax.sampling import generate
 
-# Samples whose unigram entropy is this far below that of held-out text, in nats, are called annealed.
+# Samples whose unigram entropy is lower than that of held-out text by more than this, in nats, count as annealed.
 _ANNEALED = 0.15
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+    """How many sequences a measurement draws.
+
+    Attributes:
+        num_samples: sequences; attempts at each problem in `code_problems`.
+        batch_size: sequences drawn at once.
+        seed: seed of the samples and of the choice of held-out sequences.
+    """
+
+    num_samples: int = 64
+    batch_size: int = 32
+    seed: int = 0
+
+
+SAMPLES = Samples()
 
 
 def measure(
@@ -22,52 +44,48 @@ def measure(
     judge: str,
     *,
     step: int | None = None,
-    num_samples: int = 64,
-    batch_size: int = 32,
-    seed: int = 0,
+    samples: Samples = SAMPLES,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Draws samples of a run and has them read by a judge, beside as much held-out text.
+    """Draws samples from a run and scores them with a judge, beside as many held-out sequences.
 
     Args:
         workdir: the run directory.
-        judge: see `judges.open_judge`; its tokenizer may be another.
+        judge: see `judges.open_judge`; its tokenizer may differ from the run's.
         step: the run's checkpoint; the newest if None.
-        num_samples: sequences.
-        batch_size: sequences drawn at once.
-        seed: of the samples and the choice of held-out text.
+        samples: how many samples.
         **settings: fields of `config.SamplingConfig` that differ from the run's: sampler, num_steps, draw.
 
     Returns:
-        For samples and held-out text what `read` finds, and the first samples as text.
+        The figures of `read` for the samples and for the held-out text, and the first samples as text.
     """
     run, reader = runs.load(workdir), judges.open_judge(judge)
-    sampling = run.sampling(num_samples=batch_size, **settings)
+    sampling = run.sampling(num_samples=samples.batch_size, **settings)
     opened = run.restore(step)
-    real, sha256 = held_out(run, num_samples, seed)
-    # Before anything is drawn, in case the judge cannot read this text.
+    real, sha256 = held_out(run, samples.num_samples, samples.seed)
+    # Scored before anything is drawn, in case the judge cannot read this text.
     of_text = read(run, reader, real)
-    samples = draw(opened, sampling, num_samples, seed)
+    drawn = draw(opened, sampling, samples.num_samples, samples.seed)
     result = {
         **results.circumstances(run, opened.step),
         "judge": reader.name,
         "judge_first": reader.first,
         "length": run.config.data.length,
         "data_sha256": sha256,
-        "num_samples": num_samples,
+        "num_samples": samples.num_samples,
         **described(run, sampling),
-        "batch_size": batch_size,
-        "seed": seed,
+        "batch_size": samples.batch_size,
+        "seed": samples.seed,
     }
     name = results.name("generation", result)
-    result["samples"], result["held_out"] = read(run, reader, samples), of_text
-    result["texts"] = [run.tokenizer.decode(row) for row in samples[: results.KEPT_TEXTS]]
+    result["samples"], result["held_out"] = read(run, reader, drawn), of_text
+    result["texts"] = [run.tokenizer.decode(row) for row in drawn[: results.KEPT_TEXTS]]
     results.keep(run, name, result)
     return result
 
 
 def table(result: dict[str, Any]) -> tables.Table:
-    """What `measure` found, with a warning where it flatters."""
+    """The result of `measure` as a table, with a warning where low entropy flatters the samples."""
     samples, real = result["samples"], result["held_out"]
     titles = {
         "gen_ppl_per_sequence": "perplexity, mean of sequences",
@@ -90,22 +108,22 @@ def table(result: dict[str, Any]) -> tables.Table:
 
 
 def cell(found: dict[str, Any], name: str) -> str:
-    """A figure of `read` with its standard error, where it has one."""
+    """One figure of `read`, with its standard error if it has one."""
     return tables.estimate(found[name], found.get(f"{name}_stderr"))
 
 
 def annealing(samples: dict[str, Any], real: dict[str, Any]) -> list[str]:
-    """A warning where samples have less entropy than text."""
+    """A warning if the samples have clearly less entropy than held-out text; otherwise nothing."""
     if samples["unigram_entropy"] >= real["unigram_entropy"] - _ANNEALED:
         return []
     return [
-        "warning: samples have less entropy than text, so their perplexity is bought with repetition (annealing): "
-        "compare at equal entropy only"
+        "warning: samples have less entropy than text, so repetition lowers their perplexity (annealing): compare at "
+        "equal entropy only"
     ]
 
 
 def described(run: runs.Run, sampling: configs.SamplingConfig, num_gaps: int | None = None) -> dict[str, Any]:
-    """How samples with so many tokens to fill (the whole length if None) are drawn, for a result."""
+    """The fields of a result that say how samples with `num_gaps` tokens to fill (the whole length if None) are drawn."""
     return {
         "sampler": generate.sampler_name(run, sampling),
         "nfe": generate.num_evaluations(run, sampling, num_gaps),
@@ -115,13 +133,13 @@ def described(run: runs.Run, sampling: configs.SamplingConfig, num_gaps: int | N
 
 
 def how(result: dict[str, Any]) -> str:
-    """What `described` says, in words."""
+    """The fields of `described`, in words."""
     return ", ".join([result["sampler"], f"nfe {result['nfe']}", f"{result['draw']} draws", *changed(result)])
 
 
 def changed(result: dict[str, Any]) -> list[str]:
-    """The refinements of a sampler that change something."""
-    # Results from before there was such a setting do not name it.
+    """The refinements of a result's sampler that differ from their defaults, in words."""
+    # Results of older versions lack the settings that were added later.
     found = {name: result[name] for name in sampling_config.REFINEMENTS if name in result}
     kind = lambda name: "annealed, " if name in ("temperature", "top_p") and found[name] < 1 else ""
     return [
@@ -130,7 +148,7 @@ def changed(result: dict[str, Any]) -> list[str]:
 
 
 def held_out(run: runs.Run, num_samples: int, seed: int) -> tuple[Int[np.ndarray, "S L"], str]:
-    """Random held-out sequences of the run's own text, as many as asked for and there are, and the text's checksum."""
+    """Random held-out sequences of the run's own text, at most `num_samples`, and the checksum of that text."""
     split = run.split("valid")
     sequences = split.sequences()
     return sequences[np.random.default_rng(seed).permutation(len(sequences))[:num_samples]].astype(
@@ -139,7 +157,7 @@ def held_out(run: runs.Run, num_samples: int, seed: int) -> tuple[Int[np.ndarray
 
 
 def draw(opened: runs.OpenRun, sampling: configs.SamplingConfig, num_samples: int, seed: int) -> Int[np.ndarray, "S L"]:
-    """Samples from nothing, `sampling.num_samples` at once, on the mesh of all devices."""
+    """Draws unconditional samples, `sampling.num_samples` at once, on the mesh of all devices."""
     nothing = np.zeros((num_samples, opened.run.config.data.length), np.int32)
     return fill(opened, sampling, nothing, nothing.astype(bool), seed)
 
@@ -148,20 +166,27 @@ def fill(
     opened: runs.OpenRun,
     sampling: configs.SamplingConfig,
     tokens: Int[np.ndarray, "S L"],
-    is_given: np.ndarray,
+    is_given: Bool[np.ndarray, "S L"],
     seed: int,
 ) -> Int[np.ndarray, "S L"]:
-    """Sequences that agree with what is given of each, `sampling.num_samples` at once, on the mesh of all devices."""
+    """Fills the tokens that are not given, `sampling.num_samples` sequences at once, on the mesh of all devices."""
     with opened.on_devices():
         return np.concatenate(list(generate.draw_batches(opened, tokens, is_given, sampling, seed=seed)))
 
 
 def read(run: runs.Run, judge: judges.Judge, tokens: Int[np.ndarray, "S L"], num_draws: int = 1) -> dict[str, Any]:
-    """Figures of sequences; of several draws of each, one after another, standard errors count a sequence once.
+    """Figures of sequences: perplexity under a judge, entropy and distinct n-grams.
+
+    Args:
+        run: the run whose tokens these are.
+        judge: scores them.
+        tokens: the sequences. With several draws of each, first all of the first draw, then all of the second.
+        num_draws: draws of each sequence. Standard errors count the draws of a sequence once, as their mean.
 
     Returns:
-        `gen_ppl_per_sequence`, the mean of each sequence's perplexity, as published; `gen_ppl_pooled`, over all tokens;
-        `unigram_entropy` of a sequence's tokens in nats; `distinct_1` to `distinct_3`, the share of different n-grams.
+        `gen_ppl_per_sequence`, the mean of the sequences' perplexities, as published; `gen_ppl_pooled`, the perplexity
+        over all tokens; `unigram_entropy` of a sequence's tokens in nats; `distinct_1` to `distinct_3`, the share of
+        n-grams that are distinct. Each mean over sequences has a standard error with the suffix `_stderr`.
     """
     log_likelihoods = judge.log_likelihoods(judge.tokens(run, tokens))
     return {**_perplexities(log_likelihoods, num_draws), **_diversity(tokens, num_draws)}
@@ -192,5 +217,5 @@ def _diversity(tokens: Int[np.ndarray, "S L"], num_draws: int = 1) -> dict[str, 
 
 
 def stderr(values: Float[np.ndarray, " S"]) -> float | None:
-    """Standard error of a mean; None of a single value."""
+    """Standard error of a mean; None for a single value."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None

@@ -1,4 +1,4 @@
-"""Who reads generated text: an autoregressive run of ours, or a causal language model of transformers."""
+"""Judges score generated text: an autoregressive run, or a causal language model of transformers."""
 
 import abc
 import json
@@ -12,20 +12,20 @@ from jaxtyping import Float, Int
 
 from sedd_jax import runs
 from sedd_jax.model import autoregression
-from sedd_jax.runtime import sharding, storage
+from sedd_jax.runtime import errors, sharding, storage
 
 Rows = Sequence[Int[np.ndarray, "_"]]
 _BATCH_SIZE = 16
-_WIDTH_MULTIPLE = 64  # few shapes are compiled
+_WIDTH_MULTIPLE = 64  # widths are rounded up to this, so that few shapes are compiled
 
 
 class Judge(abc.ABC):
-    """Gives text a likelihood, in tokens of its own.
+    """A language model that gives text a likelihood, in tokens of its own.
 
     Attributes:
         name: what it is, for tables.
         length: tokens that it reads at once.
-        first: 0 where it gives every token a likelihood, 1 where none to the first of a window.
+        first: index of the first token of a window that gets a likelihood: 0, or 1 if the model needs a token before.
     """
 
     name: str
@@ -34,18 +34,18 @@ class Judge(abc.ABC):
 
     @abc.abstractmethod
     def tokens(self, run: runs.Run, rows: Int[np.ndarray, "S L"]) -> Rows:
-        """Sequences of a run in the judge's tokens."""
+        """A run's sequences in the tokens of the judge."""
 
     @abc.abstractmethod
     def _log_likelihood(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B _"]:
-        """Of every token from `first` on, in nats."""
+        """log p of every token from `first` on given those before it, in nats."""
 
     @abc.abstractmethod
     def _features(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B L D"]:
-        """What the head reads at every position."""
+        """Hidden states that the head reads, at every position."""
 
     def log_likelihoods(self, rows: Rows) -> list[Float[np.ndarray, "_"]]:
-        """Of each sequence's tokens in nats, read in windows of the judge's length from its start."""
+        """log p of each sequence's tokens in nats. Windows of the judge's length, from the start, are read one by one."""
         windows = [
             (number, row[at : at + self.length])
             for number, row in enumerate(rows)
@@ -61,14 +61,14 @@ class Judge(abc.ABC):
         return [np.concatenate(parts) for parts in found]
 
     def features(self, rows: Rows) -> Float[np.ndarray, "S D"]:
-        """What the head reads at the last token of each sequence's first window, as MAUVE takes it."""
+        """Hidden state at the last token of each sequence's first window: the features of MAUVE."""
         found = []
         for batch, lengths in self._batches([row[: self.length] for row in rows]):
             found.append(self._features(batch)[np.arange(len(lengths)), np.maximum(lengths, 1) - 1])
         return np.concatenate(found)
 
     def _batches(self, windows: Rows) -> Iterator[tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "_"]]]:
-        """Windows with what follows filled up, which changes nothing before it, and the length of each."""
+        """Batches of windows with their lengths. Padding follows each window; a causal model is not affected by it."""
         longest = max((len(window) for window in windows), default=0)
         width = min(self.length, -(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE)
         for at in range(0, len(windows), _BATCH_SIZE):
@@ -80,33 +80,43 @@ class Judge(abc.ABC):
 
 
 def open_judge(name: str) -> Judge:
-    """A judge by its directory: a run, or what transformers reads.
+    """Opens the judge in a directory: an autoregressive run, or a model that transformers reads.
 
     Raises:
-        ValueError: where it is neither, or a run that is no autoregressive one.
-        ImportError: where transformers or torch is needed and missing.
+        errors.UserError: where the directory holds neither, or transformers or torch is needed and missing.
     """
     place = storage.directory(name)
     if not storage.is_remote(place) and (place / "config.json").is_file():
         try:
             content = json.loads((place / "config.json").read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"--judge={name}: config.json is damaged: {error}") from error
+            problem = f"cannot be read, its config.json is damaged: {error}"
+            raise errors.UserError(problem, field="judge", value=name) from error
         if "model_type" in content:
             return TransformersJudge(name)
+    if not storage.holds(place, "config.json"):
+        raise errors.UserError(
+            "is not a run directory, nor one that transformers reads: it has no config.json",
+            field="judge",
+            value=name,
+            remedy="give that of an autoregressive run, or of a model such as GPT-2",
+        )
     return RunJudge(place)
 
 
 class RunJudge(Judge):
-    """An autoregressive run, on the mesh of all devices."""
+    """A judge that is an autoregressive run, on the mesh of all devices."""
 
     first = 0
 
     def __init__(self, workdir: storage.Directory):
         self.run = run = runs.load(workdir)
         if not run.is_autoregressive:
-            raise ValueError(
-                f"--judge={workdir} is no autoregressive run: train one with config.graph.name=autoregressive"
+            raise errors.UserError(
+                "is not an autoregressive run",
+                field="judge",
+                value=workdir,
+                remedy=f"train one with {errors.name('config.graph.name')}=autoregressive",
             )
         self.opened = run.restore()
         self.name, self.length = f"{workdir}  step {self.opened.step}", run.config.data.length
@@ -129,9 +139,9 @@ class RunJudge(Judge):
 
 
 class TransformersJudge(Judge):
-    """A causal language model such as GPT-2 from a local directory.
+    """A judge that is a causal language model of transformers, such as GPT-2, in a local directory.
 
-    It starts from nothing, so that the first token of a window has no likelihood, as in the published figures.
+    No token is put before a window. So its first token has no likelihood, as in the published figures.
     """
 
     first = 1
@@ -141,8 +151,11 @@ class TransformersJudge(Judge):
             import torch
             import transformers
         except ImportError as error:
-            raise ImportError(
-                f"--judge={directory} needs transformers and torch: pip install 'sedd_jax[judge]'"
+            raise errors.UserError(
+                "needs transformers and torch",
+                field="judge",
+                value=directory,
+                remedy="pip install 'sedd_jax[judge]'",
             ) from error
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -150,7 +163,8 @@ class TransformersJudge(Judge):
                 directory, local_files_only=True, dtype=torch.float32
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ValueError(f"--judge={directory} cannot be read by transformers: {error}") from error
+            problem = f"cannot be read by transformers: {error}"
+            raise errors.UserError(problem, field="judge", value=directory) from error
         self._model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.name = f"{directory}  {model.config.model_type}, {model.num_parameters():,} parameters"
         self.length = int(model.config.max_position_embeddings)

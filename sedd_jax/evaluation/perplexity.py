@@ -1,6 +1,7 @@
-"""Perplexity: bounds on the likelihood of held-out text, or of any other."""
+"""Perplexity: bounds on the likelihood of a run's held-out text, or of other text."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import tempfile
@@ -14,7 +15,7 @@ from sedd_jax import runs
 from sedd_jax.data import batches, corpora, shards
 from sedd_jax.diffusion import losses
 from sedd_jax.evaluation import likelihoods, results, tables
-from sedd_jax.runtime import sharding, storage, terminals
+from sedd_jax.runtime import errors, sharding, storage, terminals
 
 PROTOCOLS = ("published", "strict")
 _MAX_TIMES = 1000
@@ -25,12 +26,12 @@ class Settings:
     """How a bound is estimated.
 
     Attributes:
-        protocol: published, which integrates over t in [1e-3, 1] and leaves out the prior and reconstruction terms, or
-            strict, which adds them; the autoregressive baseline needs neither, and is measured exactly.
-        num_times: draws of time and noise for every sequence; None is as many as `target_stderr` needs.
-        target_stderr: of the bound, in nats per token, at which to stop.
+        protocol: published averages over t in [1e-3, 1] and leaves out the prior and reconstruction terms; strict adds
+            them. The likelihood of the autoregressive baseline is exact and needs neither.
+        num_times: draws of time and noise for every sequence; as many as `target_stderr` takes if None.
+        target_stderr: standard error of the bound at which to stop, in nats per token.
         batch_size: sequences evaluated at once.
-        seed: of times and noise.
+        seed: seed of times and noise.
     """
 
     protocol: str = "published"
@@ -41,12 +42,15 @@ class Settings:
 
     def __post_init__(self):
         if self.protocol not in PROTOCOLS:
-            raise ValueError(f"--protocol={self.protocol} is unknown: choose one of {', '.join(PROTOCOLS)}")
+            remedy = f"choose one of {', '.join(PROTOCOLS)}"
+            raise errors.UserError("is unknown", field="protocol", value=self.protocol, remedy=remedy)
         for name, value in (("num_times", self.num_times), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
-                raise ValueError(f"--{name}={value} must be at least 1")
+                raise errors.UserError("must be at least 1", field=name, value=value)
         if not self.target_stderr > 0:
-            raise ValueError(f"--target_stderr={self.target_stderr} must be above 0: give one such as 0.01")
+            raise errors.UserError(
+                "must be above 0", field="target_stderr", value=self.target_stderr, remedy="give one such as 0.01"
+            )
 
 
 def evaluate(
@@ -57,32 +61,36 @@ def evaluate(
     step: int | None = None,
     settings: Settings | None = None,
 ) -> dict[str, Any]:
-    """Bounds of a run's checkpoint (its moving average) on its own held-out text, or on other text.
+    """Bounds on the likelihood of text under a run's checkpoint (the moving average of its parameters).
 
-    Every pass is kept in the run directory, so that the same command, stopped, goes on.
+    Every pass is kept in the run directory. So an interrupted command goes on where it stopped when it is repeated.
 
     Args:
         workdir: the run directory.
-        data: prepared:DIR or another source, tokenized as the run's text was; the run's own if None.
-        split: train, valid or test; None is valid of the run's own text, test of another.
+        data: prepared:DIR or another source, tokenized as the run's text was; the run's own text if None.
+        split: train, valid or test; if None, valid of the run's own text and test of other text.
         step: the checkpoint; the newest if None.
-        settings: how; the defaults if None.
+        settings: how to estimate the bounds; the defaults if None.
 
     Returns:
-        Figures with what they are of: per token in nats, per character in bits, `ppl_bound` = exp(nats per token) and
-        `ppl_bound_per_word`. Passes stop after `num_times`, or once the standard error is small enough.
+        The figures and what they were measured with. For each bound: nats per token, bits per character, `ppl_bound` =
+        exp(nats per token) and `ppl_bound_per_word`. Passes stop after `num_times`, or once the standard error is small
+        enough.
+
+    Raises:
+        errors.UserError: where the text or the checkpoint cannot be had.
     """
     settings = settings or Settings()
     run = runs.load(workdir)
     protocol = settings.protocol
     if run.is_autoregressive:
-        # Neither time nor noise matters: one pass is all, and there are no terms at the ends.
+        # The value depends on neither time nor noise: one pass is enough, and there are no terms at the ends.
         protocol, settings = "exact", dataclasses.replace(settings, protocol="published", num_times=1)
     split = split or ("valid" if data is None else "test")
     with tempfile.TemporaryDirectory() as scratch:
         text = _open(run, data, split, pathlib.Path(scratch))
         opened = run.restore(step)
-        # What a pass is a function of.
+        # All that a pass is a function of.
         drawn = {"step": opened.step, "split": split, "data_sha256": text.sha256, "length": text.length}
         drawn |= {"protocol": protocol, "seed": settings.seed, "batch_size": settings.batch_size}
         with opened.on_devices():
@@ -104,7 +112,7 @@ def evaluate(
 
 
 def _open(run: runs.Run, data: str | None, split: str, scratch: pathlib.Path) -> batches.PackedSplit:
-    """A split of the run's own text, of prepared text, or of a source, which is tokenized into `scratch`."""
+    """One split of the run's own text, of prepared text, or of a source, which is tokenized into `scratch`."""
     if data is None:
         return run.split(split)
     length, (kind, _, argument) = run.config.data.length, data.partition(":")
@@ -112,7 +120,8 @@ def _open(run: runs.Run, data: str | None, split: str, scratch: pathlib.Path) ->
         return batches.open_split(storage.directory(argument), split, length, tokenizer=run.tokenizer)
     corpus = corpora.find(data)
     if split not in corpus.splits:
-        raise ValueError(f"--data={data} has no split {split!r}: choose one of {', '.join(corpus.splits)}")
+        remedy = f"choose one of {', '.join(corpus.splits)}"
+        raise errors.UserError(f"has no split {split!r}", field="data", value=data, remedy=remedy)
     corpus = dataclasses.replace(corpus, splits=(split,))
     shards.pack(corpus, run.tokenizer, scratch, source=data, tokenizer_spec=run.config.data.tokenizer)
     return batches.open_split(scratch, split, length)
@@ -121,7 +130,7 @@ def _open(run: runs.Run, data: str | None, split: str, scratch: pathlib.Path) ->
 def _passes(
     opened: runs.OpenRun, sequences: Integer[np.ndarray, "S L"], settings: Settings, name: str
 ) -> list[likelihoods.Pass]:
-    """Passes until there are as many as asked for, those that the run directory holds among them."""
+    """All passes that are needed: those that the run directory holds, and new ones, which are kept there."""
     run = opened.run
     done = [likelihoods.Pass(**part) for part in results.read_parts(run, name)]
     values_fn = likelihoods.make_values_fn(run, with_reconstruction=settings.protocol == "strict")
@@ -132,8 +141,7 @@ def _passes(
             report("bounds", (number + part) / expected, round((number + part) * sequences.size))
 
         drawn = likelihoods.passes(
-            values_fn,
-            opened.model.params,
+            functools.partial(values_fn, opened.model),
             sequences,
             batch_size=settings.batch_size,
             seed=settings.seed,
@@ -148,7 +156,7 @@ def _passes(
 
 
 def _num_times(settings: Settings, done: Sequence[likelihoods.Pass]) -> int:
-    """Passes that are needed, as far as those done can tell."""
+    """Number of passes that are needed, estimated from those done so far."""
     if settings.num_times is not None:
         return settings.num_times
     if not done:
@@ -171,7 +179,7 @@ def _figures(
         figures["reconstruction_nats_per_token"] = reconstruction.mean
         figures["reconstruction_nats_per_token_stderr"] = reconstruction.stderr
         for name, bound in bounds.items():
-            # A mean over [T_MIN, 1] becomes the integral, to which the terms at its ends are added.
+            # The mean over [T_MIN, 1] times the width is the integral; the terms at its ends are added.
             mean, stderr = bound.mean * (1 - losses.T_MIN), bound.stderr * (1 - losses.T_MIN)
             figures[f"{name}_integral_nats_per_token"] = mean
             bounds[name] = likelihoods.Estimate(
@@ -180,12 +188,14 @@ def _figures(
     for name, bound in bounds.items():
         bits = 1 / (math.log(2) * text.characters_per_token)
         if not bound.mean < 700:
-            raise ValueError(
-                f"{name} is {bound.mean:.6g} nats per token, of which no perplexity can be written: train "
-                f"{run.workdir} (again)"
+            raise errors.UserError(
+                f"has a {name} of {bound.mean:.6g} nats per token, too much for a perplexity to be a number",
+                field="workdir",
+                value=run.workdir,
+                remedy="train it again",
             )
         ppl_bound, nats_per_word = math.exp(bound.mean), bound.mean / text.words_per_token
-        # Text almost without spaces has words of a perplexity that no float holds.
+        # Where text has almost no spaces, words are so long that no float holds their perplexity.
         per_word = math.exp(nats_per_word) if nats_per_word < 700 else None
         figures[name] = {
             "nats_per_token": bound.mean,
@@ -204,7 +214,7 @@ def _figures(
 
 
 def table(result: dict[str, Any]) -> tables.Table:
-    """The figures of `evaluate`."""
+    """The result of `evaluate` as a table."""
     times = f"{result['num_times']} times each, t in [1e-3, 1], {result['protocol']} protocol, "
     times = "" if result["protocol"] == "exact" else times
     head = [

@@ -1,1 +1,1 @@
-"""Devices, processes, storage and terminals."""
+"""Devices, processes, storage, terminals and errors."""

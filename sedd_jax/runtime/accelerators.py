@@ -1,20 +1,21 @@
-"""What one device can do at best: the ceiling for model FLOP utilization and for what fits in memory.
+"""Peak compute, memory and bandwidth of accelerators, for model FLOP utilization and to tell what fits in memory.
 
-Keys are `jax.Device.device_kind`: for a TPU the runtime's name (the spellings `jax.experimental.topologies` knows), for
-a GPU the name its CUDA driver gives. Numbers are per JAX device, from the vendors' public pages:
+Keys are `jax.Device.device_kind`. For a TPU that is the runtime's name, as `jax.experimental.topologies` spells it. For
+a GPU it is the name that the CUDA driver gives. Numbers are per JAX device, from the vendors' public pages:
 
 - TPU: https://docs.cloud.google.com/tpu/docs/ followed by v4, v5e, v5p, v6e or tpu7x, "System architecture". On v4 and
-  v5p the two cores of a chip are one JAX device; on TPU7x each is its own, so that row is half of the published chip.
-  Interconnects are printed for both directions (v5e 400 GB/s, v5p and TPU7x 1200, v6e 800): half of that. For v4:
-  Jouppi et al. 2023 (arXiv 2304.01433), six links of 50 GB/s. The network between slices is printed per chip (v5p
-  50 Gb/s, v6e and TPU7x 100) or per pod of 256 chips (v5e 6.4 Tb/s), and for v4 not at all.
+  v5p the two cores of a chip are one JAX device. On TPU7x each core is a device, so its row is half of the published
+  chip. Interconnect bandwidth is published for both directions together (v5e 400 GB/s, v5p and TPU7x 1200, v6e 800);
+  the rows hold half of it. For v4 it is from Jouppi et al. 2023 (arXiv 2304.01433): six links of 50 GB/s. The network
+  between slices is published per chip (v5p 50 Gb/s, v6e and TPU7x 100) or per pod of 256 chips (v5e 6.4 Tb/s). For v4
+  it is not published.
 - V100: https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf
 - A100: https://www.nvidia.com/en-us/data-center/a100/, "Specifications".
-- L4, H100, H200: https://www.nvidia.com/en-us/data-center/ followed by l4, h100 or h200, "Specifications". These print
+- L4, H100, H200: https://www.nvidia.com/en-us/data-center/ followed by l4, h100 or h200, "Specifications". These give
   matrix rates "with sparsity"; a dense product reaches half of that.
-- B200: https://www.nvidia.com/en-us/data-center/dgx-b200/, "Specifications", an eighth of the machine.
+- B200: https://www.nvidia.com/en-us/data-center/dgx-b200/, "Specifications", one eighth of the machine.
 
-Memory is the nominal size; what a program may use is less (`jax.Device.memory_stats()["bytes_limit"]`).
+Memory is the nominal size; a program may use less (`jax.Device.memory_stats()["bytes_limit"]`).
 """
 
 import dataclasses
@@ -22,10 +23,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accelerator:
-    """One JAX device: dense bfloat16 FLOP/s, bytes of device memory, bytes/s between that memory and the chip.
+    """Peak figures of one JAX device.
 
-    `ici_bandwidth` is what a TPU sends to its neighbours over all links, `dcn_bandwidth` what it sends to other slices
-    over the data centre's network, in bytes/s; 0 for a GPU and where no figure is published.
+    Attributes:
+        name: the device's name for people.
+        peak_flops: dense bfloat16 FLOP/s.
+        hbm_bytes: bytes of device memory.
+        hbm_bandwidth: bytes/s between device memory and chip.
+        ici_bandwidth: bytes/s that a TPU sends to its neighbours over all links; 0 for a GPU.
+        dcn_bandwidth: bytes/s that a TPU sends to other slices over the data-center network; 0 for a GPU, or if no
+            figure is published.
     """
 
     name: str
@@ -36,7 +43,7 @@ class Accelerator:
     dcn_bandwidth: float = 0.0
 
 
-# Google states binary gigabytes, NVIDIA decimal ones.
+# Google gives memory in binary gigabytes, NVIDIA in decimal ones.
 GIB = 2**30
 GB = 10**9
 
@@ -73,7 +80,7 @@ TPU_7X = Accelerator(
     ici_bandwidth=600e9 / 2,
     dcn_bandwidth=100e9 / 8 / 2,
 )
-# Volta multiplies matrices in float16 only, so its row holds that rate; bfloat16 runs far below it.
+# Volta has matrix units for float16 only, so its rows hold that rate. bfloat16 runs far below it.
 V100_SXM_16 = Accelerator(name="V100 SXM 16 GB", peak_flops=125e12, hbm_bytes=16 * GB, hbm_bandwidth=900e9)
 V100_SXM_32 = Accelerator(name="V100 SXM 32 GB", peak_flops=125e12, hbm_bytes=32 * GB, hbm_bandwidth=900e9)
 V100_PCIE_16 = Accelerator(name="V100 PCIe 16 GB", peak_flops=112e12, hbm_bytes=16 * GB, hbm_bandwidth=900e9)
@@ -118,5 +125,5 @@ ACCELERATORS = {
 
 
 def find(device_kind: str) -> Accelerator | None:
-    """The accelerator behind a `jax.Device.device_kind`, or None for one not in the table, such as a CPU."""
+    """The accelerator with this `jax.Device.device_kind`, or None for one not in the table, such as a CPU."""
     return ACCELERATORS.get(device_kind)

@@ -1,4 +1,4 @@
-"""The machine a program runs on: what it is, and what is asked of it before JAX starts."""
+"""The host machine: facts about it, and settings to make before JAX starts."""
 
 import contextlib
 import hashlib
@@ -14,15 +14,15 @@ HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The name of the processor model."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def use_huge_pages() -> None:
-    """Starts this process again with huge pages in malloc, where the system gives them to who asks (glibc 2.35).
+    """Restarts this process with huge pages in malloc, if the system gives them on request (madvise, glibc 2.35).
 
-    A step's arrays are fresh memory each time, and on a CPU touching it in small pages takes a fifth of the step. What
-    the user has set in GLIBC_TUNABLES stays.
+    Every step allocates new memory for its arrays. On a CPU, first access to it in small pages takes a fifth of the
+    step's time. If the user has set GLIBC_TUNABLES, nothing changes.
     """
     with contextlib.suppress(OSError):  # Not Linux.
         if "[madvise]" in HUGE_PAGES.read_text() and "GLIBC_TUNABLES" not in os.environ:
@@ -31,7 +31,7 @@ def use_huge_pages() -> None:
 
 
 def revision() -> str | None:
-    """The commit of this program's checkout, with a + where it was changed since; None where it is installed."""
+    """The git commit of this program, with a + if files have changed since; None if it is not in a checkout."""
     here = pathlib.Path(__file__)
 
     def git(*question: str) -> str:
@@ -39,20 +39,23 @@ def revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # A checkout may hold the environment that this is installed in.
+        git("ls-files", "--error-unmatch", here.name)  # Fails if this file is only installed somewhere in a checkout.
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "..") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def cache_directory() -> pathlib.Path:
-    """Where this program keeps what it can make or fetch again."""
+    """The directory for files that this program can make or download again."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "sedd_jax"
 
 
 def keep_compiled_programs() -> None:
-    """Lets JAX keep what takes it over a second to compile, in the user's cache, unless told where or not to."""
-    # JAX does not tell processors apart, and a program compiled for one may not run on another.
+    """Turns on JAX's persistent compilation cache, in the user's cache directory.
+
+    JAX then keeps programs that take over a second to compile. If JAX_COMPILATION_CACHE_DIR is set, nothing changes.
+    """
+    # Each processor model gets its own cache. JAX does not distinguish them, but a program for one may fail on another.
     core = _cpuinfo()
     features = core.get("flags", core.get("Features"))
     kind = hashlib.sha256(f"{platform.machine()} {core.get('model name')} {features}".encode()).hexdigest()[:12]
@@ -60,13 +63,13 @@ def keep_compiled_programs() -> None:
 
 
 def compile_for_others() -> None:
-    """Keeps JAX from looking for a TPU here; to be called before it is imported."""
+    """Keeps JAX from looking for a TPU on this machine, to compile for one elsewhere. Call it before importing JAX."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
 
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Keeps what libraries write to standard error from below Python out of it."""
+    """Discards all output to standard error, including that of native libraries."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -79,7 +82,7 @@ def silenced() -> Iterator[None]:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Fields of the first core; none where the system does not tell."""
+    """Fields of the first core in /proc/cpuinfo; empty if it cannot be read."""
     try:
         first = CPUINFO.read_text().partition("\n\n")[0]
     except OSError:

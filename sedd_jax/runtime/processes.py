@@ -1,4 +1,4 @@
-"""The processes that run one program together, each with devices of its own: how they meet, wait and stop."""
+"""Runs of several processes, each with devices of its own: how they connect, wait for each other and stop."""
 
 import contextlib
 import signal
@@ -10,62 +10,76 @@ import jax
 from jax._src import distributed  # The key-value store of the processes has no public name.
 from jax.experimental import multihost_utils
 
-_PREPARATION_MS = 24 * 60 * 60 * 1000  # The first process may tokenize a corpus while the others wait.
+from sedd_jax.runtime import errors
+
+_PREPARATION_MS = 24 * 60 * 60 * 1000  # The others wait while the first process may tokenize a corpus.
 _SHUTDOWN_SECONDS = 60
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Makes this process one of many where flags or the cluster (TPU pod, SLURM, GKE) say that there are others.
+    """Connects this process to the others of a run, if the arguments or the cluster say that there are others.
 
-    To be called before JAX starts. Without flags JAX itself detects the cluster; where it finds none, or
-    num_processes=1, the process stays alone.
+    Call it before JAX starts. Without arguments JAX detects the cluster (TPU pod, SLURM, GKE). If there is none, or if
+    num_processes is 1, the process runs alone.
 
     Args:
-        coordinator_address: host:port of process 0, where the processes meet.
-        num_processes: how many there are.
-        process_id: which of them this one is, from 0.
+        coordinator_address: host:port of process 0, to which the others connect.
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
 
     Raises:
-        ValueError: where only some of the three are given, or they are impossible.
+        errors.UserError: if only some of the three are given, or a value is impossible.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if num_processes == 1:
         return
     if len(missing) in (1, 2):
-        raise ValueError(f"--{missing[0]} is missing: give all of {', '.join(f'--{name}' for name in given)}, or none")
+        raise errors.UserError(
+            "is missing", field=missing[0], remedy=f"give all of {', '.join(map(errors.name, given))}, or none"
+        )
     if coordinator_address is not None and num_processes is not None and process_id is not None:
         if ":" not in coordinator_address:
-            raise ValueError(f"--coordinator_address={coordinator_address} has no port: give host:port of process 0")
+            raise errors.UserError(
+                "has no port",
+                field="coordinator_address",
+                value=coordinator_address,
+                remedy="give host:port of process 0",
+            )
         if not 0 <= process_id < num_processes:
-            raise ValueError(f"--process_id={process_id} must be from 0 to {num_processes - 1}, below --num_processes")
+            raise errors.UserError(
+                f"must be from 0 to {num_processes - 1}, below {errors.name('num_processes')}",
+                field="process_id",
+                value=process_id,
+            )
     try:
-        # A process that fails alone waits this long for the others before it ends them too.
+        # If one process fails, it waits this long for the others before it ends them.
         jax.distributed.initialize(**given, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
     except ValueError as error:
         if not missing or "coordinator_address should be defined" not in str(error):
             raise
         return
     if jax.default_backend() == "cpu":
-        # Only the first process would find a program that was kept, and not wait for the others to compile it: on CPUs
-        # collectives give up after half a minute.
+        # Only the first process would find a cached program. It would run it while the others still compile, and on
+        # CPUs a collective times out after half a minute.
         jax.config.update("jax_enable_compilation_cache", False)
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what is written once."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0  # Devices are not looked for yet.
+    """Whether this is the first process, which writes what is written only once."""
+    # A process that runs alone does not have to initialize its devices for this.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def first_then_all(name: str, fn: Callable[[], object]) -> None:
-    """Runs fn in the first process while the others wait for its end; its failure is a failure of all.
+    """Runs fn in the first process while the others wait for it to finish. If fn fails, all processes fail.
 
     Args:
-        name: of what is done, different in every call.
-        fn: what to do.
+        name: a name for the work, different in every call.
+        fn: the work.
 
     Raises:
-        ValueError: in the others, with the message of the first.
+        errors.UserError: in the other processes, with the message of the first.
     """
     if jax.process_count() == 1:
         fn()
@@ -78,27 +92,30 @@ def first_then_all(name: str, fn: Callable[[], object]) -> None:
             fn()
             outcome = ""
         except Exception as error:
-            outcome = str(error) or outcome
+            # Names of inputs stay marked, so that the other processes spell them the same way.
+            said = error.worded(errors.name) if isinstance(error, errors.UserError) else str(error)
+            outcome = said or outcome
             raise
         finally:
             client.key_value_set(f"sedd_jax/{name}", f"outcome: {outcome}")
     else:
         told = client.blocking_key_value_get(f"sedd_jax/{name}", _PREPARATION_MS)
         if outcome := str(told).removeprefix("outcome: "):
-            raise ValueError(f"process 0 says: {outcome}")
+            raise errors.UserError(f"process 0 says: {outcome}")
 
 
 def describe() -> str:
-    """This process among all, for messages."""
+    """This process, the number of processes and the host, for messages."""
     return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
 
 
 @contextlib.contextmanager
 def told_to_stop() -> Iterator[Callable[[int], bool]]:
-    """A function of the step just taken that says whether to stop there because SIGTERM has come.
+    """A function of the step just taken, which returns whether to stop there because SIGTERM has arrived.
 
-    One process has a handler of its own, in its main thread alone, since signals reach no other. Of many processes any
-    may be told; JAX then agrees on one step for all, for which each must ask at every step.
+    A process that runs alone installs a signal handler, which Python allows only in the main thread. Of several
+    processes, any may receive the signal. JAX then chooses one step for all, so each must call the function at every
+    step.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point

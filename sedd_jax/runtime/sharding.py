@@ -1,7 +1,7 @@
-"""The device mesh and the one table that says how every array lies on it.
+"""The device mesh, and the table of rules that shards every array over it.
 
-Axes: "data" (copies of the model), "fsdp" (the model's arrays are split and gathered where they are used) and "tensor"
-(heads, MLP columns and vocabulary are split). A batch is split over data and fsdp together.
+Axes: "data" (copies of the model), "fsdp" (the model's arrays are split, and gathered where they are used) and "tensor"
+(attention heads, MLP columns and the vocabulary are split). A batch is split over "data" and "fsdp" together.
 """
 
 import dataclasses
@@ -14,11 +14,13 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sedd_jax.runtime import errors
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Path of a parameter -> axes of its last dimensions. EMA and Adam moments carry the same paths inside theirs. The
-# leading axis of everything under "blocks" is the layer and is never split.
+# Pattern of a parameter's path -> mesh axes of its last dimensions. The paths of the EMA and the Adam moments contain
+# that of their parameter. Arrays under "blocks" have a leading layer axis, which is never split.
 RULES = (
     (r"embedding$", ("tensor", "fsdp")),
     (r"head_kernel$", ("fsdp", "tensor")),
@@ -35,12 +37,12 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis.
+    """Number of devices along each mesh axis.
 
     Attributes:
-        data: copies of the model; -1 takes what the others leave.
-        fsdp: parts the model's arrays are split into, gathered where they are used.
-        tensor: parts that heads, MLP columns and vocabulary are split into.
+        data: copies of the model; -1 uses the devices that the other axes leave.
+        fsdp: parts into which the model's arrays are split; they are gathered where they are used.
+        tensor: parts into which attention heads, MLP columns and the vocabulary are split.
     """
 
     data: int = -1
@@ -49,30 +51,36 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of all devices (or of those given) in the shape the config asks for.
+    """The mesh of all devices, or of those given, in the shape that the config asks for.
 
     Raises:
-        ValueError: where the sizes do not multiply to the number of devices.
+        errors.UserError: if a size is not positive, or the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"mesh sizes (data, fsdp, tensor) = {tuple(sizes)} must be positive, with at most one -1")
+    for axis, size in zip(AXES, sizes, strict=True):
+        if size < 1 and (size != -1 or sizes.count(-1) > 1):
+            raise errors.UserError(
+                "must be positive, or -1 for at most one axis", field=f"config.mesh.{axis}", value=size
+            )
     known = math.prod(size for size in sizes if size != -1)
     shape = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(shape) != len(devices):
-        raise ValueError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} does not fill {len(devices)} devices: set mesh.data=-1 or "
-            "change a size"
+        raise errors.UserError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} does not fill {len(devices)} devices",
+            remedy=f"set {errors.name('config.mesh.data')}=-1 or change a size",
         )
     axis_types = (AxisType.Auto,) * 3
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices == 1:
         return jax.make_mesh(tuple(shape), AXES, axis_types=axis_types, devices=devices)
-    # Only gradients cross the slow network between slices: each holds whole copies of the model.
+    # Each slice holds whole copies of the model, so only gradients cross the slow network between slices.
     if shape[0] % num_slices:
-        raise ValueError(
-            f"mesh.data={shape[0]} must be divisible by the {num_slices} slices: make fsdp x tensor fit into one"
+        raise errors.UserError(
+            f"must be divisible by the {num_slices} slices",
+            field="config.mesh.data",
+            value=shape[0],
+            remedy="make fsdp x tensor fit into one slice",
         )
     within = (shape[0] // num_slices, *shape[1:])
     grid = mesh_utils.create_hybrid_device_mesh(within, (num_slices, 1, 1), devices)
@@ -80,10 +88,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """The sharding of every leaf of params, EMA, optimizer state or a whole train state.
+    """The sharding of every leaf of a tree: parameters, EMA, optimizer state or a whole train state.
 
     Raises:
-        ValueError: where no rule matches a leaf's path.
+        ValueError: if no rule matches a leaf's path.
     """
 
     def leaf_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -97,7 +105,7 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def shapes_on(mesh: Mesh, tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of arrays or shapes, laid out on the mesh by the rules."""
+    """Shapes, dtypes and shardings of a tree of arrays or shapes, sharded over the mesh by the rules."""
     return jax.tree.map(
         lambda leaf, spread: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread),
         tree,
@@ -106,20 +114,21 @@ def shapes_on(mesh: Mesh, tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh, batch_axis: int = 0) -> NamedSharding:
-    """The sharding of an array whose given axis is the batch."""
+    """The sharding of an array whose axis `batch_axis` is the batch."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * batch_axis, BATCH_AXES))
 
 
 def num_batch_devices() -> int:
-    """Devices over which the current mesh splits a batch; 1 without a mesh."""
+    """Number of devices over which the current mesh splits a batch; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an intermediate array to the current mesh, "batch" meaning the batch axes.
+    """Constrains the sharding of an intermediate array on the current mesh; "batch" stands for the batch axes.
 
-    Without a mesh it is x, and a batch that the devices do not divide (a few samples on many devices) is not pinned.
+    Without a mesh, x is returned as it is. So it is if the devices do not divide the batch (a few samples on many
+    devices).
     """
     if jax.sharding.get_abstract_mesh().empty or (
         "batch" in axes and x.shape[axes.index("batch")] % num_batch_devices()
@@ -130,14 +139,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """Pins an intermediate array to be whole on every device of the current mesh."""
+    """Constrains an intermediate array to be replicated on every device of the current mesh."""
     return constrain(x, *(None,) * x.ndim)
 
 
 def mapped_axes(batch_size: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes of the current mesh that `per_device` splits a batch and a vocabulary over; none without a mesh.
+    """The mesh axes over which `per_device` splits a batch, and those for a vocabulary; empty without a mesh.
 
-    A batch that the devices do not divide is whole on all of them; `jax.export` may give a symbol for its size.
+    A batch that the devices do not divide is replicated. `jax.export` may pass a symbol as the batch size.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -146,18 +155,24 @@ def mapped_axes(batch_size: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def axis_size(axes: tuple[str, ...]) -> int:
-    """Devices along axes of the current mesh together."""
+    """Number of devices along these axes of the current mesh together."""
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
 
 
 def per_device(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """fn on each device's part of its arguments, free to name axes of the current mesh; without a mesh, fn itself."""
+    """A function that runs fn on each device's shard of the arguments (`jax.shard_map`); fn itself without a mesh.
+
+    fn may use the axes of the current mesh by name.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return fn
     return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def platform() -> str:
-    """What the program is compiled for, cpu, gpu or tpu: the current mesh's, which need not be this machine's."""
+    """The platform that the program is compiled for: "cpu", "gpu" or "tpu".
+
+    It is that of the current mesh, whose devices may not be on this machine.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform

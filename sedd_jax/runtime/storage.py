@@ -1,7 +1,7 @@
 """Run directories in a Google Cloud Storage bucket, gs://BUCKET/RUN.
 
-A program works on a local copy in the user's cache, and brings into the bucket what it writes there. Only checkpoints
-go to the bucket and back directly.
+A program works on a local copy in the user's cache, and uploads what it writes there. Only checkpoints are written to
+the bucket and read from it directly.
 """
 
 import contextlib
@@ -14,19 +14,19 @@ from typing import Any
 import jax
 from etils import epath
 
-from sedd_jax.runtime import hosts
+from sedd_jax.runtime import errors, hosts
 
 Directory = pathlib.Path | epath.Path
 CHECKPOINTS = "checkpoints"
-_LAST = ("config.json", "header.json")  # What makes a directory a run's, or prepared text, is written last.
-_sent: dict[pathlib.Path, tuple[int, int]] = {}  # Size and time of each local file as the bucket has it.
+_LAST = ("config.json", "header.json")  # These mark a run or prepared text as complete, so they are written last.
+_sent: dict[pathlib.Path, tuple[int, int]] = {}  # Size and time of each local file as it is in the bucket.
 
 
 def directory(name: str) -> Directory:
-    """The directory of a name, gs:// or local.
+    """The directory with this name, local or gs://.
 
     Raises:
-        ImportError: where gs:// is asked for without gcsfs.
+        errors.UserError: if it is in a bucket and gcsfs is not installed.
     """
     if not name.startswith("gs://"):
         return pathlib.Path(name)
@@ -34,8 +34,8 @@ def directory(name: str) -> Directory:
         import fsspec
         import gcsfs  # noqa: F401, which fsspec finds
     except ImportError as error:
-        raise ImportError(f"{name} needs gcsfs: pip install 'sedd_jax[gcs]'") from error
-    # What other processes write must be seen.
+        raise errors.UserError(f"{name} needs gcsfs", remedy="pip install 'sedd_jax[gcs]'") from error
+    # A cached listing would hide files that other processes write.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(name.rstrip("/"))
 
@@ -46,7 +46,7 @@ def is_remote(place: Directory) -> bool:
 
 
 def local_copy(place: Directory) -> pathlib.Path:
-    """Where this process works on a directory: the place itself where it is local."""
+    """The local directory in which this process works on a directory: the same one if it is local."""
     if isinstance(place, pathlib.Path):
         return place
     name = f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:12]}-{jax.process_index()}"
@@ -54,7 +54,7 @@ def local_copy(place: Directory) -> pathlib.Path:
 
 
 def holds(place: Directory, name: str) -> bool:
-    """Whether a directory has a file or directory of this name."""
+    """Whether a directory contains a file or directory of this name."""
     if not is_remote(place):
         return (place / name).exists()
     with _bucket(place) as bucket:
@@ -62,13 +62,16 @@ def holds(place: Directory, name: str) -> bool:
 
 
 def clear(place: Directory) -> None:
-    """Removes the local copy of a directory in a bucket."""
+    """Deletes the local copy of a directory in a bucket."""
     if is_remote(place):
         shutil.rmtree(local_copy(place), ignore_errors=True)
 
 
 def download(place: Directory, *names: str) -> None:
-    """Brings files and directories of a bucket into the local copy; packed text only where it is another one there."""
+    """Downloads files and directories of a bucket into the local copy.
+
+    A directory of packed text is skipped if the local copy has the same header.json.
+    """
     if not is_remote(place):
         return
     local = local_copy(place)
@@ -85,9 +88,9 @@ def download(place: Directory, *names: str) -> None:
 
 
 def upload(place: Directory, *patterns: str) -> None:
-    """Brings files of the local copy that have changed into the bucket: all, or those that match.
+    """Uploads files of the local copy that have changed: all of them, or those that match a pattern.
 
-    Name what this program has written: the rest of the copy may be older than what the bucket holds.
+    Pass patterns for what this program has written. The rest of the copy may be older than the bucket.
     """
     if not is_remote(place):
         return
@@ -102,7 +105,7 @@ def upload(place: Directory, *patterns: str) -> None:
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """Bytes [start, stop) of files in a bucket, all of them asked for at once."""
+    """Bytes [start, stop) of each file in a bucket, all requested at once."""
     if not ranges:
         return []
     files, starts, stops = zip(*ranges, strict=True)
@@ -112,14 +115,14 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
 
 @contextlib.contextmanager
 def new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A local directory beside `final` that takes its name on success and vanishes on failure."""
+    """A temporary local directory beside `final`, renamed to `final` on success and deleted on failure."""
     partial = final.parent / f".{final.name}.partial"
     try:
         if partial.exists():
-            shutil.rmtree(partial)  # What a kill has left.
+            shutil.rmtree(partial)  # Left by a process that was killed.
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"cannot write to {final}: {error.strerror}; use another directory") from error
+        raise errors.UserError(f"cannot write to {final} ({error.strerror})", remedy="use another directory") from error
     try:
         yield partial
         partial.rename(final)
@@ -130,7 +133,7 @@ def new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _bucket(place: Directory) -> Iterator[Any]:
-    """The file system of buckets, whose failures name the directory."""
+    """The file system of buckets. Any failure becomes an OSError that names the directory."""
     import fsspec
 
     try:

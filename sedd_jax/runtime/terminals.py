@@ -1,21 +1,21 @@
-"""Watching what takes long, in a terminal or a log: text being denoised, text being prepared."""
+"""Progress of long work, in a terminal or a log: text being denoised, text being prepared."""
 
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 
-# (steps taken, all of them, the texts so far)
+# Called with the steps taken, the number of steps, and a function that returns the texts so far.
 Watch = Callable[[int, int, Callable[[], list[str]]], None]
 SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextlib.contextmanager
 def watcher(*, shows_text: bool) -> Iterator[Watch]:
-    """What `generate.draw_samples` calls as it goes, written to standard error.
+    """A callback for `generate.draw_samples` that shows its progress on standard error.
 
-    In a terminal a progress bar, or with `shows_text` the text redrawn in place; without one a line now and then, or
-    all texts every time.
+    A terminal shows a progress bar, or with `shows_text` the texts, redrawn in place. Otherwise a line is written at
+    most every 30 seconds, or with `shows_text` all texts at every call.
     """
     if sys.stderr.isatty():
         yield from _redrawn(shows_text)
@@ -59,7 +59,10 @@ def _line_now_and_then() -> Watch:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, float, int], None]]:
-    """What is called with a part's name, the share of it that is done and its tokens: a bar, or a line now and then."""
+    """A callback that shows the progress of each part: its name, the fraction done and the number of tokens.
+
+    A terminal shows a bar for each part. Otherwise a line is written at most every 30 seconds.
+    """
     if sys.stderr.isatty():
         yield from _bars()
     else:

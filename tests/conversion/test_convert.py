@@ -1,4 +1,4 @@
-"""Checkpoints in and out, what proves them, and broken ones refused."""
+"""Conversion in both directions, its verification, and errors for broken checkpoints."""
 
 import dataclasses
 import importlib.util
@@ -22,6 +22,7 @@ from sedd_jax import runs
 from sedd_jax.conversion import convert, torch_model, torch_weights
 from sedd_jax.data import tokenizers
 from sedd_jax.model import networks, optimizers, score_heads, train_state
+from sedd_jax.runtime import errors
 from tests.support import foreign, places
 
 GOLDEN = places.GOLDEN
@@ -46,7 +47,7 @@ def test_a_published_directory_comes_back_bit_for_bit(name, tmp_path):
         np.testing.assert_array_equal(value, after[tensor])
     old, new = (json.loads((path / "config.json").read_text()) for path in (source, back))
     assert new["tokens"] == old["tokens"]
-    assert new["noise"].pop("eps") == 1e-3  # Which the published program has no field for.
+    assert new["noise"].pop("eps") == 1e-3  # The published program has no field for it.
     for section in ("graph", "noise", "training", "optim"):
         assert new[section].items() <= old[section].items()
     assert {**old["model"], "name": new["model"]["name"]} == new["model"]
@@ -94,13 +95,13 @@ def truncate(path):
         (lambda path: edit(path, lambda t: t.update(extra=np.zeros(1))), r"unknown \['extra'\]"),
         (
             lambda path: edit(path, lambda t: t.update({"output_layer.linear.bias": np.zeros(28, np.float32)})),
-            r"output_layer.linear.bias has shape \(28,\), but the config means \(27,\)",
+            r"output_layer.linear.bias has shape \(28,\), but the config implies \(27,\)",
         ),
         (
             lambda path: edit(path, lambda t: t["vocab_embed.embedding"].fill(np.nan)),
             "vocab_embed.embedding holds values that are not finite",
         ),
-        (lambda path: edit_config(path, lambda c: c.update(tokens=25)), "but the config means"),
+        (lambda path: edit_config(path, lambda c: c.update(tokens=25)), "but the config implies"),
         (lambda path: edit_config(path, lambda c: c.update(tokens="26")), "tokens='26'"),
         (lambda path: edit_config(path, lambda c: c["model"].pop("n_heads")), "has no model.n_heads"),
         (
@@ -111,7 +112,7 @@ def truncate(path):
         (lambda path: (path / "config.json").unlink(), "config.json is missing"),
         (
             lambda path: (path / "model.safetensors").unlink(),
-            "is no checkpoint: give a run directory, one with config.json and",
+            "is not a checkpoint: give a run directory, a directory with config.json and",
         ),
     ],
 )
@@ -124,7 +125,9 @@ def test_broken_directories_are_refused_and_nothing_is_written(published, tmp_pa
 
 
 def test_a_tokenizer_of_another_size_is_refused(published, tmp_path):
-    with pytest.raises(ValueError, match="text8 has 27 tokens, the checkpoint 26: give its own, as --tokenizer"):
+    with pytest.raises(
+        ValueError, match="tokenizer=text8 has 27 tokens, but the checkpoint has 26: give the tokenizer"
+    ):
         convert.convert(published, tmp_path / "run", tokenizer="text8")
 
 
@@ -210,7 +213,7 @@ def test_half_precision_rounds_weights_alone(make_run, tmp_path, dtype):
         assert x.dtype == (np.float32 if name == torch_weights.ROTARY else jnp.dtype(dtype))
         np.testing.assert_array_equal(x, expected[name].astype(x.dtype), name)
     convert.convert(tmp_path / "out", tmp_path / "back")
-    # Padding has no place there; the rest comes back as it was rounded.
+    # The padding is not saved. All other values come back as they were rounded.
     back = torch_weights.to_torch(runs.load(tmp_path / "back").ema_params()[1], run.network)
     for name, x in load(tmp_path / "out").items():
         np.testing.assert_array_equal(back[name], x.astype(np.float32), name)
@@ -218,7 +221,7 @@ def test_half_precision_rounds_weights_alone(make_run, tmp_path, dtype):
 
 def test_values_that_half_precision_does_not_hold_are_named(published, tmp_path):
     edit(published, lambda t: t["output_layer.linear.bias"].fill(1e6))
-    with pytest.raises(ValueError, match=r"--dtype=float16 cannot hold the values of output_layer\.linear\.bias"):
+    with pytest.raises(ValueError, match=r"dtype=float16 cannot hold the values of output_layer\.linear\.bias"):
         convert.convert(published, tmp_path / "out", to_format="torch", dtype="float16")
     assert not (tmp_path / "out").exists()
 
@@ -234,7 +237,9 @@ def test_networks_that_disagree_are_not_written(published, tmp_path, monkeypatch
         return params
 
     monkeypatch.setattr(torch_weights, "arrange", wrong)
-    with pytest.raises(ValueError, match=r"logits of PyTorch and JAX differ by .* nothing was written") as caught:
+    with pytest.raises(
+        ValueError, match=r"logits of PyTorch and JAX differ by .* nothing was written: verify=false writes"
+    ) as caught:
         convert.convert(published, tmp_path / "out", to_format=to_format)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
@@ -244,7 +249,7 @@ def test_networks_that_disagree_are_not_written(published, tmp_path, monkeypatch
 def test_without_torch_nothing_is_verified(published, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
-    with pytest.raises(ImportError, match="--verify runs the network in PyTorch: pip install torch"):
+    with pytest.raises(errors.UserError, match="verify runs the network in PyTorch: pip install torch"):
         convert.convert(published, tmp_path / "out", verify=True)
     result = convert.convert(published, tmp_path / "out")
     assert "not verified: install torch" in convert.describe(result)
@@ -253,7 +258,7 @@ def test_without_torch_nothing_is_verified(published, tmp_path, monkeypatch):
 def test_without_flatbuffers_the_score_function_is_refused(tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "flatbuffers" else find_spec(name))
-    with pytest.raises(ImportError, match="pip install flatbuffers"):
+    with pytest.raises(errors.UserError, match=r"to_format=stablehlo .*: pip install flatbuffers"):
         convert.convert(GOLDEN / "model_absorb_a", tmp_path / "out", to_format="stablehlo")
     assert not list(tmp_path.iterdir())
 
@@ -272,7 +277,7 @@ def test_safetensors_need_no_torch_and_pickles_say_that_they_do(published, tmp_p
 import importlib.util, pathlib
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
-from sedd_jax import cli
+from sedd_jax.cli import main as cli
 assert cli.main(["convert", "--from=published", "--to=run"]) == 0
 assert cli.main(["convert", "--from=run", "--to=back"]) == 0
 assert cli.main(["convert", "--from=x.ckpt", "--to=other"]) == 1
@@ -280,7 +285,7 @@ assert cli.main(["convert", "--from=x.ckpt", "--to=other"]) == 1
     done = run_python(code, "torch", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1].endswith(
-        "is a pickle, which takes torch to read: pip install torch, or use safetensors"
+        "is a pickle, and reading it needs torch: pip install torch, or use safetensors"
     )
     np.testing.assert_equal(load(tmp_path / "back"), load(published))
 
@@ -318,7 +323,7 @@ np.save("../out.npy", score.call(tensors, given["x"].astype(np.int32), given["si
     assert done.stdout.startswith("(2, 24, 27) [")
     expected = golden("model_absorb_a_io.npz")["log_score"]
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=1e-5, atol=5e-6)
-    # The directory is a published one, too.
+    # The directory has the published layout, too.
     np.testing.assert_equal(load(tmp_path / "out"), load(GOLDEN / "model_absorb_a"))
 
 
@@ -335,14 +340,14 @@ def test_what_the_published_program_does_not_know_is_refused(make_run, tmp_path,
 
 def test_a_run_is_a_run_already(make_run, tmp_path):
     make_run()
-    with pytest.raises(ValueError, match=r"--to_format=jax: .*/run is a run directory already"):
+    with pytest.raises(ValueError, match=r"to_format=jax makes a run directory, and .*/run is one already: choose"):
         convert.convert(tmp_path / "run", tmp_path / "out", to_format="jax")
 
 
 def test_a_mask_inside_the_vocabulary_is_refused(make_run, tmp_path):
     (tmp_path / "pieces.txt").write_text("[UNK]\n[SEP]\n[MASK]\na")
     make_run(tokenizers.build(f"wordpiece:{tmp_path / 'pieces.txt'}", lambda: ()))
-    with pytest.raises(ValueError, match="has its mask at id 2: the published layout knows only the last id"):
+    with pytest.raises(ValueError, match="has its mask at id 2: the published layout supports only the last id"):
         convert.convert(tmp_path / "run", tmp_path / "out")
 
 
@@ -353,16 +358,16 @@ def test_a_checkpoint_of_mdlm_becomes_a_run(tmp_path):
     assert result["largest_difference"] < 1e-5
     run = runs.load(tmp_path / "run")
     assert run.network.normalize
-    # Scores out of the mask are the law of x0 over e^sigma - 1, whatever noise the network is told.
-    _, params = run.ema_params()
+    # Scores at a mask are the distribution of x0 divided by e^sigma - 1, at any noise level.
+    _, params = run.params("ema_params")
     xt, sigma = jnp.full((2, 24), 26), jnp.array([0.1, 3.0])
     features = networks.apply(networks.Model(run.network, params), xt, sigma)
     score = np.exp(score_heads.log_score(networks.Model(run.network, params), features, xt, sigma))[..., :26]
-    law = score * np.expm1(np.asarray(sigma))[:, None, None]
-    np.testing.assert_allclose(law[0], law[1], rtol=1e-4)
+    predicted = score * np.expm1(np.asarray(sigma))[:, None, None]
+    np.testing.assert_allclose(predicted[0], predicted[1], rtol=1e-4)
     with torch.inference_mode():
         z = model.output_layer.linear(model.features(torch.full((1, 24), 26), torch.zeros(1)))[..., :26]
-    np.testing.assert_allclose(law[0], z.softmax(-1)[0], rtol=1e-4)
+    np.testing.assert_allclose(predicted[0], z.softmax(-1)[0], rtol=1e-4)
 
 
 def test_tokens_of_an_unknown_order_are_asked_for(tmp_path):
@@ -370,7 +375,7 @@ def test_tokens_of_an_unknown_order_are_asked_for(tmp_path):
     config = foreign.mdlm_config(data={"tokenizer_name_or_path": "bert-base-uncased"})
     source = foreign.write_lightning(tmp_path / "x.ckpt", model, config)
     with pytest.raises(
-        ValueError, match="tokens of bert-base-uncased, whose mask may be any of them: give --tokenizer"
+        ValueError, match="with the tokenizer bert-base-uncased, and does not say which id is the mask: give tokenizer"
     ):
         convert.convert(source, tmp_path / "run")
     convert.convert(source, tmp_path / "run", tokenizer="ids:26")
@@ -379,17 +384,20 @@ def test_tokens_of_an_unknown_order_are_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"weights": "best"}, "--weights=best is unknown: choose one of ema, raw"),
-        ({"dtype": "int8"}, "--dtype=int8 is unknown: choose one of float32, bfloat16, float16"),
-        ({"to_format": "onnx"}, "--to_format=onnx is unknown: choose one of torch, jax, stablehlo"),
-        ({"dtype": "bfloat16"}, "--dtype=bfloat16 is for tensors of PyTorch"),
-        ({"step": 3}, "--step=3 is for run directories"),
-        ({"source": pathlib.Path("nowhere/at/all")}, "--from=nowhere/at/all does not exist"),
-        ({"source": pathlib.Path("nowhere.ckpt")}, "--from=nowhere.ckpt does not exist"),
-        ({"target": GOLDEN}, "exists: use another --to"),
+        ({"weights": "best"}, "weights=best is unknown: choose one of ema, raw"),
+        ({"dtype": "int8"}, "dtype=int8 is unknown: choose one of float32, bfloat16, float16"),
+        ({"to_format": "onnx"}, "to_format=onnx is unknown: choose one of torch, jax, stablehlo"),
+        (
+            {"dtype": "bfloat16"},
+            "dtype=bfloat16 is for PyTorch tensors, and a run directory holds float32: leave it out",
+        ),
+        ({"step": 3}, "step=3 selects a checkpoint of a run directory: give the file"),
+        ({"source": pathlib.Path("nowhere/at/all")}, "from=nowhere/at/all does not exist"),
+        ({"source": pathlib.Path("nowhere.ckpt")}, "from=nowhere.ckpt does not exist"),
+        ({"target": GOLDEN}, "exists: use another to"),
     ],
 )
-def test_impossible_wishes_are_refused(tmp_path, given, message):
+def test_impossible_arguments_are_refused(tmp_path, given, message):
     arguments = {"source": GOLDEN / "model_absorb_a", "target": tmp_path / "run"} | given
     with pytest.raises(ValueError, match=message):
         convert.convert(**arguments)

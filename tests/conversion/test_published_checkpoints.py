@@ -1,4 +1,4 @@
-"""Checkpoints of the published program, of MDLM's and of the Hub: the right weights, whatever keeps them."""
+"""Readers of other programs' checkpoints: every layout gives the right weights, and damaged files are named."""
 
 import http.server
 import json
@@ -38,7 +38,7 @@ def training(tmp_path, model):
         (root / directory).mkdir(parents=True)
     config = goldens.load("model_absorb_a/config.json") | {"hydra_only": "${model.length}"}
     text = yaml.safe_dump(config).replace("0.0001", "1e-4")
-    assert yaml.safe_load(text)["noise"]["sigma_min"] == "1e-4"  # What YAML 1.1 makes of it, and OmegaConf does not.
+    assert yaml.safe_load(text)["noise"]["sigma_min"] == "1e-4"  # YAML 1.1 reads it as text, OmegaConf as a number.
     (root / ".hydra" / "config.yaml").write_text(text)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.zeros(1, 24, dtype=torch.int64), torch.ones(1)).sum().backward()
@@ -100,8 +100,8 @@ def test_a_directory_of_mdlm(tmp_path, model):
         np.testing.assert_array_equal(found.tensors[name], parameter.detach(), name)
 
 
-def test_mdlm_means_the_law_of_x0(tmp_path, model):
-    """Bounds of a converted network are MDLM's objective, written out: -log softmax(z without the mask)[x0] / t."""
+def test_mdlm_predicts_the_distribution_of_x0(tmp_path, model):
+    """Bounds of a converted network equal MDLM's objective: -log softmax(z without the mask)[x0] / t at each mask."""
     found = read(foreign.write_lightning(tmp_path / "x.ckpt", model, foreign.mdlm_config()), "raw")
     network = found.config.network
     network = networks.NetworkConfig(
@@ -133,7 +133,7 @@ def test_mdlm_means_the_law_of_x0(tmp_path, model):
     np.testing.assert_allclose(bounds.cross_entropy, expected, rtol=1e-5)
 
 
-def test_a_network_without_noise_takes_every_noise_for_zero(model):
+def test_a_network_without_noise_treats_every_noise_level_as_zero(model):
     config, _, _ = goldens.model("absorb_a")
     tensors = {name: x.numpy() for name, x in model.state_dict().items()}
     params = torch_weights.from_torch(torch_weights.without_noise(tensors), config)
@@ -156,7 +156,7 @@ def change(path, **changed):
         ({"ema": {"shadow_params": [torch.ones(2)]}}, "a moving average of 1 tensors for 30 parameters"),
         ({"ema": {"shadow_params": 3}}, "a moving average of int tensors"),
         ({"ema": {"shadow_params": ["x"] * 30}}, "holds no state_dict"),
-        ({"ema": {"shadow_params": [torch.ones(2)] * 30}}, r"has shape \(2,\), but the config means"),
+        ({"ema": {"shadow_params": [torch.ones(2)] * 30}}, r"has shape \(2,\), but the config implies"),
         ({"model": {"a": torch.ones(1)}}, r"unknown \['a'\]"),
         ({"model": [1]}, "holds no state_dict"),
         ({"step": "many"}, "step='many'"),
@@ -196,7 +196,7 @@ def test_a_file_without_its_config_is_named(training):
     [
         (
             {"parameterization": "d3pm"},
-            "has parameterization='d3pm': it can be converted where that is 'sedd' or 'subs'",
+            "has parameterization='d3pm': only 'sedd' or 'subs' can be converted",
         ),
         ({"backbone": "dimamba"}, "has backbone='dimamba'"),
         ({"diffusion": "uniform"}, "has diffusion='uniform'"),
@@ -227,12 +227,12 @@ def test_other_lightning_checkpoints_are_refused(tmp_path, model, changed, messa
 
 
 def test_one_set_of_weights_is_not_raw():
-    with pytest.raises(ValueError, match="--weights=raw"):
+    with pytest.raises(ValueError, match=r"weights=raw is not in .*: give weights=ema"):
         read(GOLDEN, "raw")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as `snapshot_download` asks for: one model, its list of files, the files."""
+    """A fake Hub with what `snapshot_download` requests: one model, its list of files, and the files."""
 
     revision = "0" * 40
 
@@ -269,7 +269,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
-    """`sedd convert` beside a Hub of one model."""
+    """A function that runs `sedd convert` with a fake Hub of one model."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -298,7 +298,7 @@ def test_a_model_of_the_hub(hub, tmp_path):
 def test_a_model_that_the_hub_does_not_have(hub, tmp_path):
     done = hub("owner/other")
     assert done.returncode == 1
-    assert "owner/other is not here, and the Hub did not give it" in done.stderr.splitlines()[-1]
+    assert "owner/other is not a local path, and the download from the Hub failed" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 

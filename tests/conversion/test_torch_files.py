@@ -1,4 +1,4 @@
-"""Files of PyTorch programs: every form is read, nothing in them runs, and what is wrong is named."""
+"""Files of PyTorch programs: every format is read, nothing in them is executed, and errors name the file."""
 
 import collections
 import json
@@ -100,7 +100,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, function, as_zip):
 
 
 def test_libraries_in_a_pickle_stay_out_of_this_process(tmp_path):
-    """A name of a library that may be replaced is replaced: what it calls there is not called."""
+    """Objects of a known library are replaced, so its functions are not called and it is not imported."""
     path = tmp_path / "x.ckpt"
     config = omegaconf.OmegaConf.create({"a": 1})
     torch.save({"config": config, "call": Runs(omegaconf._utils.get_list_element_type, list)}, path)
@@ -162,16 +162,16 @@ def test_an_index_cannot_leave_the_directory(tmp_path, name):
     directory.mkdir()
     safetensors.numpy.save_file(ARRAYS, tmp_path / "outside.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match="not a file beside it: nothing was read"):
+    with pytest.raises(ValueError, match="not a file in its directory, so nothing was read"):
         torch_files.read_weights(directory)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no index"),
-        ("[]", "is no index"),
-        ("{}", "is no index"),
+        ("{", "is not an index"),
+        ("[]", "is not an index"),
+        ("{}", "is not an index"),
         ('{"weight_map": {"a": "b"}}', "b, which is missing"),
     ],
 )

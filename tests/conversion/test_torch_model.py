@@ -1,4 +1,4 @@
-"""The network in PyTorch: recorded scores and steps, exact laws of its samples, and torch alone to run it."""
+"""The network in PyTorch: recorded scores and steps, exact distributions of samples, and no import but torch."""
 
 import ast
 import pathlib
@@ -66,7 +66,7 @@ def test_bfloat16_is_near(model, name, golden):
 
 
 @goldens.cases("sampler.npz", r"^given\..*\.(analytic|denoise)_dist$")
-def test_recorded_laws_of_a_step(entry, golden):
+def test_recorded_distributions_of_a_step(entry, golden):
     _, kind, noise, quantity = entry.name.split(".")
     case = entry.name.rsplit(".", 1)[0]
     xt, t, dt, score = (torch.from_numpy(golden("sampler.npz")[f"{case}.{part}"]) for part in ("x", "t", "dt", "score"))
@@ -77,7 +77,7 @@ def test_recorded_laws_of_a_step(entry, golden):
     others = score.scatter(-1, xt, 0.0)
     delta = (sigma if is_last else sigma - after)[..., None].double()
     if kind == "absorb":
-        # A token that is not the mask stays; the model asks for masks only.
+        # A token other than the mask stays; the model calls this only for masks.
         masked = xt == 9
         jump = torch_model.absorbing_jump(others.sum(-1, keepdim=True), delta, is_last=is_last)
         jump = torch_model.Jump(torch.where(masked, jump.stay, 1.0), jump.slope * masked, jump.offset)
@@ -88,8 +88,8 @@ def test_recorded_laws_of_a_step(entry, golden):
     entry.check(weights / weights.sum(-1, keepdims=True))
 
 
-def test_draws_follow_the_law_at_tiny_odds():
-    """A jump of 1e-8, which float32 noise would never make, and odds of 1e-8 among the tokens of a jump."""
+def test_samples_follow_the_distribution_at_tiny_probabilities():
+    """Positions that change with tiny probability, which float32 noise would never do, and rare new tokens."""
     rows = 2_000_000
     generator = torch.Generator().manual_seed(0)
     tokens = torch.zeros(rows, dtype=torch.int64)
@@ -116,7 +116,7 @@ def test_draws_are_made_in_float64(monkeypatch):
 
 
 class Exact(torch_model.SEDD):
-    """Knows the exact score of a law over two tokens; its features are the two tokens' ids at each of the places."""
+    """A model with the exact score of a distribution over two tokens; features are sequence and position indices."""
 
     def __init__(self, kind):
         noise, schedule = NOISES[kind]
@@ -146,16 +146,16 @@ class Exact(torch_model.SEDD):
 
 
 @pytest.mark.parametrize("kind", sorted(NOISES))
-def test_samples_follow_the_exact_law(kind):
+def test_samples_follow_the_exact_distribution(kind):
     model = Exact(kind)
     tokens = model.sample(20_000, num_steps=4, generator=torch.Generator().manual_seed(1)).numpy()
     assert model.evaluations == 5
-    law = oracles.sampler_law(model.graph, model.schedule, P0, "tweedie", 4).reshape(*[model.num_states] * 2)
+    expected = oracles.sampler_law(model.graph, model.schedule, P0, "tweedie", 4).reshape(*[model.num_states] * 2)
     counts = np.bincount(tokens @ [5, 1], minlength=25)
-    assert oracles.chi_square_p(counts, law[:5, :5].ravel()) > 1e-4
+    assert oracles.chi_square_p(counts, expected[:5, :5].ravel()) > 1e-4
 
 
-def test_infilling_follows_the_conditional_law():
+def test_infilling_follows_the_conditional_distribution():
     model = Exact("absorb")
     given = torch.full((20_000, 2), 3)
     is_given = torch.tensor([[False, True]]).expand(20_000, 2)
@@ -169,7 +169,7 @@ def test_given_tokens_never_change(model):
     generator = torch.Generator().manual_seed(3)
     given = torch.randint(26, (3, 24), generator=generator)
     is_given = torch.rand(3, 24, generator=generator) < 0.5
-    # Masks would rather stay, were it not for the last step, and tokens rather move.
+    # With this bias masks tend to stay until the last step, and tokens tend to change.
     model.output_layer.linear.bias.data += -5 if model.is_absorbing else 5
     tokens = model.sample(num_steps=5, given=given, is_given=is_given, generator=generator)
     assert (tokens[is_given] == given[is_given]).all()

@@ -1,4 +1,4 @@
-"""Published names and layouts: parameter counts of the published sizes, round trips, and refusals."""
+"""Published names and layouts: parameter counts of the published sizes, round trips, and errors."""
 
 import math
 import re

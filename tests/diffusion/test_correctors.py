@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import first_hitting, graphs, noise_schedules, samplers, time_grids
+from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
 from tests.support import oracles
 
 N = 3
@@ -26,34 +26,33 @@ def law_after(kind, sampler, corrector_steps):
     sigmas = [float(NOISE.sigma(jnp.float32(t))) for t in TIMES]
     p = oracles.marginal(graph, P0, sigmas[0]).ravel()
     for t, sigma, end, after in zip(TIMES, sigmas, TIMES[1:], sigmas[1:], strict=False):
-        rate = (t - end) * float(NOISE.dsigma_dt(jnp.float32(t)))
-        weights = oracles.step_weights(graph, sampler, oracles.exact_scores(graph, P0, sigma), xs, sigma - after, rate)
         back = np.kron(*(oracles.kernel(graph, sigma - after),) * 2)
-        reachable = np.where(oracles.marginal(graph, P0, sigma).ravel()[:, None, None] > 0, weights, 1.0)
-        p = oracles.step(reachable, p)
+        if sampler == "theta_trapezoidal":
+            take = functools.partial(oracles.trapezoidal_step, graph, P0, sigma=sigma, after=after)
+        else:
+            rate, score = (t - end) * float(NOISE.dsigma_dt(jnp.float32(t))), oracles.exact_scores(graph, P0, sigma)
+            weights = oracles.step_weights(graph, sampler, score, xs, sigma - after, rate)
+            reachable = np.where(oracles.marginal(graph, P0, sigma).ravel()[:, None, None] > 0, weights, 1.0)
+            take = functools.partial(oracles.step, reachable)
+        p = take(p)
         for _ in range(corrector_steps):
-            p = oracles.step(reachable, back @ p)
+            p = take(back @ p)
     exact = oracles.marginal(graph, P0, sigmas[-1]).ravel()
     return p, np.abs(p - exact).sum() / 2
 
 
-@pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
+@pytest.mark.parametrize("sampler", sorted(name for name, one in samplers.SAMPLERS.items() if one.traits.takes_grid))
 @pytest.mark.parametrize("kind", sorted(GRAPHS))
 def test_draws_follow_the_law_by_enumeration(kind, sampler):
-    graph, draws = GRAPHS[kind], 30_000
+    graph, num_draws = GRAPHS[kind], 30_000
     start = oracles.marginal(graph, P0, float(NOISE.sigma(jnp.float32(1.0)))).ravel()
     xs = oracles.states(graph, 2)
-    xt = jnp.asarray(xs[np.random.default_rng(1).choice(len(xs), size=draws, p=start / start.sum())])
+    xt = jnp.asarray(xs[np.random.default_rng(1).choice(len(xs), size=num_draws, p=start / start.sum())])
     given = steps.nothing_given(xt.shape)
-    predict = samplers.predictor(
-        oracles.dense_move(oracles.exact_score_fn(graph, P0)), graph, NOISE, given, sampler=sampler
-    )
-    steps = jax.jit(
-        lambda key, xt: samplers.reverse_steps(
-            key, predict, graph, NOISE, given, xt, 0, STEPS, STEPS, grid=GRID, corrector_steps=2
-        )
-    )
-    counts = np.bincount(np.asarray(steps(jax.random.key(0), xt)) @ [graph.num_states, 1], minlength=len(xs))
+    draws, process = oracles.dense_draws(oracles.exact_score_fn(graph, P0), graph), forward.Process(graph, NOISE)
+    made = samplers.make(sampler, grid=GRID, corrector_steps=2)
+    take = jax.jit(lambda key, xt: oracles.take_steps(key, made, draws, process, given, xt, 0, STEPS, STEPS))
+    counts = np.bincount(np.asarray(take(jax.random.key(0), xt)) @ [graph.num_states, 1], minlength=len(xs))
     law = law_after(kind, sampler, 2)[0]
     assert oracles.chi_square_p(counts, law) > 1e-4
     assert oracles.chi_square_p(counts, law_after(kind, sampler, 0)[0]) < 1e-4
@@ -65,36 +64,40 @@ def test_they_bring_the_law_nearer_to_the_exact_one(kind):
     assert distances[2] < distances[1] < distances[0] * 0.8
 
 
-def test_given_tokens_are_never_taken_back():
-    graph, seen = GRAPHS["absorb"], []
+@pytest.mark.parametrize("name", sorted(samplers.SAMPLERS))
+def test_given_tokens_are_never_taken_back(name):
+    graph, sampler, seen = GRAPHS["absorb"], samplers.make(name, corrector_steps=3), []
     given = steps.Given(jnp.full((50, 3), 2), jnp.tile(jnp.array([[True, False, False]]), (50, 1)))
 
-    def move(key, xt, sigma, is_movable, jump_fn):
-        jax.debug.callback(lambda *x: seen.append([np.asarray(part) for part in x]), xt, is_movable)
-        return oracles.dense_move(lambda xt, _: jnp.full((*xt.shape, N + 1), 1.0))(key, xt, sigma, is_movable, jump_fn)
+    def recorded(fn):
+        def draw(key, what, xt, is_movable, *jump_fn):
+            jax.debug.callback(lambda *x: seen.append([np.asarray(part) for part in x]), xt, is_movable)
+            return fn(key, what, xt, is_movable, *jump_fn)
 
-    predict = samplers.predictor(move, graph, NOISE, given, sampler="tweedie")
-    samplers.reverse_steps(
-        jax.random.key(0), predict, graph, NOISE, given, jnp.full((50, 3), N), 0, 2, 2, corrector_steps=3
-    )
+        return draw
+
+    draws = oracles.dense_draws(lambda xt, _: jnp.full((*xt.shape, N + 1), 1.0), graph)
+    draws = draws._replace(draw_fn=recorded(draws.draw_fn), leap_fn=recorded(draws.leap_fn))
+    process, masks = forward.Process(graph, NOISE), jnp.full((50, 3), N)
+    oracles.take_steps(jax.random.key(0), sampler, draws, process, given, masks, 0, 2, 2)
     jax.effects_barrier()
-    assert len(seen) == 2 * 4
+    evaluations = sampler.traits.evaluations
+    assert len(seen) == 2 * 4 * evaluations
     for xt, is_movable in seen:
         assert (xt[:, 0] == 2).all()
         assert not is_movable[:, 0].any()
-    masks = [(xt == N).sum() for xt, _ in seen]
-    assert masks[5] > 0  # What the step had filled was taken back.
+    num_masks = [(xt == N).sum() for xt, _ in seen]
+    assert num_masks[5 * evaluations] > 0  # What the step had filled was taken back.
 
 
 def test_corrector_steps_of_first_hitting_are_gibbs_steps():
     """Two evaluations' worth of tokens at once, then corrected: nearer to the exact law, by the chain's own law."""
-    graph, draws = GRAPHS["absorb"], 20_000
-    joint = jnp.asarray(P0, jnp.float32)
+    process, num_draws = forward.Process(GRAPHS["absorb"], NOISE), 20_000
+    sampler, joint = samplers.make("first_hitting", corrector_steps=1), jnp.asarray(P0, jnp.float32)
 
-    def move(key, xt, sigma, is_movable, jump_fn):
+    def score_fn(xt, _):
         padded = jnp.pad(joint, ((0, 1), (0, 1))).at[:N, N].set(joint.sum(1)).at[N, :N].set(joint.sum(0))
-        score = jnp.stack([padded[:, xt[:, 1]].T, padded[xt[:, 0]]], axis=1).at[:, :, N].set(0.0)
-        return oracles.dense_move(lambda *_: score)(key, xt, sigma, is_movable, jump_fn)
+        return jnp.stack([padded[:, xt[:, 1]].T, padded[xt[:, 0]]], axis=1).at[:, :, N].set(0.0)
 
     def law(corrector_steps):
         """Both positions from their own laws, then one at random given the other, so many times."""
@@ -105,15 +108,18 @@ def test_corrector_steps_of_first_hitting_are_gibbs_steps():
 
     def drawn(corrector_steps):
         """First both at once, as from `finish`, then steps that begin with nothing to fill but what is taken back."""
-        given = steps.nothing_given((draws, 2))
+        given, draws = steps.nothing_given((num_draws, 2)), oracles.dense_draws(score_fn, process.graph)
         key_pair, key_steps = jax.random.split(jax.random.key(corrector_steps))
-        xt = first_hitting.finish(key_pair, move, graph, NOISE, given, jnp.full((draws, 2), N))
-        course = first_hitting.draw_course(key_steps, graph, NOISE, given)
-        again, steps = jnp.ones(draws, int), jnp.asarray(1)
+
+        def batch(key, xt, iteration):
+            each = lambda value: jnp.full(num_draws, value, jnp.int32)
+            return steps.Batch(given, xt, each(iteration), each(1), sampler.begin(key, process, given))
+
+        masks = jnp.full((num_draws, 2), N)
+        # It has no use for the key of the last evaluation.
+        xt = sampler.finish(key_pair, jax.random.key(9), draws, process, batch(key_pair, masks, 2))
         for number in range(corrector_steps):
-            xt = first_hitting.turn(
-                key_steps, course, jnp.asarray(number), move, graph, given, xt, again, steps, turns=2
-            )
+            xt = sampler.take(key_steps, jnp.asarray(number), draws, process, batch(key_steps, xt, 1))
         return np.bincount(np.asarray(xt) @ [N, 1], minlength=N * N)
 
     for number, other in ((0, 1), (1, 0)):
@@ -125,15 +131,14 @@ def test_corrector_steps_of_first_hitting_are_gibbs_steps():
 def test_first_hitting_takes_each_evaluation_again():
     seen = []
 
-    def recorded(key, xt, sigma, is_movable, jump_fn):
+    def recorded(key, evaluation, xt, is_movable, jump_fn):
         jax.debug.callback(lambda *x: seen.append([np.asarray(part).sum(1) for part in x]), xt == N, is_movable)
         return jnp.where(is_movable, 0, xt)
 
-    graph = GRAPHS["absorb"]
+    process, sampler = forward.Process(GRAPHS["absorb"], NOISE), samplers.make("first_hitting", corrector_steps=1)
+    draws = oracles.dense_draws(lambda xt, _: xt, process.graph)._replace(draw_fn=recorded)
     given = steps.Given(jnp.zeros((2, 8), jnp.int32), jnp.arange(8)[None] >= jnp.array([[8], [3]]))
-    xt = first_hitting.reverse_steps(
-        jax.random.key(0), recorded, graph, NOISE, given, jnp.full((2, 8), N), 0, 3, 3, corrector_steps=1
-    )
+    xt = oracles.take_steps(jax.random.key(0), sampler, draws, process, given, jnp.full((2, 8), N), 0, 3, 3)
     jax.effects_barrier()
     assert ((xt == N).sum(1) == jnp.array([2, 0])).all()
     np.testing.assert_array_equal([masks for masks, _ in seen], [[8, 3], [8, 3], [6, 2], [6, 2], [4, 1], [4, 1]])

@@ -67,17 +67,14 @@ def test_steps_follow_the_definition(kind, strength):
     start = oracles.marginal(graph, p0, NOISE.sigma_max).ravel()
     xs = oracles.states(graph, 2)
     xt = jnp.asarray(xs[np.random.default_rng(1).choice(len(xs), size=num_draws, p=start / start.sum())])
-    after = three_steps(graph, p0, steps.nothing_given(xt.shape))(jax.random.key(0), xt)
+    draws, process = oracles.dense_draws(oracles.exact_score_fn(graph, p0), graph), forward.Process(graph, NOISE)
+    given = steps.nothing_given(xt.shape)
+    after = jax.jit(lambda key, xt: oracles.take_steps(key, SAMPLER, draws, process, given, xt, 0, 3, 3))(
+        jax.random.key(0), xt
+    )
     counts = np.bincount(np.asarray(after) @ [graph.num_states, 1], minlength=len(xs))
     law = law_after(kind, strength, "theta_trapezoidal", 3)[0]
     assert oracles.chi_square_p(counts, law) > 1e-4
-
-
-def three_steps(graph, p0, given):
-    """(key, xt) -> the states after three steps with the exact score."""
-    draws = oracles.dense_draws(oracles.exact_score_fn(graph, p0), graph)
-    process = forward.Process(graph, NOISE)
-    return jax.jit(lambda key, xt: oracles.take_steps(key, SAMPLER, draws, process, given, xt, 0, 3, 3))
 
 
 def test_given_tokens_never_change_and_are_always_seen():

@@ -1,4 +1,4 @@
-"""accelerators: kinds as JAX spells them, numbers that hang together."""
+"""The table of accelerators: device kinds as JAX spells them, and plausible figures."""
 
 import jax
 import pytest
@@ -41,5 +41,5 @@ def test_units_are_flops_and_bytes(kind):
     assert 1e14 <= accelerator.peak_flops < 3e15
     assert 15e9 < accelerator.hbm_bytes < 200e9
     assert 2e11 < accelerator.hbm_bandwidth < 1e13
-    # Operations per byte where a program stops being bound by memory: a slipped power of ten falls out of this range.
+    # FLOPs per byte at which a program is no longer bound by memory. A wrong power of ten falls out of this range.
     assert 100 < accelerator.peak_flops / accelerator.hbm_bandwidth < 1000

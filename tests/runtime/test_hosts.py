@@ -1,4 +1,4 @@
-"""What is asked of the machine, on machines that are made up."""
+"""Settings for the host machine, on fake machines."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ CPUINFO = "processor\t: 0\nmodel name\t: Some CPU 1\nflags\t\t: fpu avx2\n\nproc
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine of files, whose environment is empty; starts of the process are recorded, not done."""
+    """A fake machine made of files, with an empty environment. Restarts are recorded and not done."""
     monkeypatch.setattr(hosts, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(hosts, "HUGE_PAGES", tmp_path / "enabled")
     hosts.CPUINFO.write_text(CPUINFO)

@@ -1,4 +1,4 @@
-"""The mesh, the table of rules, and that what runs on any mesh equals what runs on one device."""
+"""The mesh and the table of rules; results on any mesh equal those on one device."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_every_leaf_of_a_train_state_matches_a_rule(state):
     shardings = sharding.tree_shardings(mesh, state)
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
     jax.tree.map(lambda leaf, spread: spread.shard_shape(leaf.shape), state, shardings)
-    # The average and both moments lie as the parameters do.
+    # The EMA and both Adam moments are sharded like the parameters.
     moments = [
         x for x in jax.tree.leaves(shardings.opt_state, is_leaf=lambda x: isinstance(x, dict)) if isinstance(x, dict)
     ]
@@ -96,7 +96,7 @@ def test_every_leaf_of_a_train_state_matches_a_rule(state):
 
 
 def test_the_large_arrays_are_split(state):
-    """Nothing of the size of a matrix is kept whole on every device."""
+    """No array of the size of a matrix is replicated on all devices."""
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
     for leaf, spread in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(sharding.tree_shardings(mesh, state.params)), strict=True
@@ -113,11 +113,11 @@ def test_an_unknown_leaf_is_refused():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((3, 1, 1), "does not fill 8 devices: set mesh.data=-1"),
+        ((3, 1, 1), "does not fill 8 devices: set config.mesh.data=-1"),
         ((-1, 3, 1), "does not fill 8 devices"),
-        ((-1, -1, 1), "at most one -1"),
-        ((0, 1, 1), "must be positive"),
-        ((-2, 1, 1), "must be positive"),
+        ((-1, -1, 1), "config.mesh.data=-1 must be positive, or -1 for at most one axis"),
+        ((0, 1, 1), "config.mesh.data=0 must be positive"),
+        ((1, -2, 1), "config.mesh.fsdp=-2 must be positive"),
     ],
 )
 def test_wrong_meshes_are_refused(sizes, message):

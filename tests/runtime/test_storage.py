@@ -1,4 +1,4 @@
-"""A run directory in a bucket: what one machine keeps of it never replaces what another has written since."""
+"""A run directory in a bucket: one machine's old local copy never overwrites what another has written since."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def bucket(tmp_path, monkeypatch):
 
 
 def test_keeping_a_result_brings_nothing_else_into_the_bucket(code_run, bucket):
-    """Another machine has gone on with the run, and this one holds what it was before."""
+    """Another machine has continued the run, and this one has an older local copy."""
     place = storage.directory("gs://bucket/run")
     shutil.copytree(code_run, storage.local_copy(place), ignore=shutil.ignore_patterns("checkpoints", "evaluations"))
     storage.upload(place)
@@ -59,7 +59,7 @@ def test_a_download_that_was_stopped_begins_again(bucket, monkeypatch):
         patch.setattr(storage, "_version", stop)
         with pytest.raises(OSError, match="stopped"):
             storage.download(place, "data")
-    # What says that all is there is not.
+    # header.json, which marks the text as complete, is not there.
     assert sorted(path.name for path in (local / "data").iterdir()) == ["test-00000.bin", "train-00000.bin"]
     storage.download(place, "data")
     assert (local / "data" / "header.json").read_text() == "header.json"

@@ -491,7 +491,7 @@ def test_a_port_in_use_is_one_line(server, code_run, capsys):
         (["--host=no.such.name.invalid", "--port=0"], 1, "--host=no.such.name.invalid is no address of this machine"),
         ([f"--host={'a' * 300}", "--port=0"], 1, "is no address of this machine: give one, or a name of it"),
         (["--host=192.0.2.1", "--port=0"], 1, "cannot listen at --host=192.0.2.1 --port=0, "),
-        (["--step=1", "--port=0"], 1, "--step=1: the checkpoints in"),
+        (["--step=1", "--port=0"], 1, "--step=1 has no checkpoint in"),
         (["--prot=1"], 2, "prot"),
     ],
 )
