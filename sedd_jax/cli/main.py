@@ -246,9 +246,10 @@ def convert(argv: list[str]) -> None:
         arguments.print_help(convert, values)
         return
     given = arguments.parse(values, argv, "from", "to")
-    as_json, source, target = given.pop("json"), given.pop("from"), given.pop("to")
+    as_json, source = given.pop("json"), given.pop("from")
     from sedd_jax.conversion import convert as program
 
+    target = program.Target(directory=given.pop("to"), to_format=given.pop("to_format"), dtype=given.pop("dtype"))
     result = program.convert(source, target, **given)
     print(program.describe(result))
     if as_json:

@@ -30,6 +30,23 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a conversion writes.
+
+    Attributes:
+        directory: the directory to make; it must not exist yet.
+        to_format: "torch" writes config.json and model.safetensors for the published program, a model card, and the
+            network in PyTorch. "stablehlo" adds the score function. "jax" writes a run directory. None means "torch"
+            for a run directory and "jax" for any other source.
+        dtype: of the tensors in model.safetensors; a run directory always holds float32.
+    """
+
+    directory: storage.Directory
+    to_format: str | None = None
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """A model that is being converted.
 
@@ -52,11 +69,9 @@ class Model:
 
 def convert(
     source: storage.Directory,
-    target: storage.Directory,
+    target: Target,
     *,
-    to_format: str | None = None,
     weights: str = "ema",
-    dtype: str = "float32",
     step: int | None = None,
     tokenizer: str = "",
     verify: bool | None = None,
@@ -65,12 +80,8 @@ def convert(
 
     Args:
         source: a run directory, a path that `published_checkpoints` reads, or OWNER/NAME on the Hugging Face Hub.
-        target: the directory to make; it must not exist yet.
-        to_format: "torch" writes config.json and model.safetensors for the published program, a model card, and the
-            network in PyTorch. "stablehlo" adds the score function. "jax" writes a run directory. None means "torch"
-            for a run directory and "jax" for any other source.
+        target: what to write, and where.
         weights: "ema" or "raw".
-        dtype: of the tensors in model.safetensors; a run directory always holds float32.
         step: which checkpoint of a run directory; the newest if None.
         tokenizer: a spec as in config.data.tokenizer. By default it is the source's own, or follows from the size of
             the vocabulary.
@@ -84,21 +95,22 @@ def convert(
         errors.UserError: if the source is damaged or of no known layout, the target format cannot hold the model, the
             two networks disagree, or torch is needed but not installed.
     """
-    for field, place in (("from", source), ("to", target)):
+    directory, to_format, dtype = target.directory, target.to_format, target.dtype
+    for field, place in (("from", source), ("to", directory)):
         if not isinstance(place, pathlib.Path):
             raise errors.UserError(
                 "is in a bucket", field=field, value=place, remedy="copy it and give a local directory"
             )
     assert isinstance(source, pathlib.Path)
-    assert isinstance(target, pathlib.Path)
+    assert isinstance(directory, pathlib.Path)
     choices = {"weights": (weights, WEIGHTS), "dtype": (dtype, DTYPES), "to_format": (to_format, (None, *FORMATS))}
     for field, (value, known) in choices.items():
         if value not in known:
             raise errors.UserError(
                 "is unknown", field=field, value=value, remedy=f"choose one of {', '.join(filter(None, known))}"
             )
-    if target.exists():
-        raise errors.UserError("exists", field="to", value=target, remedy=f"use another {errors.name('to')}")
+    if directory.exists():
+        raise errors.UserError("exists", field="to", value=directory, remedy=f"use another {errors.name('to')}")
     has_torch = importlib.util.find_spec("torch") is not None
     if verify and not has_torch:
         raise errors.UserError(
@@ -126,12 +138,12 @@ def convert(
             remedy="leave it out",
         )
     compares = has_torch if verify is None else verify
-    with storage.new_directory(target) as partial:
+    with storage.new_directory(directory) as partial:
         if to_format == "jax":
             compared = _write_run(partial, model, compares)
         else:
             compared = _write_torch(partial, model, dtype, compares, with_stablehlo=to_format == "stablehlo")
-    facts = {"to": str(target), "to_format": to_format, "dtype": dtype, "num_parameters": model.num_parameters}
+    facts = {"to": str(directory), "to_format": to_format, "dtype": dtype, "num_parameters": model.num_parameters}
     found = compared._asdict() if compared else dict.fromkeys(verification.Comparison._fields)
     return model.origin | facts | found
 

@@ -29,6 +29,11 @@ GOLDEN = places.GOLDEN
 MODELS = ("absorb_a", "uniform_a")
 
 
+def run_convert(source, directory, *, to_format=None, dtype="float32", **options):
+    target = convert.Target(directory=directory, to_format=to_format, dtype=dtype)
+    return convert.convert(source, target, **options)
+
+
 @pytest.fixture
 def published(tmp_path):
     directory = tmp_path / "published"
@@ -39,8 +44,8 @@ def published(tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_published_directory_comes_back_bit_for_bit(name, tmp_path):
     source, run, back = GOLDEN / f"model_{name}", tmp_path / "run", tmp_path / "back"
-    convert.convert(source, run)
-    convert.convert(run, back)
+    run_convert(source, run)
+    run_convert(run, back)
     before, after = (safetensors.numpy.load_file(path / "model.safetensors") for path in (source, back))
     assert set(before) == set(after)
     for tensor, value in before.items():
@@ -54,7 +59,7 @@ def test_a_published_directory_comes_back_bit_for_bit(name, tmp_path):
 
 
 def test_a_converted_run_is_a_run(published, tmp_path):
-    convert.convert(published, tmp_path / "run")
+    run_convert(published, tmp_path / "run")
     run = runs.load(tmp_path / "run")
     assert run.graph.num_states == 27
     assert run.network.hidden_size == 64
@@ -119,7 +124,7 @@ def truncate(path):
 def test_broken_directories_are_refused_and_nothing_is_written(published, tmp_path, damage, message):
     damage(published)
     with pytest.raises(ValueError, match=message) as caught:
-        convert.convert(published, tmp_path / "run")
+        run_convert(published, tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
 
@@ -128,7 +133,7 @@ def test_a_tokenizer_of_another_size_is_refused(published, tmp_path):
     with pytest.raises(
         ValueError, match="tokenizer=text8 has 27 tokens, but the checkpoint has 26: give the tokenizer"
     ):
-        convert.convert(published, tmp_path / "run", tokenizer="text8")
+        run_convert(published, tmp_path / "run", tokenizer="text8")
 
 
 @pytest.fixture
@@ -165,7 +170,7 @@ def load(path):
 def test_weights_are_averaged_or_raw(make_run, tmp_path):
     run, state = make_run()
     for weights, params in (("ema", state.ema_params), ("raw", state.params)):
-        result = convert.convert(tmp_path / "run", tmp_path / weights, weights=weights, verify=False)
+        result = run_convert(tmp_path / "run", tmp_path / weights, weights=weights, verify=False)
         assert (result["weights"], result["step"], result["to_format"]) == (weights, 7, "torch")
         expected = torch_weights.to_torch(params, run.network)
         for name, x in load(tmp_path / weights).items():
@@ -174,7 +179,7 @@ def test_weights_are_averaged_or_raw(make_run, tmp_path):
 
 def test_what_is_written_says_where_it_comes_from(make_run, tmp_path):
     run, _ = make_run()
-    result = convert.convert(tmp_path / "run", tmp_path / "out")
+    result = run_convert(tmp_path / "run", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "sedd"
     origin = config["sedd_jax"]
@@ -186,7 +191,7 @@ def test_what_is_written_says_where_it_comes_from(make_run, tmp_path):
     assert result["num_parameters"] == sum(x.size for x in load(tmp_path / "out").values()) - 8  # rotary frequencies
     modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]
-    convert.convert(tmp_path / "out", tmp_path / "back")
+    run_convert(tmp_path / "out", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "origin.json").read_text())["from"] == str(tmp_path / "out")
     assert runs.load(tmp_path / "back").tokenizer == run.tokenizer
 
@@ -196,9 +201,9 @@ def test_a_tokenizer_travels_with_its_file(tmp_path, make_run):
     (tmp_path / "pieces.txt").write_text("\n".join(pieces))
     make_run(tokenizers.build(f"wordpiece:{tmp_path / 'pieces.txt'}", lambda: ()))
     (tmp_path / "pieces.txt").unlink()
-    convert.convert(tmp_path / "run", tmp_path / "out")
+    run_convert(tmp_path / "run", tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "moved")
-    convert.convert(tmp_path / "moved", tmp_path / "back")
+    run_convert(tmp_path / "moved", tmp_path / "back")
     shutil.rmtree(tmp_path / "moved")
     assert runs.load(tmp_path / "back").tokenizer.decode(np.array([2, 3, 4])) == "a b c"
 
@@ -206,13 +211,13 @@ def test_a_tokenizer_travels_with_its_file(tmp_path, make_run):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_rounds_weights_alone(make_run, tmp_path, dtype):
     run, state = make_run()
-    result = convert.convert(tmp_path / "run", tmp_path / "out", dtype=dtype)
+    result = run_convert(tmp_path / "run", tmp_path / "out", dtype=dtype)
     assert result["largest_difference"] < 1e-4 * result["largest_logit"]
     expected = torch_weights.to_torch(state.ema_params, run.network)
     for name, x in load(tmp_path / "out").items():
         assert x.dtype == (np.float32 if name == torch_weights.ROTARY else jnp.dtype(dtype))
         np.testing.assert_array_equal(x, expected[name].astype(x.dtype), name)
-    convert.convert(tmp_path / "out", tmp_path / "back")
+    run_convert(tmp_path / "out", tmp_path / "back")
     # The padding is not saved. All other values come back as they were rounded.
     back = torch_weights.to_torch(runs.load(tmp_path / "back").ema_params()[1], run.network)
     for name, x in load(tmp_path / "out").items():
@@ -222,7 +227,7 @@ def test_half_precision_rounds_weights_alone(make_run, tmp_path, dtype):
 def test_values_that_half_precision_does_not_hold_are_named(published, tmp_path):
     edit(published, lambda t: t["output_layer.linear.bias"].fill(1e6))
     with pytest.raises(ValueError, match=r"dtype=float16 cannot hold the values of output_layer\.linear\.bias"):
-        convert.convert(published, tmp_path / "out", to_format="torch", dtype="float16")
+        run_convert(published, tmp_path / "out", to_format="torch", dtype="float16")
     assert not (tmp_path / "out").exists()
 
 
@@ -240,18 +245,18 @@ def test_networks_that_disagree_are_not_written(published, tmp_path, monkeypatch
     with pytest.raises(
         ValueError, match=r"logits of PyTorch and JAX differ by .* nothing was written: verify=false writes"
     ) as caught:
-        convert.convert(published, tmp_path / "out", to_format=to_format)
+        run_convert(published, tmp_path / "out", to_format=to_format)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
-    assert convert.convert(published, tmp_path / "out", to_format=to_format, verify=False)["largest_difference"] is None
+    assert run_convert(published, tmp_path / "out", to_format=to_format, verify=False)["largest_difference"] is None
 
 
 def test_without_torch_nothing_is_verified(published, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
     with pytest.raises(errors.UserError, match="verify runs the network in PyTorch: pip install torch"):
-        convert.convert(published, tmp_path / "out", verify=True)
-    result = convert.convert(published, tmp_path / "out")
+        run_convert(published, tmp_path / "out", verify=True)
+    result = run_convert(published, tmp_path / "out")
     assert "not verified: install torch" in convert.describe(result)
 
 
@@ -259,7 +264,7 @@ def test_without_flatbuffers_the_score_function_is_refused(tmp_path, monkeypatch
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "flatbuffers" else find_spec(name))
     with pytest.raises(errors.UserError, match=r"to_format=stablehlo .*: pip install flatbuffers"):
-        convert.convert(GOLDEN / "model_absorb_a", tmp_path / "out", to_format="stablehlo")
+        run_convert(GOLDEN / "model_absorb_a", tmp_path / "out", to_format="stablehlo")
     assert not list(tmp_path.iterdir())
 
 
@@ -296,7 +301,7 @@ def code_of(card, heading):
 
 @pytest.mark.parametrize(("name", "spec"), [("absorb_a", "ids:26"), ("uniform_a", "text8")])
 def test_the_card_shows_code_that_runs_with_torch_alone(tmp_path, name, spec):
-    convert.convert(GOLDEN / f"model_{name}", tmp_path / "out", to_format="torch", tokenizer=spec)
+    run_convert(GOLDEN / f"model_{name}", tmp_path / "out", to_format="torch", tokenizer=spec)
     code = code_of((tmp_path / "out" / "README.md").read_text(), "In PyTorch")
     done = run_python(f"\n{code}\nprint(tokens.shape)", "sedd_jax jax safetensors transformers", tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -307,7 +312,7 @@ def test_the_card_shows_code_that_runs_with_torch_alone(tmp_path, name, spec):
 
 
 def test_the_score_function_runs_without_this_package(tmp_path, golden):
-    result = convert.convert(GOLDEN / "model_absorb_a", tmp_path / "out", to_format="stablehlo")
+    result = run_convert(GOLDEN / "model_absorb_a", tmp_path / "out", to_format="stablehlo")
     assert result["largest_difference"] < 1e-5
     np.savez(tmp_path / "in.npz", **{name: golden("model_absorb_a_io.npz")[name] for name in ("x", "sigma")})
     example = (tmp_path / "out" / "example.py").read_text()
@@ -334,27 +339,27 @@ np.save("../out.npy", score.call(tensors, given["x"].astype(np.int32), given["si
 def test_what_the_published_program_does_not_know_is_refused(make_run, tmp_path, network, message):
     make_run(**network)
     with pytest.raises(ValueError, match=message):
-        convert.convert(tmp_path / "run", tmp_path / "out")
+        run_convert(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_is_a_run_already(make_run, tmp_path):
     make_run()
     with pytest.raises(ValueError, match=r"to_format=jax makes a run directory, and .*/run is one already: choose"):
-        convert.convert(tmp_path / "run", tmp_path / "out", to_format="jax")
+        run_convert(tmp_path / "run", tmp_path / "out", to_format="jax")
 
 
 def test_a_mask_inside_the_vocabulary_is_refused(make_run, tmp_path):
     (tmp_path / "pieces.txt").write_text("[UNK]\n[SEP]\n[MASK]\na")
     make_run(tokenizers.build(f"wordpiece:{tmp_path / 'pieces.txt'}", lambda: ()))
     with pytest.raises(ValueError, match="has its mask at id 2: the published layout supports only the last id"):
-        convert.convert(tmp_path / "run", tmp_path / "out")
+        run_convert(tmp_path / "run", tmp_path / "out")
 
 
 def test_a_checkpoint_of_mdlm_becomes_a_run(tmp_path):
     model = torch_model.SEDD.from_pretrained(GOLDEN / "model_absorb_a")
     source = foreign.write_lightning(tmp_path / "x.ckpt", model, foreign.mdlm_config())
-    result = convert.convert(source, tmp_path / "run", weights="raw")
+    result = run_convert(source, tmp_path / "run", weights="raw")
     assert result["largest_difference"] < 1e-5
     run = runs.load(tmp_path / "run")
     assert run.network.normalize
@@ -377,8 +382,8 @@ def test_tokens_of_an_unknown_order_are_asked_for(tmp_path):
     with pytest.raises(
         ValueError, match="with the tokenizer bert-base-uncased, and does not say which id is the mask: give tokenizer"
     ):
-        convert.convert(source, tmp_path / "run")
-    convert.convert(source, tmp_path / "run", tokenizer="ids:26")
+        run_convert(source, tmp_path / "run")
+    run_convert(source, tmp_path / "run", tokenizer="ids:26")
 
 
 @pytest.mark.parametrize(
@@ -394,13 +399,13 @@ def test_tokens_of_an_unknown_order_are_asked_for(tmp_path):
         ({"step": 3}, "step=3 selects a checkpoint of a run directory: give the file"),
         ({"source": pathlib.Path("nowhere/at/all")}, "from=nowhere/at/all does not exist"),
         ({"source": pathlib.Path("nowhere.ckpt")}, "from=nowhere.ckpt does not exist"),
-        ({"target": GOLDEN}, "exists: use another to"),
+        ({"directory": GOLDEN}, "exists: use another to"),
     ],
 )
 def test_impossible_arguments_are_refused(tmp_path, given, message):
-    arguments = {"source": GOLDEN / "model_absorb_a", "target": tmp_path / "run"} | given
+    arguments = {"source": GOLDEN / "model_absorb_a", "directory": tmp_path / "run"} | given
     with pytest.raises(ValueError, match=message):
-        convert.convert(**arguments)
+        run_convert(**arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -410,11 +415,11 @@ def test_a_tokenizer_cannot_leave_the_directory(published, tmp_path, path):
     description = {"kind": "gpt2", "path": path, "sha256": "0" * 64}
     (published / "sedd_tokenizer.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match=r"but its own is gpt2\.tiktoken, beside it"):
-        convert.convert(published, tmp_path / "run")
+        run_convert(published, tmp_path / "run")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"kind": "morse"}', '{"kind": "ids"}', '{"kind": "ids", "size": 3}'])
 def test_a_broken_tokenizer_is_named(published, tmp_path, text):
     (published / "sedd_tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match=r"sedd_tokenizer\.json is damaged|kind='morse' is unknown"):
-        convert.convert(published, tmp_path / "run")
+        run_convert(published, tmp_path / "run")
