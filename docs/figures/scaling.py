@@ -1,8 +1,8 @@
-"""Prints the tables of docs/scaling.md: what `sedd plan` says of training steps on TPU slices.
+"""Prints the tables of docs/scaling.md: what `sedd plan` says about training steps on TPU slices.
 
-pip install -e '.[tpu-plan]' && python docs/scaling.py [TABLE ...]     # no TPU needed
+pip install -e '.[tpu-plan]' && python docs/figures/scaling.py [TABLE ...]     # needs no TPU
 
-`counted` takes seconds. Rows of the others are compiled, 3 to 7 minutes of a core each.
+The table `counted` takes seconds. Each row of the other tables is compiled, which takes one core 3 to 7 minutes.
 """
 
 import os
@@ -20,10 +20,10 @@ from sedd_jax.model import networks
 from sedd_jax.performance import plan
 from sedd_jax.runtime import accelerators
 
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 SHAPES = {"small": (768, 12, 12), "medium": (1024, 24, 16), "1.5k": (1536, 24, 24), "2k": (2048, 24, 32)}
 BLOCKS, ELEMENTWISE = {"network.remat": "blocks"}, {"network.remat": "elementwise"}
-# Config, slices and fields that differ from the config's.
+# Config, slice, and the fields that differ from the config's.
 Row = tuple[str, str, dict[str, Any]]
 COMPILED: dict[str, list[Row]] = {
     "slices": [
@@ -42,7 +42,7 @@ COMPILED: dict[str, list[Row]] = {
 
 
 def compiled(name: str, where: str, fields: dict[str, Any]) -> str:
-    """A row: GiB a device, milliseconds of every term, what a device sends, and what follows."""
+    """A row: GiB a device, milliseconds by unit, GB that a device sends by collective, and tokens/s at best."""
     given = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
     config = configs.parse(configs.merge(configs.flatten(given) | fields))
     count, _, topology = where.rpartition(" x ")
@@ -66,7 +66,7 @@ def compiled(name: str, where: str, fields: dict[str, Any]) -> str:
 
 
 def counted() -> None:
-    """What follows from the shapes alone: weights, FLOPs, state, gradients as they are summed, and v5e's floors."""
+    """Print what follows from the shapes alone: weights, FLOPs, state, bytes of gradients to sum, floors on v5e."""
     chip, batch = accelerators.TPU_V5E, 512 * 1024
     for name in SHAPES:
         network, weights, gradients = shape(name)
@@ -87,7 +87,7 @@ def counted() -> None:
 
 
 def shape(name: str) -> tuple[networks.NetworkConfig, int, float]:
-    """A network, its weights, and bytes of their gradients: those of bfloat16 products are summed in bfloat16."""
+    """A network, its number of weights, and bytes of gradients; those of bfloat16 products are summed in bfloat16."""
     width, layers, heads = SHAPES[name]
     network = networks.NetworkConfig(num_states=50_258, hidden_size=width, num_layers=layers, num_heads=heads)
     tree = jax.eval_shape(lambda: networks.init(jax.random.key(0), network))

@@ -1,6 +1,8 @@
-"""Draws docs/samplers.png: distance to the exact law on a problem that can be enumerated, and quality on trained runs.
+"""Draws docs/figures/samplers.png: error of each sampler on an enumerable problem, and quality on trained runs.
 
-python docs/samplers.py RUN [RUN ...]    # after `sedd eval --curve=nfe:...` of each, once for each variant shown
+python docs/figures/samplers.py RUN [RUN ...]
+
+First run `sedd eval --curve=nfe:5,9,17,33,65` on each run, once for each variant shown.
 """
 
 import itertools
@@ -12,18 +14,21 @@ import numpy as np
 from matplotlib import figure, ticker
 
 HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-import oracles  # noqa: E402
-
-from sedd_jax.diffusion import graphs, noise_schedules, time_grids  # noqa: E402
+sys.path.insert(0, str(HERE.parents[1]))
+from sedd_jax import config as configs  # noqa: E402
+from sedd_jax.diffusion import noise_schedules, time_grids  # noqa: E402
+from tests.support import oracles  # noqa: E402
 
 N, LENGTH = 3, 3
 P0 = np.random.default_rng(0).dirichlet(np.full(N**LENGTH, 0.3)).reshape((N,) * LENGTH) * 0.95 + 0.05 / N**LENGTH
 PROBLEMS = {
-    "absorbing": (graphs.Absorbing(vocab_size=N, mask_id=N), noise_schedules.LogLinear()),
-    "uniform": (graphs.Uniform(vocab_size=N), noise_schedules.Geometric(sigma_max=6.0)),
+    "absorbing": (configs.make_graph(configs.GraphConfig(name="absorb"), N, None), noise_schedules.LogLinear()),
+    "uniform": (
+        configs.make_graph(configs.GraphConfig(name="uniform"), N, None),
+        noise_schedules.Geometric(sigma_max=6.0),
+    ),
 }
-SAMPLERS = ("euler", "tau_leaping", "tweedie", "tweedie, cosine", "tweedie, 1 corrector", "theta_trapezoidal")
+LABELS = ("euler", "tau_leaping", "tweedie", "tweedie, cosine", "tweedie, 1 corrector", "theta_trapezoidal")
 NFES = (3, 5, 9, 17, 33, 65)
 COLORS = {
     "euler": "#868e96",
@@ -41,8 +46,8 @@ COLORS = {
 STYLE = {"marker": "o", "markersize": 4, "linewidth": 1.6}
 
 
-def laws(kind):
-    """(sampler, nfe) -> total variation to the law of the data, by propagation of the whole law in float64."""
+def errors(kind):
+    """sampler -> [(NFE, total variation to the distribution of the data)], by exact propagation in float64."""
     graph, noise = PROBLEMS[kind]
     xs = oracles.states(graph, LENGTH)
     sigma = lambda t: float(-np.log1p(-(1 - 1e-3) * t)) if kind == "absorbing" else 1e-4 ** (1 - t) * 6.0**t
@@ -56,14 +61,14 @@ def laws(kind):
         return np.where(oracles.marginal(graph, P0, sigma(t)).ravel()[:, None, None] > 0, found, 1.0)
 
     def leap(integrated, states):
-        """Laws after leaps from states with rates [S, L, V]."""
+        """Distributions after leaps from the given states, with rates [S, L, V]."""
         rates = np.maximum(integrated, 0) * (1 - np.eye(graph.num_states))[states]
         total = rates.sum(-1, keepdims=True)
         moved = rates * -np.expm1(-total) / np.maximum(total, 1e-300)
         return moved + np.eye(graph.num_states)[states] * np.exp(-total)
 
     def own_rates(s):
-        """Rates in the graph's own time, see `graphs.*.leap_time`."""
+        """Rates in the graph's own time, see `leap_time` of the graph."""
         speed = np.expm1(s) if kind == "absorbing" else 1.0
         return speed * oracles.rate_matrix(graph)[xs] * oracles.exact_scores(graph, P0, s)
 
@@ -83,7 +88,7 @@ def laws(kind):
             after += oracles.step(np.where(q[:, None, None] > 0, to, np.eye(graph.num_states)[xs]), q)
         return after
 
-    def end_law(p):
+    def after_denoising(p):
         score = oracles.exact_scores(graph, P0, sigma(time_grids.T_END))
         final = oracles.step_weights(graph, "tweedie", score, xs, sigma(time_grids.T_END), 0.0)
         if kind == "absorbing":
@@ -93,7 +98,7 @@ def laws(kind):
 
     found = {}
     for nfe in NFES:
-        for label in SAMPLERS:
+        for label in LABELS:
             cost = 2 if label in ("theta_trapezoidal", "tweedie, 1 corrector") else 1
             name, _, variant = label.partition(", ")
             times = time_grids.times("cosine" if variant == "cosine" else "uniform", noise, (nfe - 1) // cost)
@@ -110,17 +115,17 @@ def laws(kind):
                     for _ in range(LENGTH):
                         back = np.kron(back, kernel)
                     p = oracles.step(once, back @ p)
-            found.setdefault(label, []).append((nfe, np.abs(end_law(p) - exact).sum() / 2))
+            found.setdefault(label, []).append((nfe, np.abs(after_denoising(p) - exact).sum() / 2))
     if kind == "absorbing":
         found["first_hitting"] = first_hitting()
     return found
 
 
 def first_hitting():
-    """Orders of the positions, in groups of as many as an evaluation fills; exact from 3 evaluations on."""
+    """[(NFE, total variation)] of first_hitting, over all orders of positions; exact from 3 evaluations on."""
     found = []
     for nfe, groups in ((1, ((0, 1, 2),)), (2, ((0,), (1, 2)))):
-        law = np.zeros_like(P0)
+        sampled = np.zeros_like(P0)
         orders = list(itertools.permutations(range(LENGTH)))
         for order in orders:
             p = np.ones((1,) * LENGTH)
@@ -131,13 +136,13 @@ def first_hitting():
                     joint = P0.sum(unknown, keepdims=True)
                     p = p * joint / joint.sum(order[place], keepdims=True)
                 known += [order[place] for place in group]
-            law += p / len(orders)
-        found.append((nfe, np.abs(law - P0).sum() / 2))
+            sampled += p / len(orders)
+        found.append((nfe, np.abs(sampled - P0).sum() / 2))
     return found
 
 
 def curves(run):
-    """(label, draw) -> points of all curves that were measured of a run, and held-out text beside them."""
+    """(label, draw) -> points of all curves measured on a run; also the same figures of held-out text."""
     found, held_out = {}, None
     for file in sorted((run / "evaluations").glob("curve-*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -150,7 +155,7 @@ def curves(run):
 
 
 def draw_run(run, quality, entropy):
-    """Quality and entropy of a run's curves on two axes; the labels of the curves."""
+    """Draw quality and entropy of a run's samples on two axes; return the labels of the curves."""
     found, held_out = curves(run)
     for (label, draw), points in sorted(found.items()):
         points = sorted(points, key=lambda point: point["nfe"])
@@ -169,10 +174,10 @@ def draw_run(run, quality, entropy):
 
 def main(runs):
     picture = figure.Figure(figsize=(12, 4.5 * (1 + len(runs))), dpi=130, layout="constrained")
-    (absorbing, uniform), *rows = picture.subplots(1 + len(runs), 2)
+    (absorbing, uniform), *rows = picture.subplots(1 + len(runs), 2, squeeze=False)
     table = {}
     for axes, kind in ((absorbing, "absorbing"), (uniform, "uniform")):
-        for label, points in laws(kind).items():
+        for label, points in errors(kind).items():
             axes.plot(*zip(*points, strict=True), color=COLORS[label], label=label, **STYLE)
             table[f"{kind}: {label}"] = {nfe: float(f"{value:.2g}") for nfe, value in points}
         axes.set(title=f"{kind}, exact score, {LENGTH} tokens of {N}", ylabel="total variation")

@@ -1,6 +1,8 @@
-"""Draws docs/novels.png from the three runs of configs/novels.py: held-out bits over training, and samples against nfe.
+"""Draws docs/figures/novels.png from the three runs of configs/novels.py: held-out bits, and quality against NFE.
 
-python docs/novels.py runs/novels_absorb runs/novels_uniform runs/novels_ar     # each evaluated as README.md shows
+python docs/figures/novels.py runs/novels_absorb runs/novels_uniform runs/novels_ar
+
+First evaluate each run as docs/evaluation.md shows.
 """
 
 import pathlib

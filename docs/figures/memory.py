@@ -1,6 +1,6 @@
-"""Draws docs/memory.png: what a training step of the small network needs on a TPU v5e chip, as compiled for four.
+"""Draws docs/figures/memory.png: memory of a training step of the small network on a TPU v5e chip, compiled for four.
 
-pip install -e '.[tpu-plan]' && python docs/memory.py     # no TPU needed; 5 minutes
+pip install -e '.[tpu-plan]' && python docs/figures/memory.py     # needs no TPU; 5 minutes
 """
 
 import os
@@ -17,11 +17,11 @@ from sedd_jax import runs
 from sedd_jax.runtime import sharding
 from sedd_jax.training import train
 
-SEQUENCES, GIB = 8, 2**30  # a device
+SEQUENCES, GIB = 8, 2**30  # sequences a device
 
 
 def measure(vocab_size: int, length: int) -> dict[str, float]:
-    """GiB a device, by use."""
+    """GiB of memory a device, by what it holds."""
     config = configs.parse(configs.merge({"data": {"length": length}, "training": {"batch_size": 4 * SEQUENCES}}))
     run = runs.unsaved(config, vocab_size)
     mesh = sharding.make_mesh(config.mesh, topologies.get_topology_desc("v5e:2x2", "tpu").devices)
