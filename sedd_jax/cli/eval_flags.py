@@ -1,5 +1,6 @@
 """`sedd eval`: its flags, and the table of what it can measure."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,30 +45,40 @@ def _zero_shot(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
 def _humaneval(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
     from sedd_jax.evaluation import code_problems
 
-    result = code_problems.measure(workdir, **given)
+    attempts = _taken(given, code_problems.ATTEMPTS)
+    result = code_problems.measure(workdir, **given, attempts=attempts)
     return result, code_problems.table(result)
 
 
 def _generate(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
     from sedd_jax.evaluation import generation_quality
 
-    result = generation_quality.measure(workdir, **given)
+    samples = _taken(given, generation_quality.SAMPLES)
+    result = generation_quality.measure(workdir, **given, samples=samples)
     return result, generation_quality.table(result)
 
 
 def _curve(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
-    from sedd_jax.evaluation import quality_curves
+    from sedd_jax.evaluation import generation_quality, quality_curves
 
-    points, samplers = _points(given.pop("curve")), given.pop("samplers").split(",")
-    result = quality_curves.measure(workdir, **given, **points, samplers=samplers)
+    curve = quality_curves.Curve(samplers=given.pop("samplers").split(","), **_points(given.pop("curve")))
+    samples = _taken(given, generation_quality.SAMPLES)
+    result = quality_curves.measure(workdir, **given, curve=curve, samples=samples)
     return result, quality_curves.table(result)
 
 
 def _infill(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
-    from sedd_jax.evaluation import refilling
+    from sedd_jax.evaluation import generation_quality, refilling
 
-    result = refilling.measure(workdir, given.pop("infill"), **given)
+    samples = _taken(given, generation_quality.SAMPLES)
+    result = refilling.measure(workdir, given.pop("infill"), **given, samples=samples)
     return result, refilling.table(result)
+
+
+def _taken(given: dict[str, Any], defaults: Any) -> Any:
+    """Takes the fields of a dataclass out of the given values; `defaults` with these fields set."""
+    names = [field.name for field in dataclasses.fields(defaults) if field.name in given]
+    return dataclasses.replace(defaults, **{name: given.pop(name) for name in names})
 
 
 def _code(workdir: storage.Directory, given: dict[str, Any]) -> Measured:

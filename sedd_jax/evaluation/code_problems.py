@@ -17,17 +17,18 @@ from jaxtyping import Int
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.evaluation import generation_quality, results, sandbox, tables
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 from sedd_jax.sampling import templates
 
+ATTEMPTS = generation_quality.Samples(num_samples=10)
 _KS = (1, 10, 100)
-# Where a function that follows a prompt is over.
+# A function that follows a prompt ends before the first match.
 _STOP = re.compile(r"\n(class|def|#|@|if|print)")
 _FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 
 
 class Problem(NamedTuple):
-    """One line of a file of problems; with a `suffix` the code to write is between it and the prompt."""
+    """A problem: the code to write follows the prompt or, if there is a suffix, is between the two."""
 
     task_id: str
     prompt: str
@@ -38,25 +39,31 @@ class Problem(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> list[Problem]:
-    """Problems of a JSON lines file.
+    """Reads problems from a JSON lines file.
 
     Raises:
-        ValueError: names the line that is none.
+        errors.UserError: where there is no such file, or a line is not a problem.
     """
     if not pathlib.Path(path).is_file():
-        raise ValueError(f"--problems={path} is no file: give one in the format of HumanEval.jsonl")
+        raise errors.UserError(
+            "is not a file", field="problems", value=path, remedy="give one in the format of HumanEval.jsonl"
+        )
     found = []
     for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
             content = json.loads(line)
             wanted = {name: content[name] for name in _FIELDS} | {"suffix": content.get("suffix")}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}:{number}: is no problem with {', '.join(_FIELDS)}: {error}") from error
+            raise errors.UserError(
+                f"this line is not a problem with {', '.join(_FIELDS)} ({type(error).__name__}: {error})",
+                place=f"{path}:{number}",
+                remedy="mend or remove it",
+            ) from error
         if not all(isinstance(value, str) for value in wanted.values() if value is not None):
-            raise ValueError(f"{path}:{number}: {', '.join(_FIELDS)} and suffix must be text")
+            raise errors.UserError(f"{', '.join(_FIELDS)} and suffix must be text", place=f"{path}:{number}")
         found.append(Problem(**wanted))
     if not found:
-        raise ValueError(f"--problems={path} has no problem in it")
+        raise errors.UserError("has no problem in it", field="problems", value=path, remedy="give another file")
     return found
 
 
@@ -65,90 +72,92 @@ def measure(
     problems: str,
     *,
     step: int | None = None,
-    num_samples: int = 10,
+    attempts: generation_quality.Samples = ATTEMPTS,
     timeout_s: float = 3.0,
-    batch_size: int = 32,
-    seed: int = 0,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Writes code for every problem and runs its tests, in `sandbox`.
+    """Generates code for every problem and runs its tests in `sandbox`.
 
-    After a prompt the model fills all of its length, of which the text up to the next statement counts. Between a
-    prompt and a suffix it fills as many tokens as the reference solution has.
+    After a prompt the model fills all of its length; the text up to the next statement counts. Between a prompt and a
+    suffix it fills as many tokens as the reference solution has.
 
     Args:
         workdir: the run directory.
         problems: the file, see `read`.
         step: the checkpoint; the newest if None.
-        num_samples: attempts at each problem.
+        attempts: how many attempts at each problem.
         timeout_s: seconds for an attempt to pass its tests.
-        batch_size: attempts drawn at once.
-        seed: of all attempts.
         **settings: fields of `config.SamplingConfig` that differ from the run's: sampler, num_steps, draw.
 
     Returns:
-        `pass_at_1` and so on with standard errors over problems, how attempts ended, and `left_out`: problems with no
-        room for code in the model's length, or with text that its tokenizer does not know. These count as not passed.
+        `pass_at_1` and so on with standard errors over problems, how attempts ended, and `left_out`: problems that do
+        not fit the model's length, or have text outside its vocabulary. These count as not passed.
 
     Raises:
-        ValueError: where programs cannot be run here, or a problem's own solution does not pass its tests.
+        errors.UserError: where programs cannot be run safely, or a problem's own solution does not pass its tests.
     """
-    sandbox.check()
+    try:
+        sandbox.check()
+    except ValueError as error:
+        raise errors.UserError(str(error)) from error
     found = read(problems)
     run = runs.load(workdir)
-    sampling = run.sampling(num_samples=batch_size, **settings)
+    sampling = run.sampling(num_samples=attempts.batch_size, **settings)
     references = [assemble(problem, problem.canonical_solution) for problem in found]
     for problem, outcome in zip(found, _run_all(references, timeout_s), strict=True):
         if outcome != sandbox.Outcome.PASSED:
-            raise ValueError(f"{problems}: the solution that {problem.task_id} comes with {outcome}: mend or remove it")
+            raise errors.UserError(
+                f"the solution that {problem.task_id} comes with {outcome}", place=problems, remedy="mend or remove it"
+            )
     opened = run.restore(step)
     result = {
         **results.circumstances(run, opened.step),
         "problems": str(problems),
         "data_sha256": hashlib.sha256(pathlib.Path(problems).read_bytes()).hexdigest(),
         "num_problems": len(found),
-        "num_samples": num_samples,
+        "num_samples": attempts.num_samples,
         **generation_quality.described(run, sampling),
         "timeout_s": timeout_s,
-        "batch_size": batch_size,
-        "seed": seed,
+        "batch_size": attempts.batch_size,
+        "seed": attempts.seed,
     }
     name = results.name("problems", result)
     asked, left_out = {}, {}
     for problem in found:
         try:
             asked[problem] = _template(run, problem)
-        except ValueError as error:
+        except errors.UserError as error:
             left_out[problem.task_id] = str(error)
-    attempts = _attempt(opened, sampling, asked, num_samples, seed)
-    outcomes = _run_all([assemble(problem, code) for problem, code in attempts], timeout_s)
+    written = _attempt(opened, sampling, asked, attempts)
+    outcomes = _run_all([assemble(problem, code) for problem, code in written], timeout_s)
     passed = collections.Counter(
-        problem for (problem, _), outcome in zip(attempts, outcomes, strict=True) if outcome == sandbox.Outcome.PASSED
+        problem for (problem, _), outcome in zip(written, outcomes, strict=True) if outcome == sandbox.Outcome.PASSED
     )
     for k in _KS:
-        if k <= num_samples:
-            each = np.array([pass_at_k(num_samples, passed[problem], k) for problem in found])
+        if k <= attempts.num_samples:
+            each = np.array([pass_at_k(attempts.num_samples, passed[problem], k) for problem in found])
             result |= {f"pass_at_{k}": float(each.mean()), f"pass_at_{k}_stderr": generation_quality.stderr(each)}
     result["outcomes"] = dict(collections.Counter(outcomes))
     result["left_out"] = left_out
     result["passed"] = {problem.task_id: count for problem, count in passed.items()}
-    result["texts"] = [assemble(problem, code) for problem, code in attempts[::num_samples][: results.KEPT_TEXTS]]
+    firsts = written[:: attempts.num_samples]
+    result["texts"] = [assemble(problem, code) for problem, code in firsts[: results.KEPT_TEXTS]]
     results.keep(run, name, result)
     return result
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
-    """Probability that one of k attempts passes, unbiased from `num_samples` >= k (Chen et al. 2021, equation 1)."""
+    """Unbiased estimate of the probability that one of k attempts passes (Chen et al. 2021, equation 1)."""
     return 1.0 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
 
 
 def assemble(problem: Problem, code: str) -> str:
-    """The program that passes where `code` solves the problem."""
+    """The program that passes if `code` solves the problem."""
     return f"{problem.prompt}{code}{problem.suffix or ''}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
 
 
 def table(result: dict[str, Any]) -> tables.Table:
-    """What `measure` found."""
+    """The result of `measure` as a table."""
     rows = [
         (f"pass@{k}", tables.estimate(result[f"pass_at_{k}"], result[f"pass_at_{k}_stderr"]))
         for k in _KS
@@ -171,10 +180,10 @@ def table(result: dict[str, Any]) -> tables.Table:
 
 
 def _template(run: runs.Run, problem: Problem) -> templates.Template:
-    """What is known of a program.
+    """The template of a program: prompt, gap and suffix.
 
     Raises:
-        ValueError: where that leaves no room, or has text outside the vocabulary.
+        errors.UserError: where it is longer than the model, or has text outside the vocabulary.
     """
     prompt = run.tokenizer.encode(problem.prompt)
     if problem.suffix is None:
@@ -187,22 +196,22 @@ def _attempt(
     opened: runs.OpenRun,
     sampling: configs.SamplingConfig,
     asked: dict[Problem, templates.Template],
-    num_samples: int,
-    seed: int,
+    attempts: generation_quality.Samples,
 ) -> list[tuple[Problem, str]]:
-    """Every problem's attempts, one after another."""
+    """Draws the code of all attempts, those at one problem after another."""
     if not asked:
         return []
-    rows = lambda field: np.repeat(np.stack([getattr(template, field) for template in asked.values()]), num_samples, 0)
-    drawn = generation_quality.fill(opened, sampling, rows("tokens"), rows("is_given"), seed)
-    problems = [problem for problem in asked for _ in range(num_samples)]
+    each = attempts.num_samples
+    rows = lambda field: np.repeat(np.stack([getattr(template, field) for template in asked.values()]), each, 0)
+    drawn = generation_quality.fill(opened, sampling, rows("tokens"), rows("is_given"), attempts.seed)
+    problems = [problem for problem in asked for _ in range(each)]
     return [
         (problem, _code(opened.run, problem, row, asked[problem])) for problem, row in zip(problems, drawn, strict=True)
     ]
 
 
 def _code(run: runs.Run, problem: Problem, row: Int[np.ndarray, "L"], template: templates.Template) -> str:
-    """What was written into the gap."""
+    """The code that was written into the gap, up to an end of text or, after a prompt, the next statement."""
     start, end = np.flatnonzero(~template.is_given[: template.length])[[0, -1]] + (0, 1)
     written = row[start:end]
     if run.tokenizer.eos_id is not None:
@@ -212,5 +221,6 @@ def _code(run: runs.Run, problem: Problem, row: Int[np.ndarray, "L"], template: 
 
 
 def _run_all(programs: Sequence[str], timeout_s: float) -> list[sandbox.Outcome]:
+    """Runs programs in parallel, one on each core."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda program: sandbox.run(program, timeout_s=timeout_s), programs))

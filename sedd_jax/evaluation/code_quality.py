@@ -1,4 +1,4 @@
-"""Generated Python, measured: the share of samples and of filled gaps that parse."""
+"""Quality of generated Python: the share of samples, and of windows with refilled gaps, that parse."""
 
 import ast
 import math
@@ -13,17 +13,17 @@ from jaxtyping import Int
 from sedd_jax import runs
 from sedd_jax.diffusion import steps
 from sedd_jax.evaluation import generation_quality, results, tables
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 from sedd_jax.sampling import generate
 
-# Lines that go on with a statement although they are not indented.
+# Lines that continue a statement although they are not indented.
 _CONTINUES = re.compile(r"[)\]}]|(else|elif|except|finally|case)\b")
 
 
 def whole_statements(window: str) -> str:
-    """The statements that a window of code holds whole, at the least indentation of its lines, with that taken away.
+    """The complete statements of a window of code at the least indentation of its lines, with that indentation removed.
 
-    The first and the last line may be cut, and the last statement may go on after the window, so they are left out.
+    The first and the last line may be cut, and the last statement may continue after the window. So these are left out.
     """
     lines = window.split("\n")[1:-1]
     indents = [len(line) - len(line.lstrip()) for line in lines]
@@ -39,7 +39,7 @@ def whole_statements(window: str) -> str:
 
 
 def parses(window: str) -> bool:
-    """Whether a window of code holds whole statements, and these are Python; a string that it begins in is left out."""
+    """Whether a window of code has complete statements that are Python. It may begin in a string, which is left out."""
     return _is_python(whole_statements(window)) or _is_python(whole_statements(window.partition('"""')[2]))
 
 
@@ -60,20 +60,20 @@ def measure(
     num_steps: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Shares of windows that parse: held-out ones, samples, and held-out ones with an eighth in their middle refilled.
+    """Shares of windows that parse, among held-out windows, samples, and held-out windows with a refilled gap.
 
-    Only windows that parse get a gap, so all of the refilled ones could. What parses when the gap is simply closed says
-    how much of that is the gap's doing.
+    The gap is the middle eighth of a window. Only windows that parse get one, so all refilled windows could parse. For
+    comparison `gap_closed` is the share that parse with the gap removed.
 
     Args:
         workdir: the run directory.
         step: the checkpoint; the newest if None.
         num_samples: windows of each kind.
         num_steps: reverse steps; the run's config if None.
-        seed: of samples and choice of windows.
+        seed: seed of the samples and of the choice of windows.
 
     Raises:
-        ValueError: where the held-out code has too few windows that parse.
+        errors.UserError: where too few windows of the held-out code parse.
     """
     run = runs.load(workdir)
     changed = {} if num_steps is None else {"num_steps": num_steps}
@@ -83,7 +83,10 @@ def measure(
     real = [parses(_text(run, row)) for row in sequences]
     chosen = sequences[np.flatnonzero(real)[:num_samples]]
     if len(chosen) < num_samples:
-        raise ValueError(f"only {len(chosen)} held-out windows parse: ask for --num_samples={len(chosen)} at most")
+        raise errors.UserError(
+            f"only {len(chosen)} held-out windows parse",
+            remedy=f"ask for {errors.name('num_samples')}={len(chosen)} at most",
+        )
     length = run.config.data.length
     gap = slice(length // 2 - length // 16, length // 2 + length // 16)
     is_given = np.ones(length, bool)
@@ -113,7 +116,7 @@ def measure(
 
 
 def table(result: dict[str, Any]) -> tables.Table:
-    """What `measure` found."""
+    """The result of `measure` as a table."""
     names = {
         "held_out": "held-out code",
         "samples": "samples",
@@ -134,7 +137,7 @@ def table(result: dict[str, Any]) -> tables.Table:
 
 
 def _text(run: runs.Run, tokens: Int[np.ndarray, " L"]) -> str:
-    """A window's text, with a line's end for each end of a document."""
+    """The text of a window, with a newline for each end of a document."""
     eos_id = run.tokenizer.eos_id
     ends = [] if eos_id is None else np.flatnonzero(tokens == eos_id)
     return "\n".join(run.tokenizer.decode(part[part != eos_id]) for part in np.split(tokens, ends))

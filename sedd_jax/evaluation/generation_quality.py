@@ -123,7 +123,7 @@ def annealing(samples: dict[str, Any], real: dict[str, Any]) -> list[str]:
 
 
 def described(run: runs.Run, sampling: configs.SamplingConfig, num_gaps: int | None = None) -> dict[str, Any]:
-    """The fields of a result that say how samples with `num_gaps` tokens to fill (the whole length if None) are drawn."""
+    """Fields of a result that say how samples with `num_gaps` tokens to fill (the whole length if None) are drawn."""
     return {
         "sampler": generate.sampler_name(run, sampling),
         "nfe": generate.num_evaluations(run, sampling, num_gaps),

@@ -45,7 +45,7 @@ class Judge(abc.ABC):
         """Hidden states that the head reads, at every position."""
 
     def log_likelihoods(self, rows: Rows) -> list[Float[np.ndarray, "_"]]:
-        """log p of each sequence's tokens in nats. Windows of the judge's length, from the start, are read one by one."""
+        """log p of each sequence's tokens in nats, read in windows of the judge's length from the sequence's start."""
         windows = [
             (number, row[at : at + self.length])
             for number, row in enumerate(rows)

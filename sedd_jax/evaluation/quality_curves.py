@@ -1,102 +1,121 @@
-"""Quality of samples against network evaluations, for each sampler, with precise draws and with published ones.
+"""Quality of samples against network evaluations (NFE), for each sampler, with precise and with published draws.
 
-The published claims of fewer evaluations were made with float32 noise, which anneals (arXiv 2409.02908), so each point
+The published claims of fewer evaluations were made with float32 noise, which anneals (arXiv 2409.02908). So each point
 is drawn both ways and comes with its entropy.
 """
 
 import csv
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.evaluation import generation_quality, judges, results, tables
 from sedd_jax.model import controls, sampling_config, score_draws
-from sedd_jax.runtime import processes, storage
+from sedd_jax.runtime import errors, processes, storage
 from sedd_jax.sampling import generate
 
 _FIGURES = ("gen_ppl_per_sequence", "gen_ppl_per_sequence_stderr", "gen_ppl_pooled", "unigram_entropy", "distinct_2")
 _COLORS = ("#1f5fae", "#d9480f", "#2b8a3e", "#862e9c", "#5c940d", "#0b7285")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What is varied along a curve: every sampler takes every number of steps, or of network evaluations.
+
+    Attributes:
+        samplers: samplers by name.
+        num_steps: numbers of reverse steps.
+        num_evaluations: numbers of network evaluations, used where `num_steps` is empty. A sampler takes as many steps
+            as they allow.
+    """
+
+    samplers: Sequence[str]
+    num_steps: Sequence[int] = ()
+    num_evaluations: Sequence[int] = ()
+
+
 def measure(
     workdir: storage.Directory,
     judge: str,
+    curve: Curve,
     *,
-    samplers: list[str],
-    num_steps: Sequence[int] = (),
-    num_evaluations: Sequence[int] = (),
     step: int | None = None,
-    num_samples: int = 64,
-    batch_size: int = 32,
-    seed: int = 0,
+    samples: generation_quality.Samples = generation_quality.SAMPLES,
     **settings: Any,
 ) -> dict[str, Any]:
-    """`generation_quality.read` of samples for every number of steps, sampler and draw; the points done are kept.
+    """Measures samples at every point of a curve, as `generation_quality.read` does. Finished points are kept.
 
-    Draws are precise and published, or precise alone where tokens are under a control, which published ones know not.
+    Each point is drawn precisely and with published noise. Published draws have no controls such as a temperature; with
+    one, all draws are precise.
 
     Args:
         workdir: the run directory.
         judge: see `judges.open_judge`.
-        samplers: by name.
-        num_steps: reverse steps, or
-        num_evaluations: of the network, in as many steps as each sampler takes of them.
+        curve: samplers and numbers of steps.
         step: the run's checkpoint; the newest if None.
-        num_samples: sequences for each point.
-        batch_size: sequences drawn at once.
-        seed: of the samples of every point.
+        samples: how many samples at each point.
         **settings: fields of `config.SamplingConfig` that differ from the run's at every point: those in
             `sampling_config.REFINEMENTS`.
 
     Returns:
-        `points`, and the same figures of held-out text and, where the judge is a run with the same tokens and length,
-        of samples of its own. Beside it curve-*.csv and curve-*.png are in RUN/evaluations.
+        `points`, and the same figures of held-out text. If the judge is a run with the same tokens and length, also
+        those of its own samples. A CSV file and a picture of the curve are kept beside the result in RUN/evaluations.
+
+    Raises:
+        errors.UserError: where the run is autoregressive, or a point is impossible.
     """
     run, reader = runs.load(workdir), judges.open_judge(judge)
     if run.is_autoregressive:
-        raise ValueError(f"{workdir} is autoregressive, which takes a step for every token: measure it with --generate")
-    common = run.sampling(**settings, sampler=samplers[0], draw="precise")
+        raise errors.UserError(
+            "is autoregressive, which takes a step for every token",
+            field="workdir",
+            value=workdir,
+            remedy=f"measure it with {errors.name('generate')}",
+        )
+    common = _sampling(run, settings, sampler=curve.samplers[0], draw="precise")
     opened = run.restore(step)
-    real, sha256 = generation_quality.held_out(run, num_samples, seed)
+    real, sha256 = generation_quality.held_out(run, samples.num_samples, samples.seed)
     result = {
         **results.circumstances(run, opened.step),
         "judge": reader.name,
         "length": run.config.data.length,
         "data_sha256": sha256,
-        "num_samples": num_samples,
-        "batch_size": batch_size,
-        "seed": seed,
+        "num_samples": samples.num_samples,
+        "batch_size": samples.batch_size,
+        "seed": samples.seed,
         **sampling_config.refinements(common),
-        # Before anything is drawn: of another judge of the same name it is another, and so are the points kept.
+        # Part of the name of kept points: a judge that was trained again has the same name, but other figures.
         "held_out": generation_quality.read(run, reader, real),
     }
     is_controlled = sampling_config.make_control(common) != controls.Control()
     draws = ["precise"] if is_controlled else list(score_draws.DRAWS)
     wanted = [
         {"sampler": name, "draw": draw, "num_steps": steps}
-        for name in samplers
+        for name in curve.samplers
         for draw in draws
-        for steps in num_steps or [_steps_of(run, name, nfe, settings) for nfe in num_evaluations]
+        for steps in curve.num_steps or [_steps_of(run, name, nfe, settings) for nfe in curve.num_evaluations]
     ]
-    samplings = [run.sampling(num_samples=batch_size, **settings, **point) for point in wanted]
+    samplings = [_sampling(run, settings, num_samples=samples.batch_size, **point) for point in wanted]
     parts = results.name("curve_points", result)
     name = results.name("curve", {**result, "points": wanted})
     done = results.read_parts(run, parts)
     is_of = lambda part, point: all(part[key] == value for key, value in point.items())
     for point, sampling in zip(wanted, samplings, strict=True):
         if not any(is_of(part, point) for part in done):
-            samples = generation_quality.draw(opened, sampling, num_samples, seed)
+            drawn = generation_quality.draw(opened, sampling, samples.num_samples, samples.seed)
             done.append(
                 {
                     **point,
                     "nfe": generate.num_evaluations(run, sampling),
-                    **generation_quality.read(run, reader, samples),
+                    **generation_quality.read(run, reader, drawn),
                 }
             )
             results.write_parts(run, parts, done)
     result["points"] = [next(part for part in done if is_of(part, point)) for point in wanted]
-    result["judge_samples"] = _of_judge(run, reader, num_samples, batch_size, seed)
+    result["judge_samples"] = _of_judge(run, reader, samples)
     result["picture"] = f"{name}.png"
     if processes.is_first():
         _write_csv(result, results.path(run, f"{name}.csv"))
@@ -105,32 +124,51 @@ def measure(
     return result
 
 
+def _sampling(run: runs.Run, settings: dict[str, Any], **point: Any) -> configs.SamplingConfig:
+    """The sampling settings of a point; errors name the flags that a curve is given with."""
+    try:
+        return run.sampling(**settings, **point)
+    except errors.UserError as error:
+        fields = {"config.sampling.sampler": "samplers", "config.sampling.num_steps": "curve"}
+        if error.field not in fields:
+            raise
+        value = f"steps:{error.value}" if fields[error.field] == "curve" else error.value
+        raise errors.UserError(error.problem, field=fields[error.field], value=value, remedy=error.remedy) from error
+
+
 def _steps_of(run: runs.Run, sampler: str, nfe: int, settings: dict[str, Any]) -> int:
-    """The steps that a sampler takes with so many evaluations; ValueError where it takes none."""
+    """The number of steps that a sampler takes with `nfe` network evaluations.
+
+    Raises:
+        errors.UserError: where they are too few for a single step.
+    """
     nfe_of = lambda steps: generate.num_evaluations(
-        run, run.sampling(**settings, sampler=sampler, draw="precise", num_steps=steps)
+        run, _sampling(run, settings, sampler=sampler, draw="precise", num_steps=steps)
     )
     first, each = nfe_of(1), nfe_of(2) - nfe_of(1)
     if nfe < first:
-        raise ValueError(f"nfe={nfe} is too few for {sampler}, which takes {first} for a step: give more")
+        raise errors.UserError(
+            f"is too few for {sampler}, which takes {first} for a step",
+            field="curve",
+            value=f"nfe:{nfe}",
+            remedy="give more",
+        )
     return 1 + (nfe - first) // each
 
 
-def _of_judge(
-    run: runs.Run, judge: judges.Judge, num_samples: int, batch_size: int, seed: int
-) -> dict[str, Any] | None:
-    """Figures of the judge's own samples, which it draws from what it thinks likely, so that they are a fair mark."""
+def _of_judge(run: runs.Run, judge: judges.Judge, samples: generation_quality.Samples) -> dict[str, Any] | None:
+    """Figures of the judge's own samples, a reference for the run's; None if it has other tokens or another length."""
     if not isinstance(judge, judges.RunJudge) or judge.run.config.data.length != run.config.data.length:
         return None
     if judge.run.tokenizer.fingerprint() != run.tokenizer.fingerprint():
         return None
-    sampling = judge.run.sampling(num_samples=batch_size, draw="precise")
-    drawn = generation_quality.draw(judge.opened, sampling, num_samples, seed)
+    sampling = judge.run.sampling(num_samples=samples.batch_size, draw="precise")
+    drawn = generation_quality.draw(judge.opened, sampling, samples.num_samples, samples.seed)
     return {"nfe": run.config.data.length, **generation_quality.read(run, judge, drawn)}
 
 
 def table(result: dict[str, Any]) -> tables.Table:
-    """Every point of the curves."""
+    """The result of `measure` as a table, with a row for each point."""
     rows = []
     cells = lambda found: (
         tables.estimate(found["gen_ppl_per_sequence"], found["gen_ppl_per_sequence_stderr"], 2),
@@ -160,7 +198,7 @@ def table(result: dict[str, Any]) -> tables.Table:
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Perplexity, and below it entropy, against network evaluations."""
+    """Draws perplexity, and below it entropy, against network evaluations into a PNG file."""
     from matplotlib import figure, ticker
 
     picture = figure.Figure(figsize=(9, 8), dpi=150, layout="constrained")
@@ -181,9 +219,9 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         }
         nfe = [point["nfe"] for point in points]
         for axes, name in ((quality, "gen_ppl_per_sequence"), (entropy, "unigram_entropy")):
-            errors = [point[f"{name}_stderr"] or 0.0 for point in points]
+            stderrs = [point[f"{name}_stderr"] or 0.0 for point in points]
             label = f"{sampler}, {draw} draws" if axes is quality else None
-            axes.errorbar(nfe, [point[name] for point in points], yerr=errors, label=label, **style)
+            axes.errorbar(nfe, [point[name] for point in points], yerr=stderrs, label=label, **style)
     for label, found, color in (
         ("held-out text", result["held_out"], "#667085"),
         ("the judge's own samples", result["judge_samples"], "#111827"),

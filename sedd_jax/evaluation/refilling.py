@@ -1,4 +1,4 @@
-"""Held-out text with gaps, refilled: exact match, perplexity under a judge, and MAUVE (Lou et al. 2023, table 5)."""
+"""Infilling of held-out text: exact match, perplexity under a judge, and MAUVE (Lou et al. 2023, table 5)."""
 
 import re
 from typing import Any
@@ -8,12 +8,12 @@ from jaxtyping import Bool, Float, Int
 
 from sedd_jax import runs
 from sedd_jax.evaluation import generation_quality, judges, results, tables
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 
-# The paper's: the first and the last 25 of 100 tokens are given, or, as usual for prompts, the first 50.
+# The paper's patterns: of 100 tokens the first and the last 25 are given, or the first 50 as a prompt.
 PRESETS = {"paper": "25{50}25", "prompt": "50{50}"}
 _PART = re.compile(r"\{(\d+)\}|(\d+)")
-_WINDOWS_FOR_MAUVE = 1000  # as published; of some hundred it finds all text alike
+_WINDOWS_FOR_MAUVE = 1000  # as published; with a few hundred MAUVE cannot tell texts apart
 
 
 def measure(
@@ -22,45 +22,45 @@ def measure(
     *,
     judge: str | None = None,
     step: int | None = None,
-    num_samples: int = 64,
+    samples: generation_quality.Samples = generation_quality.SAMPLES,
     num_draws: int = 1,
-    batch_size: int = 32,
-    seed: int = 0,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Takes gaps out of held-out windows and fills them again.
+    """Removes gaps from windows of held-out text and fills them again.
 
     Args:
         workdir: the run directory.
-        pattern: one of `PRESETS`, or how many tokens are known and {missing} by turns, such as 25{50}25.
+        pattern: one of `PRESETS`, or numbers of known and {missing} tokens in order, such as 25{50}25.
         judge: see `judges.open_judge`; without one there is neither perplexity nor MAUVE.
         step: the run's checkpoint; the newest if None.
-        num_samples: windows.
-        num_draws: how often each is refilled; the paper does so 5 times for 1000 windows.
-        batch_size: windows refilled at once.
-        seed: of the choice of windows and of what fills them.
+        samples: how many windows.
+        num_draws: how often each window is refilled; the paper refills 1000 windows 5 times.
         **settings: fields of `config.SamplingConfig` that differ from the run's: sampler, num_steps, draw.
 
     Returns:
-        `tokens_matched`, the share of missing tokens that come back, `tokens_matched_by_chance`, the share that is the
-        same in another window, and `windows_matched`; with a judge what `generation_quality.read` finds for `refilled`
-        and `held_out` windows, and `mauve`, or `without_mauve`, which says why there is none.
+        `tokens_matched`, the share of missing tokens that are filled as in the text; `tokens_matched_by_chance`, the
+        share that another window has in the same place; `windows_matched`, the share of windows that match as a whole.
+        With a judge, also the figures of `generation_quality.read` for `refilled` and `held_out` windows, and `mauve`,
+        or in `without_mauve` the reason why there is none.
 
     Raises:
-        ValueError: where the pattern is none, or longer than the run's sequences.
+        errors.UserError: where the pattern is not one, or is longer than the run's sequences.
     """
     run = runs.load(workdir)
     is_given = parse(pattern)
     length = run.config.data.length
     if len(is_given) > length:
-        raise ValueError(
-            f"--infill={pattern} takes {len(is_given)} tokens, the run's sequences have {length}: give another pattern"
+        raise errors.UserError(
+            f"takes {len(is_given)} tokens, the run's sequences have {length}",
+            field="infill",
+            value=pattern,
+            remedy="give another pattern",
         )
     reader = None if judge is None else judges.open_judge(judge)
-    sampling = run.sampling(num_samples=batch_size, **settings)
+    sampling = run.sampling(num_samples=samples.batch_size, **settings)
     opened = run.restore(step)
-    real, sha256 = generation_quality.held_out(run, num_samples, seed)
-    # The model knows only its full length, so what follows the window is a gap, too, and cut.
+    real, sha256 = generation_quality.held_out(run, samples.num_samples, samples.seed)
+    # The model knows only its full length. So what follows the window is a gap, too, which is cut off afterwards.
     known = np.pad(is_given, (0, length - len(is_given)))
     result = {
         **results.circumstances(run, opened.step),
@@ -70,20 +70,20 @@ def measure(
         "num_samples": len(real),
         "num_draws": num_draws,
         **generation_quality.described(run, sampling, int((~known).sum())),
-        "batch_size": batch_size,
-        "seed": seed,
+        "batch_size": samples.batch_size,
+        "seed": samples.seed,
     }
     name = results.name("infilling", result)
-    # Before anything is drawn, in case the judge cannot read this text.
+    # Scored before anything is drawn, in case the judge cannot read this text.
     held_out = None if reader is None else generation_quality.read(run, reader, real[:, : len(is_given)])
     known = np.broadcast_to(known, real.shape)
     draws = [
-        generation_quality.fill(opened, sampling, real, known, seed=seed * num_draws + draw)[:, : len(is_given)]
+        generation_quality.fill(opened, sampling, real, known, samples.seed * num_draws + draw)[:, : len(is_given)]
         for draw in range(num_draws)
     ]
     real = real[:, : len(is_given)]
     matched = np.stack([(filled == real)[:, ~is_given] for filled in draws])
-    # Draws of a window are not independent, so that each window counts once.
+    # Draws of the same window are not independent, so standard errors count each window once.
     result |= _share("tokens_matched", matched.mean(axis=(0, 2)))
     result["tokens_matched_by_chance"] = float((real == np.roll(real, 1, axis=0))[:, ~is_given].mean())
     result |= _share("windows_matched", matched.all(axis=2).mean(axis=0))
@@ -97,23 +97,25 @@ def measure(
 
 
 def parse(pattern: str) -> Bool[np.ndarray, "W"]:
-    """Which tokens of a window a pattern gives.
+    """Which tokens of a window are given, by a pattern.
 
     Raises:
-        ValueError: where it is none, or nothing is missing.
+        errors.UserError: where the text is not a pattern, or nothing is missing.
     """
     text = PRESETS.get(pattern, pattern)
     parts = [(not gap, int(gap or given)) for gap, given in _PART.findall(text)]
     if _PART.sub("", text) or all(is_given or not count for is_given, count in parts):
-        raise ValueError(
-            f"--infill={pattern} is no pattern: give numbers of known and {{missing}} tokens, such as 25{{50}}25, or "
-            f"one of {', '.join(PRESETS)}"
+        raise errors.UserError(
+            "is not a pattern",
+            field="infill",
+            value=pattern,
+            remedy="give numbers of known and {missing} tokens, such as 25{50}25, or one of " + ", ".join(PRESETS),
         )
     return np.concatenate([np.full(count, is_given) for is_given, count in parts])
 
 
 def table(result: dict[str, Any]) -> tables.Table:
-    """What `measure` found."""
+    """The result of `measure` as a table."""
     times = f", {result['num_draws']} times each" if result["num_draws"] > 1 else ""
     head = [
         f"{result['workdir']}  step {result['step']}  {result['num_samples']} windows {result['pattern']}{times}, "
@@ -147,7 +149,7 @@ def table(result: dict[str, Any]) -> tables.Table:
 def _mauve(
     run: runs.Run, judge: judges.Judge, real: Int[np.ndarray, "S W"], draws: list[Int[np.ndarray, "S W"]]
 ) -> dict[str, Any]:
-    """MAUVE (Pillutla et al. 2021) of the windows in each draw against the real ones, from the judge's features."""
+    """MAUVE (Pillutla et al. 2021) of each draw's windows against the real ones, with features of the judge."""
     try:
         import mauve
     except ImportError:
@@ -165,7 +167,7 @@ def _share(name: str, values: Float[np.ndarray, "S"]) -> dict[str, Any]:
 
 
 def _shown(run: runs.Run, row: Int[np.ndarray, "W"], is_given: Bool[np.ndarray, "W"]) -> str:
-    """A window's text, what was filled in brackets."""
+    """A window's text, with what was filled in brackets."""
     edges = np.flatnonzero(np.diff(is_given)) + 1
     pieces = zip(np.split(row, edges), np.split(is_given, edges), strict=True)
     return "".join(

@@ -1,4 +1,4 @@
-"""One page with everything that was measured of a run: RUN/report.html, which needs no other file."""
+"""Writes RUN/report.html: one page with every result of a run, which needs no other file."""
 
 import base64
 import html
@@ -20,7 +20,7 @@ from sedd_jax.evaluation import (
     tables,
     zero_shot,
 )
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 
 NAME = "report.html"
 _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], tables.Table]]] = {
@@ -56,16 +56,18 @@ summary { cursor: pointer; color: var(--faint); font-size: .9rem; }
 
 
 def write(workdir: storage.Directory) -> pathlib.Path:
-    """Writes the page from what RUN/evaluations holds, the newest results first, and returns where it is.
+    """Writes the page from the results in RUN/evaluations, the newest first, and returns its path.
 
     Raises:
-        ValueError: where nothing has been measured yet, or by another version.
+        errors.UserError: where there are no results yet, or another version wrote them.
     """
     run = runs.load(workdir)
     found = results.load(run)
     kinds = [kind for kind in _SECTIONS if kind in found]
     if not kinds:
-        raise ValueError(f"{workdir} has no results yet: measure it with sedd eval first")
+        raise errors.UserError(
+            "has no results yet", field="workdir", value=workdir, remedy="measure it with sedd eval first"
+        )
     storage.download(run.workdir, "loss.png")
     sections = []
     for kind in kinds:
@@ -101,7 +103,9 @@ def _article(run: runs.Run, result: dict[str, Any], table: Callable[[dict[str, A
         parts = [table(result).as_html()]
     except KeyError as error:
         file = run.local / results.DIRECTORY / f"{result['name']}.json"
-        raise ValueError(f"{file} has no {error}: another version kept it, so remove it and measure again") from error
+        raise errors.UserError(
+            f"{file} has no {error}, so another version wrote it", remedy="remove it and measure again"
+        ) from error
     if "picture" in result:
         parts.append(_image(run.local / results.DIRECTORY / result["picture"], "Perplexity and entropy against nfe"))
     if result.get("texts"):

@@ -1,4 +1,4 @@
-"""What was measured of a run, kept in RUN/evaluations: a result as KIND-HASH.json, complete enough to be repeated."""
+"""Keeps results in RUN/evaluations as KIND-HASH.json, with all that is needed to repeat the measurement."""
 
 import datetime
 import hashlib
@@ -15,11 +15,11 @@ from sedd_jax import runs
 from sedd_jax.runtime import processes, storage
 
 DIRECTORY = "evaluations"
-KEPT_TEXTS = 8  # samples that a result shows
+KEPT_TEXTS = 8  # samples whose text a result holds
 
 
 def circumstances(run: runs.Run, step: int) -> dict[str, Any]:
-    """What the figures of a checkpoint come with, whatever is measured."""
+    """The fields that every result has: run, checkpoint, precision, device and versions."""
     return {
         "workdir": str(run.workdir),
         "step": step,
@@ -30,12 +30,12 @@ def circumstances(run: runs.Run, step: int) -> dict[str, Any]:
 
 
 def name(kind: str, settings: dict[str, Any]) -> str:
-    """The name under which a result is kept; `settings` is all that it is a function of."""
+    """The name under which a result is kept, from a hash of `settings`: all that the result is a function of."""
     return f"{kind}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
 
 
 def keep(run: runs.Run, name: str, result: dict[str, Any]) -> None:
-    """Writes a result with the time and the run's config, replacing one of the same name."""
+    """Writes a result with the time and the run's config, in place of one with the same name."""
     measured = datetime.datetime.now(datetime.UTC).isoformat()
     if processes.is_first():
         content = {"measured": measured, **result, "config": configs.to_dict(run.config)}
@@ -44,7 +44,7 @@ def keep(run: runs.Run, name: str, result: dict[str, Any]) -> None:
 
 
 def load(run: runs.Run) -> dict[str, list[dict[str, Any]]]:
-    """All results of each kind with their names, the oldest first."""
+    """All results by kind, the oldest first, each with its name."""
     storage.download(run.workdir, DIRECTORY)
     found: dict[str, list[dict[str, Any]]] = {}
     for file in (run.local / DIRECTORY).glob("*.json"):
@@ -54,21 +54,21 @@ def load(run: runs.Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_parts(run: runs.Run, name: str) -> list[dict[str, Any]]:
-    """The finished parts of a result that takes long, from which it goes on after a stop."""
+    """The finished parts of a long measurement, from which it resumes after an interruption."""
     storage.download(run.workdir, DIRECTORY)
     file = run.local / DIRECTORY / f"{name}.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def write_parts(run: runs.Run, name: str, parts: Sequence[dict[str, Any]]) -> None:
-    """Writes all finished parts of a result."""
+    """Writes all finished parts of a measurement."""
     if processes.is_first():
         _write(path(run, f"{name}.jsonl"), "".join(json.dumps(part) + "\n" for part in parts))
         storage.upload(run.workdir, f"{DIRECTORY}/{name}.jsonl")
 
 
 def path(run: runs.Run, name: str) -> pathlib.Path:
-    """Where a file of a result is, in a directory that exists."""
+    """The path of a file of a result; its directory is made if it does not exist."""
     (run.local / DIRECTORY).mkdir(exist_ok=True)
     return run.local / DIRECTORY / name
 

@@ -1,8 +1,8 @@
-"""Runs Python programs that nobody has read, each in a process that can compute and do nothing else.
+"""Runs untrusted Python programs, each in a process that can compute and do nothing else. Linux only.
 
-A fresh interpreter imports what programs usually need, limits its memory and time, and has the kernel refuse every
-system call that is not in `_ALLOWED`. So there is no file to open, no connection to make, no process or thread to start
-and no signal to send, whether from Python or from machine code. Linux only.
+A fresh interpreter imports the modules that programs usually need and limits its memory and time. Then the kernel
+refuses every system call that is not in `_ALLOWED`. So a program cannot open files or connections, start processes or
+threads, or send signals, neither from Python nor from machine code.
 """
 
 import ctypes
@@ -19,23 +19,24 @@ import sys
 
 _MEMORY = 512 * 2**20  # bytes of address space
 _PATIENCE = 30.0  # seconds for the interpreter to start, on a busy machine
-# What programs may import, since afterwards no file can be read.
+# Modules that programs may import. They are imported first, since no file can be read afterwards.
 _MODULES = (
     "__future__ _strptime abc array ast base64 bisect calendar cmath collections collections.abc copy dataclasses "
     "datetime decimal enum fractions functools hashlib heapq io itertools json math numbers operator queue random re "
     "statistics string textwrap time traceback types typing unicodedata unittest zlib"
 )
-# By machine: read write close fstat lseek, mmap mprotect munmap brk mremap madvise, rt_sigaction rt_sigprocmask
-# rt_sigreturn sigaltstack, getpid gettid futex sched_yield, clock_gettime clock_nanosleep getrandom, exit exit_group.
+# Numbers of the allowed system calls, by machine. In order: read write close fstat lseek, mmap mprotect munmap brk
+# mremap madvise, rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack, getpid gettid futex sched_yield, clock_gettime
+# clock_nanosleep getrandom, exit exit_group.
 _ALLOWED = {
     "x86_64": (0, 1, 3, 5, 8, 9, 10, 11, 12, 25, 28, 13, 14, 15, 131, 39, 186, 202, 24, 228, 230, 318, 60, 231),
     "aarch64": (63, 64, 57, 80, 62, 222, 226, 215, 214, 216, 233, 134, 135, 139, 132, 172, 178, 98, 124, 113, 115, 278,
                 93, 94),
 }  # fmt: skip
-_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # as the kernel calls them
+_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # as the kernel numbers them
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
-_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | 1  # the second as EPERM
+_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | 1  # _REFUSE makes the call fail with EPERM
 
 
 class Outcome(enum.StrEnum):
@@ -47,7 +48,7 @@ class Outcome(enum.StrEnum):
 
 
 def check() -> None:
-    """Raises ValueError where programs cannot be kept in: on another system, or under a kernel without the filter."""
+    """Raises ValueError where programs cannot be confined: on another system, or under a kernel without the filter."""
     if sys.platform != "linux" or platform.machine() not in _ALLOWED:
         raise ValueError(
             f"programs are run on Linux on {' or '.join(_ALLOWED)} only, not on {sys.platform} {platform.machine()}"
@@ -57,13 +58,14 @@ def check() -> None:
 
 
 def run(program: str, *, timeout_s: float = 3.0) -> Outcome:
-    """Runs a program: passed where it comes to its end, failed where it raises, exits, or takes too much memory.
+    """Runs a program. It passes if it reaches its end, and fails if it raises, exits, or takes too much memory.
 
-    Its end is known by a sign that it could find if it looked for it; what a language model writes does not.
+    After the program has ended, the process writes a secret that it got before. A program could look for the secret in
+    memory and write it itself; code that a language model writes does not.
 
     Args:
-        program: Python.
-        timeout_s: seconds after which it is killed.
+        program: Python source.
+        timeout_s: seconds after which the program is killed.
     """
     sign = secrets.token_hex(16)
     with subprocess.Popen(
@@ -84,7 +86,7 @@ def run(program: str, *, timeout_s: float = 3.0) -> Outcome:
         except (subprocess.TimeoutExpired, BrokenPipeError):
             process.kill()
         status = process.wait()
-        # Only now: a program that writes much waits for a reader until its time is up.
+        # Read only now: a program that writes a lot blocks until its time is up.
         said = process.stdout.read(len(sign) + 1)
     if status == 0 and said == sign.encode():
         return Outcome.PASSED
@@ -92,7 +94,7 @@ def run(program: str, *, timeout_s: float = 3.0) -> Outcome:
 
 
 def _child(timeout_s: float) -> None:
-    """Reads a program from standard input and runs it once nothing else is possible."""
+    """Reads a program from standard input, confines the process, and runs the program."""
     text = sys.stdin.buffer.read()
     sign, program = text[:32], text[32:]
     for module in _MODULES.split():
@@ -117,17 +119,17 @@ def _child(timeout_s: float) -> None:
 
 
 def _refuse_system_calls() -> None:
-    """Installs the filter, for good.
+    """Installs the filter of system calls, which cannot be removed.
 
     Raises:
-        OSError: where the kernel does not take it.
+        OSError: where the kernel does not accept it.
     """
     allowed, instruction = _ALLOWED[platform.machine()], struct.Struct("HBBI").pack
     program = [
-        instruction(_LOAD, 0, 0, 4),  # the architecture of the call
+        instruction(_LOAD, 0, 0, 4),  # load the architecture of the call
         instruction(_JUMP_IF_EQUAL, 1, 0, _ARCHITECTURE[platform.machine()]),
         instruction(_RETURN, 0, 0, _REFUSE),
-        instruction(_LOAD, 0, 0, 0),  # its number
+        instruction(_LOAD, 0, 0, 0),  # load the number of the call
         *(instruction(_JUMP_IF_EQUAL, len(allowed) - place, 0, number) for place, number in enumerate(allowed)),
         instruction(_RETURN, 0, 0, _REFUSE),
         instruction(_RETURN, 0, 0, _ALLOW),

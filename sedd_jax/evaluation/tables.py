@@ -1,4 +1,4 @@
-"""Tables of figures, in a terminal or on a page."""
+"""Tables of figures, as text for a terminal or as HTML."""
 
 import dataclasses
 import html
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Figures with what they are of; str() is the table in a terminal.
+    """A table of figures; str() gives its text for a terminal.
 
     Attributes:
-        head: lines above, what was measured and how.
-        columns: titles; the first is of the rows' names.
-        rows: cells.
-        notes: lines below.
+        head: lines above the table: what was measured, and how.
+        columns: titles of the columns; the first column names the rows.
+        rows: cells of each row.
+        notes: lines below the table.
     """
 
     head: Sequence[str]
@@ -33,7 +33,7 @@ class Table:
         return "\n".join([*self.head, *lines, *self.notes])
 
     def as_html(self) -> str:
-        """The table as an element of a page."""
+        """The table as HTML, with head and notes."""
         paragraphs = lambda kind, lines: "".join(f'<p class="{kind}">{html.escape(line)}</p>' for line in lines)
         row = lambda cells, kind: f"<tr>{''.join(f'<{kind}>{html.escape(cell)}</{kind}>' for cell in cells)}</tr>"
         body = "".join(row(cells, "td") for cells in self.rows)
@@ -42,5 +42,5 @@ class Table:
 
 
 def estimate(value: float, stderr: float | None, digits: int = 3) -> str:
-    """A figure with its standard error, where it has one."""
+    """A figure, with its standard error if it has one."""
     return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")

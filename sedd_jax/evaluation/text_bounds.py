@@ -1,4 +1,4 @@
-"""Bounds on the likelihood of a given text, such as a user types."""
+"""Bounds on the likelihood of a given text."""
 
 import functools
 import math
@@ -13,14 +13,14 @@ from sedd_jax.runtime import errors
 
 
 class Bound(NamedTuple):
-    """A bound on the negative log-likelihood of a text; the baseline's is the likelihood itself.
+    """A bound on the negative log-likelihood of a text. Of the autoregressive baseline it is the exact value.
 
     Attributes:
         name: score_entropy, cross_entropy (the tighter one, where the graph has it) or negative_log_likelihood.
         nats_per_token: the bound.
         nats_per_token_stderr: its standard error, over draws of time and noise.
         num_tokens: tokens of the text.
-        num_characters: its characters.
+        num_characters: characters of the text.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Bound(NamedTuple):
 
     @property
     def bits_per_character_stderr(self) -> float:
-        """Its standard error."""
+        """The standard error of `bits_per_character`."""
         return self.nats_per_token_stderr * self._bits
 
     @property
@@ -50,19 +50,19 @@ class Bound(NamedTuple):
 
 
 def bound_text(opened: runs.OpenRun, text: str, *, num_times: int = 128, seed: int = 0) -> Bound:
-    """Bounds the likelihood of a text, by the published protocol (t in [1e-3, 1], no terms at the ends).
+    """Bounds the likelihood of a text by the published protocol: t in [1e-3, 1], without the terms at the ends.
 
-    The text is cut into windows of the model's length. A window that is shorter is evaluated at its own length, which
-    the model was not trained on.
+    The text is cut into windows of the model's length. The last one may be shorter, a length that the model was not
+    trained on.
 
     Args:
         opened: the run.
-        text: the text, of at least a token.
-        num_times: draws of time and noise for each window, spread evenly over time.
-        seed: of times and noise.
+        text: the text, of at least one token.
+        num_times: draws of time and noise for each window; the times are spread evenly.
+        seed: seed of times and noise.
 
     Raises:
-        errors.UserError: where the text is empty, or holds what the tokenizer does not know.
+        errors.UserError: where the text is empty, or has characters that the tokenizer does not know.
     """
     run, length = opened.run, opened.run.config.data.length
     tokens = run.tokenizer.encode(text)
@@ -80,16 +80,16 @@ def bound_text(opened: runs.OpenRun, text: str, *, num_times: int = 128, seed: i
 def _bound_window(
     opened: runs.OpenRun, window: Int[np.ndarray, "L"], num_times: int, seed: int
 ) -> tuple[str, likelihoods.Estimate]:
-    """The tightest bound of one window, and its name: `num_times` copies of it, each at a time of its own."""
+    """Name and estimate of the tightest bound on a window, from `num_times` copies of it at different times."""
     run = opened.run
     copies = np.tile(window[None], (1 if run.is_autoregressive else num_times, 1))
-    drawn = likelihoods.passes(
-        _values_fn(run), opened.model.params, copies, batch_size=32, seed=seed, is_exact=run.is_autoregressive
-    )
+    values_fn = functools.partial(_values_fn(run), opened.model)
+    drawn = likelihoods.passes(values_fn, copies, batch_size=32, seed=seed, is_exact=run.is_autoregressive)
     bounds = likelihoods.named_bounds(run, likelihoods.combine([next(drawn)]))
     return list(bounds.items())[-1]
 
 
 @functools.lru_cache(maxsize=8)
-def _values_fn(run: runs.Run) -> likelihoods.ValuesFn:
+def _values_fn(run: runs.Run) -> likelihoods.ModelValuesFn:
+    """`likelihoods.make_values_fn`, compiled once for each run."""
     return likelihoods.make_values_fn(run)

@@ -1,8 +1,8 @@
-"""Tuning a time grid to a checkpoint: the times between which a number of steps loses least likelihood.
+"""Tunes a time grid to a checkpoint: finds the times at which a given number of steps loses the least likelihood.
 
-What a step loses (`graphs.Graph.step_bound`) depends on its two times alone. So dynamic programming finds the best path
-through a set of candidates (Watson et al. 2021, arXiv 2106.03802), and one evaluation at a time serves all steps from
-it.
+The loss of a step (`graphs.Graph.step_bound`) depends on its two times alone. So dynamic programming finds the best
+path through a set of candidate times (Watson et al. 2021, arXiv 2106.03802). One network evaluation at a time gives the
+losses of all steps that start there.
 """
 
 import functools
@@ -18,12 +18,15 @@ from jaxtyping import Array, Float, Int, Key
 from sedd_jax import runs
 from sedd_jax.diffusion import time_grids
 from sedd_jax.evaluation import results, tables
-from sedd_jax.model import networks, objectives
-from sedd_jax.runtime import processes, sharding, storage, terminals
+from sedd_jax.model import objectives
+from sedd_jax.runtime import errors, processes, sharding, storage, terminals
 
-_CANDIDATES = 64  # times, at least
-# (params, key, x0, times that steps start at, [B], and end at, [n]) -> what each loses, nats per token [n].
-_LossFn = Callable[[networks.Params, Key[Array, ""], Any, Any, Any], Float[Array, "n"]]
+_CANDIDATES = 64  # candidate times, at least
+# (key, x0, time of each sequence, times at which steps end) -> loss of the step to each end, in nats per token.
+_LossFn = Callable[
+    [Key[Array, ""], Int[np.ndarray, "B L"], Float[np.ndarray, "B"], Float[np.ndarray, "n"]],
+    Float[Array, "n"],
+]
 
 
 def tune(
@@ -35,40 +38,49 @@ def tune(
     batch_size: int = 32,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Finds the grid and keeps it in the run directory, where `--grid=tuned` finds it.
+    """Finds the best time grid and keeps it in the run directory, where the grid "tuned" refers to it.
 
     Args:
         workdir: the run directory.
-        num_steps: reverse steps it is for.
+        num_steps: reverse steps that the grid is for.
         step: the checkpoint; the newest if None.
-        num_sequences: held-out sequences, half of which tune and half of which judge.
-        batch_size: sequences at once.
-        seed: of sequences and noise.
+        num_sequences: held-out sequences. One half tunes the grid, the other half compares it with other grids.
+        batch_size: sequences in a batch.
+        seed: seed of the choice of sequences and of the noise.
 
     Returns:
-        `times`, and the bounds of samplers on the other half of the text, in nats per token: `bounds` by grid, with
-        `num_steps` each, and `bound_of_all` with a step to every candidate.
+        `times`, and likelihood bounds on the second half of the sequences, in nats per token: `bounds` of each grid
+        with `num_steps` steps, and `bound_of_all` with a step to every candidate time.
 
     Raises:
-        ValueError: where the run is no diffusion, or there is too little text.
+        errors.UserError: where the run is autoregressive, or there is too little text.
     """
     run = runs.load(workdir)
     if run.is_autoregressive:
-        raise ValueError(f"{workdir} is autoregressive: it takes its steps token by token, not in time")
-    if num_steps < 1 or num_sequences < 2:
-        raise ValueError(f"num_steps={num_steps} must be at least 1, num_sequences={num_sequences} at least 2")
+        raise errors.UserError(
+            "is autoregressive: it takes its steps token by token, not in time",
+            field="workdir",
+            value=workdir,
+            remedy="give a diffusion run",
+        )
+    for field, value, least in (("num_steps", num_steps, 1), ("num_sequences", num_sequences, 2)):
+        if value < least:
+            raise errors.UserError(f"must be at least {least}", field=field, value=value)
     opened = run.restore(step)
     split = run.split("valid")
     chosen = np.random.default_rng(seed).permutation(split.num_sequences)[:num_sequences]
     if len(chosen) < 2:
-        raise ValueError(f"{workdir} has {len(chosen)} held-out sequences: two are needed, prepare more text")
+        raise errors.UserError(
+            f"has {len(chosen)} held-out sequences, and two are needed",
+            field="workdir",
+            value=workdir,
+            remedy="prepare more text",
+        )
     sequences = split.sequences()[np.sort(chosen)].astype(np.int32)
     candidates = np.linspace(1, time_grids.T_END, max(_CANDIDATES, 4 * num_steps) + 1)
     with opened.on_devices(), terminals.progress() as report:
         width = len(candidates) - 1
-        losses = functools.partial(
-            _losses, _make_loss_fn(run), opened.model.params, width, batch_size=batch_size, seed=seed
-        )
+        losses = functools.partial(_losses, _make_loss_fn(opened), width, batch_size=batch_size, seed=seed)
         table = np.full((len(candidates),) * 2, np.inf)
         for i in range(width):
             table[i, i + 1 :] = losses(sequences[::2], candidates[i], candidates[i + 1 :])
@@ -101,7 +113,7 @@ def tune(
 
 
 def best_path(losses: Float[np.ndarray, "n n"], num_steps: int) -> Int[np.ndarray, "m"]:
-    """The path of so many steps from the first place to the last, of the least sum of losses[from, to]."""
+    """Indices of the path from first to last index, in `num_steps` steps, with the least sum of losses[i, j]."""
     best = losses[0]
     came_from = []
     for _ in range(num_steps - 1):
@@ -115,7 +127,7 @@ def best_path(losses: Float[np.ndarray, "n n"], num_steps: int) -> Int[np.ndarra
 
 
 def table(result: dict[str, Any]) -> tables.Table:
-    """What `tune` found."""
+    """The result of `tune` as a table."""
     lost = lambda bound: f"{bound - result['bound_of_all']:.4f}"
     rows = [(name, f"{bound:.4f}", lost(bound)) for name, bound in result["bounds"].items()]
     return tables.Table(
@@ -133,14 +145,15 @@ def table(result: dict[str, Any]) -> tables.Table:
     )
 
 
-def _make_loss_fn(run: runs.Run) -> _LossFn:
-    """A compiled function of a batch."""
-    graph, noise = run.process.graph, run.process.noise
+def _make_loss_fn(opened: runs.OpenRun) -> _LossFn:
+    """A compiled function of a batch that gives the losses of steps."""
+    process = opened.run.process
+    graph, noise = process.graph, process.noise
 
-    def losses(params, key, x0, t, ends):
+    def losses(model, key, x0, t, ends):
         sigma = noise.sigma(t)
         xt = graph.sample_transition(key, x0, sigma)
-        summary = objectives.summary_fn(networks.Model(run.network, params), run.process)(xt, x0, sigma)
+        summary = objectives.summary_fn(model, process)(xt, x0, sigma)
 
         def loss(end: Float[Array, ""]) -> Float[Array, ""]:
             after = jnp.broadcast_to(noise.sigma(end), sigma.shape)
@@ -148,12 +161,11 @@ def _make_loss_fn(run: runs.Run) -> _LossFn:
 
         return sharding.replicate(jax.lax.map(loss, ends))
 
-    return jax.jit(losses)
+    return functools.partial(jax.jit(losses), opened.model)
 
 
 def _losses(
     loss_fn: _LossFn,
-    params: networks.Params,
     width: int,
     sequences: Int[np.ndarray, "S L"],
     start: float,
@@ -162,9 +174,9 @@ def _losses(
     batch_size: int,
     seed: int,
 ) -> Float[np.ndarray, "n"]:
-    """What steps from `start` to each of `ends`, at most `width`, lose, nats per token."""
+    """Losses of the steps from `start` to each of `ends` (at most `width`), in nats per token."""
     size = min(batch_size, len(sequences))
-    # One shape for any number of ends, and the same noise at every time, so that differences are of time alone.
+    # Padded to one shape for any number of ends. Noise is the same at every time, so that losses differ by time alone.
     padded = np.full(width, ends[-1], np.float32)
     padded[: len(ends)] = ends
     found = []
@@ -172,5 +184,5 @@ def _losses(
         rows = np.arange(at, at + size) % len(sequences)
         key = jax.random.fold_in(jax.random.key(seed), at)
         t = np.full(size, start, np.float32)
-        found.append(np.float64(loss_fn(params, key, sequences[rows], t, padded)))
+        found.append(np.float64(loss_fn(key, sequences[rows], t, padded)))
     return np.mean(found, axis=0)[: len(ends)]

@@ -1,4 +1,4 @@
-"""The paper's zero-shot table (Lou et al. 2023, table 1) with a row of our own: perplexity on text never trained on."""
+"""Zero-shot perplexity on the sets of the paper's table 1 (Lou et al. 2023), beside the published figures."""
 
 import dataclasses
 import pathlib
@@ -7,9 +7,9 @@ from typing import Any
 from sedd_jax import runs
 from sedd_jax.data import corpora, shards
 from sedd_jax.evaluation import perplexity, results, tables
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 
-# The sets in the paper's order, and the splits it measured; the first that there is.
+# The sets in the paper's order. Of each the first split is measured that exists.
 SETS = {
     "lambada": ("test",),
     "wikitext2": ("train", "test"),
@@ -17,7 +17,7 @@ SETS = {
     "wikitext103": ("test",),
     "lm1b": ("test",),
 }
-# Perplexities of GPT-2, bounds of the others; per GPT-2 token, length 1024, 1000 times.
+# Perplexities of GPT-2, bounds on those of the others, per GPT-2 token. Length 1024, 1000 times for each sequence.
 PUBLISHED = {
     "GPT-2 small": (45.04, 42.43, 138.43, 41.60, 75.20),
     "SEDD absorb small": (50.92, 41.84, 114.24, 40.62, 79.29),
@@ -37,27 +37,30 @@ def evaluate_sets(
     step: int | None = None,
     settings: perplexity.Settings | None = None,
 ) -> dict[str, Any]:
-    """`evaluate.evaluate` on every set that can be read, and why the others cannot.
+    """Runs `perplexity.evaluate` on every set that can be read, and lists the others with the reason.
 
     Args:
         workdir: the run directory.
-        directory: where prepared sets are, under their names; one that is not there is fetched.
+        directory: where prepared sets are, under their names; a set that is not there is fetched.
         step: the checkpoint; the newest if None.
-        settings: how.
+        settings: how to estimate the bounds; the defaults if None.
+
+    Returns:
+        `sets`, the result of `perplexity.evaluate` for each set, and `missing`, why each of the others cannot be read.
 
     Raises:
-        ValueError: where no set can be read.
+        errors.UserError: where no set can be read.
     """
     found, missing = {}, {}
     for name in SETS:
         try:
             data, split = _find(name, directory)
             found[name] = perplexity.evaluate(workdir, data=data, split=split, step=step, settings=settings)
-        except (ImportError, OSError, ValueError) as error:
+        except (errors.UserError, OSError) as error:
             missing[name] = " ".join(str(error).split())
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-        raise ValueError(f"no set of the suite can be read: {reasons}")
+        raise errors.UserError(f"no set of the suite can be read: {reasons}")
     run, step = runs.load(workdir), next(iter(found.values()))["step"]
     result = {**results.circumstances(run, step), "sets": found, "missing": missing}
     texts = {name: one["data_sha256"] for name, one in found.items()}
@@ -69,7 +72,7 @@ def evaluate_sets(
 
 
 def _find(name: str, directory: str) -> tuple[str, str]:
-    """A set's source and the split to measure."""
+    """The source of a set and the split to measure."""
     prepared = storage.directory(directory) / name
     if shards.is_packed(prepared):
         source, splits = f"prepared:{prepared}", shards.read_header(prepared)["splits"]
@@ -77,12 +80,12 @@ def _find(name: str, directory: str) -> tuple[str, str]:
         source, splits = name, corpora.find(name).splits
     split = next((split for split in SETS[name] if split in splits), None)
     if split is None:
-        raise ValueError(f"{source} has the splits {', '.join(splits)}, none of {', '.join(SETS[name])}")
+        raise errors.UserError(f"{source} has the splits {', '.join(splits)}, none of {', '.join(SETS[name])}")
     return source, split
 
 
 def table(result: dict[str, Any]) -> tables.Table:
-    """The paper's table with this run's bounds in it, and what is missing."""
+    """The paper's table with rows for this run's bounds, and the missing sets as notes."""
     found = next(iter(result["sets"].values()))
     measured = [result["sets"].get(name) for name in SETS]
     rows = [(title, *(f"{figure:.2f}" for figure in figures)) for title, figures in PUBLISHED.items()]

@@ -1,4 +1,4 @@
-"""A local page to play with a run: text with gaps is filled in step by step, and samplers stand side by side.
+"""A local web page for a run: it shows step by step how text with gaps is filled, for several samplers side by side.
 
 The page is one file, page.html. It reads `/api/run` once, and `/api/draw` as server-sent events for every column.
 """
@@ -17,7 +17,7 @@ import webbrowser
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 from sedd_jax.serving import queue, requests
 
 try:
@@ -25,12 +25,14 @@ try:
     from starlette import applications, concurrency, datastructures, exceptions, responses, routing, types
     from starlette import requests as http
 except ImportError as error:
-    raise ImportError("the page needs packages that are not installed: pip install 'sedd_jax[serve]'") from error
+    raise errors.UserError(
+        "the page needs packages that are not installed", remedy="pip install 'sedd_jax[serve]'"
+    ) from error
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
-MAX_OPEN = 128  # requests that wait, are drawn or are read, at once
+MAX_OPEN = 128  # requests at once: waiting, being drawn, or being read
 _SECONDS_TO_CLOSE = 2
-_BUFFER = 2**20  # bytes of a request's head that are read at all: what is too long gets an answer up to here
+_BUFFER = 2**20  # bytes of a request's head that are read; a query that is too long gets an answer up to this size
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -42,27 +44,26 @@ def serve(
     port: int = 8000,
     opens: bool = False,
 ) -> None:
-    """Serves the page of a run until interrupted; its address is printed once it answers.
+    """Serves the page of a run until it is interrupted. Its address is printed once it answers.
 
     Args:
         workdir: the run directory.
         step: the checkpoint; the newest if None.
-        host: where to listen; other machines reach the page only where this is not the local host.
-        port: the port, 0 for any that is free.
+        host: address to listen at. Other machines reach the page only if this is not the local host.
+        port: the port; 0 for any that is free.
         opens: whether to open the page in the browser.
 
     Raises:
-        ValueError: where the run has no checkpoint, or the address cannot be listened at.
+        errors.UserError: where the run has no checkpoint, or the server cannot listen at the address.
     """
     with contextlib.closing(_listen(host, port)) as listener:
         opened = requests.open_run(workdir, step)
-        name = (
-            f"{opened.checkpoint.run.config.sampling.sampler}, " if not opened.checkpoint.run.is_autoregressive else ""
-        )
+        run = opened.checkpoint.run
+        name = "" if run.is_autoregressive else f"{run.config.sampling.sampler}, "
         print(f"compiling the program that draws ({name}1 sample)", file=sys.stderr, flush=True)
-        requests.draw(opened, requests.parse(opened.checkpoint.run, ""), lambda name, content: None)
+        requests.draw(opened, requests.parse(run, ""), lambda name, content: None)
         if host not in _LOCAL:
-            print(f"--host={host}: whoever reaches this machine can draw from the run", file=sys.stderr)
+            print(f"--host={host}: everybody who can reach this machine can draw from the run", file=sys.stderr)
         shown = "127.0.0.1" if _is_any(host) else f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listener.getsockname()[1]}"
         print(url, flush=True)
@@ -83,7 +84,13 @@ def serve(
 
 
 def app(opened: requests.Opened, *, host: str = "127.0.0.1", max_open: int = MAX_OPEN) -> types.ASGIApp:
-    """The page and its API for a run, as an ASGI app; `host` is the name it is reached by beside the local ones."""
+    """The ASGI app of a run's page and its API.
+
+    Args:
+        opened: the run.
+        host: name or address by which the page may be reached, beside the local ones.
+        max_open: requests at once; more are refused.
+    """
     page = PAGE.read_text(encoding="utf-8")
     about = requests.describe(opened)
 
@@ -100,7 +107,7 @@ def app(opened: requests.Opened, *, host: str = "127.0.0.1", max_open: int = MAX
         return responses.JSONResponse(about)
 
     async def draw(request: http.Request) -> responses.Response:
-        # In a thread, since a pattern may take seconds.
+        # In a thread, since compiling a pattern may take seconds.
         wanted = await concurrency.run_in_threadpool(requests.parse, opened.checkpoint.run, request.url.query)
         line = request.app.state.line
         try:
@@ -121,7 +128,7 @@ def app(opened: requests.Opened, *, host: str = "127.0.0.1", max_open: int = MAX
 
 
 class Events(responses.StreamingResponse):
-    """What is emitted for a place in the line, as server-sent events; however the reading ends, the place is left."""
+    """A response that sends the events of a place in the line. The place is left however the response ends."""
 
     def __init__(self, line: queue.Line, place: queue.Place):
         super().__init__(_as_text(line.read(place)), media_type="text/event-stream")
@@ -152,7 +159,7 @@ def _refused_by_http(request: http.Request, error: Exception) -> responses.Respo
 
 
 def _only_get(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """An endpoint that does no work for HEAD, which Starlette lets GET answer."""
+    """Wraps an endpoint so that it refuses HEAD, for which Starlette would run the endpoint of GET."""
 
     async def answer(request: http.Request) -> responses.Response:
         if request.method != "GET":
@@ -163,10 +170,10 @@ def _only_get(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _guarded(inner: types.ASGIApp, page: str, host: str) -> types.ASGIApp:
-    """Refuses what other sites could make a browser ask for, and forbids the page all but itself.
+    """Refuses requests that other sites make a browser send, and limits the page to its own scripts and server.
 
-    A name in the Host header must be this server's own, or any address where it listens at all of them: a foreign name
-    that resolves to this machine is how another site would get in (DNS rebinding).
+    The Host header must have a name of this server. Otherwise another site could get in by a name of its own that
+    resolves to this machine (DNS rebinding). If the server listens at all addresses, any address is accepted, too.
     """
     headers = {
         "Content-Security-Policy": _policy(page),
@@ -192,7 +199,8 @@ def _guarded(inner: types.ASGIApp, page: str, host: str) -> types.ASGIApp:
         refused = None
         name = re.sub(r":[0-9]*$", "", asked.get("host", "")).removeprefix("[").removesuffix("]").lower()
         if name not in own and not (_is_any(host) and _is_address(name)):
-            refused = f"the page is not served under {asked.get('host', '')!r}: use its own address, or give --host"
+            name = asked.get("host", "")
+            refused = f"the page is not served under {name!r}: use its own address, or start `sedd serve --host=...`"
         elif scope["path"].startswith("/api/") and asked.get("sec-fetch-site") in ("cross-site", "same-site"):
             refused = "another site may not ask for this: open the page itself"
         if refused is None:
@@ -204,7 +212,7 @@ def _guarded(inner: types.ASGIApp, page: str, host: str) -> types.ASGIApp:
 
 
 def _policy(page: str) -> str:
-    """A Content-Security-Policy for the page's own script and style, by their digests, and requests to its server."""
+    """A Content-Security-Policy that allows the page's own script and style, by their digests, and its own server."""
 
     def digests(tag: str) -> str:
         bodies = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -230,20 +238,25 @@ def _is_address(name: str) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens already, so that a port in use is known before anything is compiled."""
+    """A listening socket, made before anything is compiled, so that a port in use is reported at once."""
     if not 0 <= port < 2**16:
-        raise ValueError(f"--port={port} is none: give one from 1 to 65535, or 0 for any that is free")
+        remedy = "give one from 1 to 65535, or 0 for any that is free"
+        raise errors.UserError("is not a port", field="port", value=port, remedy=remedy)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"--host={host} is no address of this machine: give one, or a name of it") from error
+        raise errors.UserError(
+            "is not an address of this machine", field="host", value=host, remedy="give one, or a name of it"
+        ) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        remedy = "give another --port, or 0 for any that is free"
-        raise ValueError(f"cannot listen at --host={host} --port={port}, {error.strerror}: {remedy}") from error
+        raise errors.UserError(
+            f"cannot listen at {errors.name('host')}={host} {errors.name('port')}={port}, {error.strerror}",
+            remedy=f"give another {errors.name('port')}, or 0 for any that is free",
+        ) from error
     return listener

@@ -1,10 +1,10 @@
-"""A sequence on its way from noise to text, in pieces that a page can mark."""
+"""Splits a sequence that is being denoised into pieces of text, which the page marks by their kind."""
 
 import itertools
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 
 from sedd_jax import runs
 
@@ -15,9 +15,18 @@ _KINDS = ("given", "mask", "new", "filled")
 def pieces(
     run: runs.Run, row: Int[np.ndarray, "L"], is_given: Bool[np.ndarray, "L"], before: Int[np.ndarray, "L"]
 ) -> list[tuple[str, str]]:
-    """A row as stretches of one kind and their text: given, mask (`░` for each), new since `before`, or filled.
+    """Splits a sequence into stretches of one kind, each with its text.
 
-    Where no token is masked the texts together are what the tokenizer makes of the whole row.
+    Without masks the texts together are the text of the whole sequence.
+
+    Args:
+        run: the run.
+        row: the tokens.
+        is_given: where they are given.
+        before: the tokens one step earlier.
+
+    Returns:
+        Pairs of kind and text. The kind is given, mask (a `░` for each), new (changed since `before`) or filled.
     """
     masked = row == (run.graph.mask_id if run.graph.has_mask else -1)
     kinds = np.select([is_given, masked, row != before], [_GIVEN, _MASK, _NEW], _FILLED)
@@ -32,9 +41,10 @@ def pieces(
 
 
 def _texts(run: runs.Run, row: Int[np.ndarray, "L"], stretches: list[tuple[int, int]]) -> list[str]:
-    """Texts of adjoining stretches, which together are the text of all of their tokens.
+    """Texts of adjacent stretches, which together are the text of all their tokens.
 
-    A character may be made of tokens of two stretches, or a space depend on the token after it. It is the later's then.
+    A character may consist of tokens of two stretches, and a space may depend on the token after it. Such characters
+    belong to the later stretch.
     """
     start, stop = stretches[0][0], stretches[-1][1]
     whole = run.tokenizer.decode(row[start:stop])
@@ -47,11 +57,11 @@ def _texts(run: runs.Run, row: Int[np.ndarray, "L"], stretches: list[tuple[int, 
 
 
 def _num_common(one: str, other: str) -> int:
-    """Characters that two texts begin with alike."""
+    """Length of the common prefix of two texts."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _stretches(values: np.ndarray) -> Iterator[tuple[int, int]]:
+def _stretches(values: Shaped[np.ndarray, "L"]) -> Iterator[tuple[int, int]]:
     """Start and end of each stretch of equal values."""
     borders = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
     return ((start, stop) for start, stop in itertools.pairwise(borders) if stop > start)

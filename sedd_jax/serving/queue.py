@@ -1,4 +1,4 @@
-"""Requests in a bounded line: one thread does them in order, and one whose reader has gone is not done."""
+"""A bounded queue of requests. One thread does them in order, and drops those whose reader has gone."""
 
 import asyncio
 import dataclasses
@@ -7,24 +7,35 @@ import traceback
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from sedd_jax.runtime import errors
+
 SECONDS_BETWEEN_PLACES = 1.0
 Event = tuple[str, dict[str, Any]]
-# Takes an event's name and content, and raises `GoneError` where nobody reads any more.
+# Takes an event's name and content; raises `GoneError` if nobody reads them any more.
 Emit = Callable[[str, dict[str, Any]], None]
 Job = Callable[[Emit], None]
 
 
 class FullError(Exception):
-    """As many requests are open as may be."""
+    """The maximum number of requests is open."""
 
 
 class GoneError(Exception):
-    """The reader has gone: what is being done can stop."""
+    """The reader has gone, so the job can stop."""
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Place:
-    """A request in the line: what it wants done, and the events that wait to be read (None after the last)."""
+    """A request in the line.
+
+    Attributes:
+        job: what it wants done.
+        loop: the event loop of its reader.
+        events: events that wait to be read; None after the last.
+        is_started: whether the thread has begun the job.
+        is_done: whether the job has ended.
+        has_left: whether the reader has gone.
+    """
 
     job: Job
     loop: asyncio.AbstractEventLoop
@@ -34,15 +45,16 @@ class Place:
     has_left: bool = False
 
     def emit(self, name: str, content: dict[str, Any]) -> None:
+        """Hands an event to the reader; raises `GoneError` if it has gone."""
         if self.has_left:
             raise GoneError
         self.loop.call_soon_threadsafe(self.events.put_nowait, (name, content))
 
 
 class Line:
-    """Places in order of arrival. `enter`, `read` and `leave` belong to the event loop, `_work` to the one thread.
+    """Places in order of arrival. The event loop calls `enter`, `read` and `leave`; one thread runs `_work`.
 
-    A place counts until its reader leaves, so that `limit` also bounds the events that are held for slow readers.
+    A place counts until its reader leaves. So `limit` also bounds the events that are held for slow readers.
     """
 
     def __init__(self, limit: int):
@@ -54,7 +66,7 @@ class Line:
         self._thread.start()
 
     def enter(self, job: Job) -> Place:
-        """A new last place; raises `FullError`."""
+        """Adds a place at the end; raises `FullError` if the line is full."""
         place = Place(job=job, loop=asyncio.get_running_loop())
         with self._changed:
             if len(self._places) >= self.limit:
@@ -64,7 +76,7 @@ class Line:
         return place
 
     async def read(self, place: Place) -> AsyncIterator[Event]:
-        """How many are ahead, as long as any is; then what the job emits."""
+        """Yields how many requests are ahead while the place waits, then the events of its job."""
         yield "queued", {"ahead": self._ahead(place)}
         while True:
             try:
@@ -79,13 +91,13 @@ class Line:
             yield event
 
     def leave(self, place: Place) -> None:
-        """Takes a place out of the line, whether it was waiting, is being done or is finished."""
+        """Removes a place from the line, whether it waits, is being done, or is finished."""
         with self._changed:
             place.has_left = True
             self._places.remove(place)
 
     def close(self) -> None:
-        """Ends the thread, at the next event of what it does."""
+        """Ends the thread, at the next event of the running job."""
         with self._changed:
             self._is_closed = True
             for place in self._places:
@@ -107,18 +119,18 @@ class Line:
                 place = waiting()[0]
                 place.is_started = True
             _do(place)
-            # It would hold the last request's events until there is another.
+            # Otherwise it would hold the last request's events until the next request.
             del place
 
 
 def _do(place: Place) -> None:
-    """Does a job; whatever goes wrong is told to its reader, and the next one is served."""
+    """Does a job. A failure is reported to its reader, and the thread goes on with the next job."""
     try:
         place.job(place.emit)
     except GoneError:
         pass
     except Exception as error:
-        if not isinstance(error, ValueError):
+        if not isinstance(error, errors.UserError):
             traceback.print_exc()
         message = (str(error).splitlines() or [type(error).__name__])[0]
         place.loop.call_soon_threadsafe(place.events.put_nowait, ("error", {"error": message}))

@@ -1,4 +1,4 @@
-"""What the page of `sedd serve` may ask of a run, and what it gets: a trajectory, and the command that repeats it."""
+"""Requests of the page of `sedd serve`: reads and checks them, and draws the trajectories that they ask for."""
 
 import dataclasses
 import math
@@ -25,13 +25,15 @@ MAX_SEED = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A field of `config.SamplingConfig` that a request may set; `sedd sample` has a flag of the same name.
+    """A field of `config.SamplingConfig` that a request may set. `sedd sample` has a flag of the same name.
 
     Attributes:
-        name: of the field.
-        label: on the page.
-        choices: its values, or none where it is a number between `least` and `most`.
-        is_shared: whether the columns that the page compares have it in common.
+        name: name of the field.
+        label: its label on the page.
+        choices: its possible values; empty for a number from `least` to `most`.
+        least: the smallest number.
+        most: the largest number.
+        is_shared: whether all columns of the page have the same value.
     """
 
     name: str
@@ -42,11 +44,11 @@ class Setting:
     is_shared: bool = False
 
 
-# Choices are few, since all but the number of steps make a program of its own, which is compiled once.
+# Few choices: every combination is a program that is compiled once, except that any number of steps shares one.
 SETTINGS = (
     Setting(name="sampler", label="Sampler", choices=tuple(samplers.SAMPLERS)),
     Setting(name="num_steps", label="Steps", least=1, most=4096),
-    Setting(name="draw", label="Draws", choices=tuple(score_draws.DRAWS)),
+    Setting(name="draw", label="Noise", choices=tuple(score_draws.DRAWS)),
     Setting(name="grid", label="Time grid", choices=time_grids.NAMES),
     Setting(name="corrector_steps", label="Corrections", choices=(0, 1, 2, 4)),
     Setting(name="temperature", label="Temperature", choices=(0.7, 0.8, 0.9, 1.0)),
@@ -58,7 +60,7 @@ _TYPES: dict[str, Any] = {field.name: field.type for field in dataclasses.fields
 
 
 class RefusedError(Exception):
-    """A request that cannot be: the HTTP status and one sentence that says why."""
+    """A request that is refused, with an HTTP status and one sentence that says why."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -67,11 +69,11 @@ class RefusedError(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
-    """The run that the page is for.
+    """The run that is served.
 
     Attributes:
         checkpoint: the run with the weights of one checkpoint on the devices.
-        compiled: the settings, but for the number of steps, that something was drawn with.
+        compiled: settings that something was drawn with, all with one step, since the number needs no new program.
     """
 
     checkpoint: runs.OpenRun
@@ -80,7 +82,14 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """A valid request: the template as written and as read, and how to draw."""
+    """A valid request.
+
+    Attributes:
+        template: as it was written.
+        parsed: as it was read.
+        settings: how to draw.
+        seed: seed of everything random.
+    """
 
     template: str
     parsed: templates.Template
@@ -89,14 +98,14 @@ class Request:
 
 
 def open_run(workdir: storage.Directory, step: int | None) -> Opened:
-    """A run's moving average at a step (the newest if None), laid out as `generate.generate` does."""
+    """Opens a run at a checkpoint (the newest if None), as `generate.generate` does."""
     return Opened(checkpoint=runs.load(workdir).restore(step))
 
 
 def settings_of(run: runs.Run) -> list[Setting]:
-    """The settings that a run takes, each with the choices it takes; a baseline has neither sampler nor steps.
+    """The settings of a run, each with the choices that the run takes; a baseline has neither sampler nor steps.
 
-    What the run itself is set to is among them. Choices that do not go together are refused when they are asked for.
+    The run's own values are among the choices. Values that do not go together are refused once they are requested.
     """
     own = defaults(run)
 
@@ -112,7 +121,7 @@ def settings_of(run: runs.Run) -> list[Setting]:
 
 
 def defaults(run: runs.Run) -> configs.SamplingConfig:
-    """The run's settings within what a request may ask, and one sample."""
+    """The run's own settings, limited to what a request may ask for, and one sample."""
     own, numbers = run.config.sampling, [setting for setting in SETTINGS if not setting.choices]
     within: dict[str, Any] = {
         setting.name: min(max(getattr(own, setting.name), setting.least), setting.most) for setting in numbers
@@ -121,7 +130,7 @@ def defaults(run: runs.Run) -> configs.SamplingConfig:
 
 
 def describe(opened: Opened) -> dict[str, Any]:
-    """What the page must know of a run, for JSON."""
+    """All that the page needs to know of a run, for JSON."""
     run, values = opened.checkpoint.run, dataclasses.asdict(defaults(opened.checkpoint.run))
     meanings = {name: meaning for name, _, meaning in configs.describe(configs.to_dict(run.config))}
     return {
@@ -148,10 +157,11 @@ def describe(opened: Opened) -> dict[str, Any]:
 
 
 def parse(run: runs.Run, query: str) -> Request:
-    """Reads a URL's query.
+    """Reads the query of a URL.
 
     Raises:
-        RefusedError: 414 where it is too long, 400 for what no parameter can be, 422 for a template that does not fit.
+        RefusedError: 414 for a query that is too long, 400 for a wrong parameter, 422 for a template that does not fit
+            the run.
     """
     if len(query) > MAX_QUERY:
         raise RefusedError(
@@ -163,8 +173,8 @@ def parse(run: runs.Run, query: str) -> Request:
         if name in known or name in ("template", "seed"):
             continue
         if name in _OF_DIFFUSION:
-            raise RefusedError(400, f"an autoregressive run draws a token a step: leave {name} out")
-        raise RefusedError(400, f"{name!r} is no parameter: give some of template, seed, {', '.join(known)}")
+            raise RefusedError(400, f"an autoregressive run draws one token a step: leave {name} out")
+        raise RefusedError(400, f"{name!r} is not a parameter: give some of template, seed, {', '.join(known)}")
     changed = {name: _value(known[name], given[name]) for name in known if name in given}
     seed = _value(Setting(name="seed", label="", most=MAX_SEED), given.get("seed", "0"), int)
     template = given.get("template", "")
@@ -178,7 +188,7 @@ def parse(run: runs.Run, query: str) -> Request:
                 "holds the character U+0000, which no command line can", field="template", remedy="remove it"
             )
         parsed = templates.parse(run, template)
-        templates.compile_patterns(run, [parsed])
+        generate.refuse_patterns(settings, templates.compile_patterns(run, [parsed]))
         if run.is_autoregressive:
             autoregression.refuse_text_after_gaps(parsed.is_given)
     except errors.UserError as error:
@@ -187,12 +197,12 @@ def parse(run: runs.Run, query: str) -> Request:
 
 
 def _spelled(field: str) -> str:
-    """The name of an input as the page gives it."""
+    """The name of an input as the page shows it."""
     return "the template" if field == "template" else field.removeprefix("config.sampling.")
 
 
 def command(opened: Opened, request: Request) -> str:
-    """The `sedd sample` that draws the same texts."""
+    """The `sedd sample` command that draws the same texts."""
     values = {"workdir": opened.checkpoint.run.workdir, "step": opened.checkpoint.step, "template": request.template}
     own = opened.checkpoint.run.config.sampling
     for setting in settings_of(opened.checkpoint.run):
@@ -204,7 +214,7 @@ def command(opened: Opened, request: Request) -> str:
 
 
 def draw(opened: Opened, request: Request, emit: queue.Emit) -> None:
-    """Draws what a request asks for: emits `started`, `step` for each state of the trajectory, at last `done`."""
+    """Draws what a request asks for. Emits `started`, a `step` for each state of the trajectory, and at last `done`."""
     run, parsed = opened.checkpoint.run, request.parsed
     program = dataclasses.replace(request.settings, num_steps=1)
     emit("started", {"is_first": program not in opened.compiled})
@@ -235,6 +245,7 @@ def draw(opened: Opened, request: Request, emit: queue.Emit) -> None:
 
 
 def _takes(run: runs.Run, setting: Setting, value: Any) -> bool:
+    """Whether a run takes a value of a setting, all others at their defaults."""
     usual = configs.SamplingConfig()
     try:
         run.sampling(**{other.name: getattr(usual, other.name) for other in SETTINGS} | {setting.name: value})
@@ -247,7 +258,7 @@ def _parameters(query: str) -> dict[str, str]:
     try:
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict")
     except UnicodeDecodeError as error:
-        raise RefusedError(400, "the request is no UTF-8: encode it as browsers do") from error
+        raise RefusedError(400, "the request is not UTF-8: encode it as browsers do") from error
     except ValueError as error:
         raise RefusedError(400, f"the request cannot be read, {error}: give NAME=VALUE with & between") from error
     names = [name for name, _ in pairs]
@@ -257,7 +268,7 @@ def _parameters(query: str) -> dict[str, str]:
 
 
 def _value(setting: Setting, text: str, kind: Any = None) -> Any:
-    """A parameter's value from its text; `kind` for one that is no field of the config."""
+    """The value of a parameter from its text; `kind` is the type of one that is not a field of the config."""
     kind = kind or _TYPES[setting.name]
     value = _number(text, kind)
     if setting.choices:
@@ -272,7 +283,7 @@ def _value(setting: Setting, text: str, kind: Any = None) -> Any:
 
 
 def _number(text: str, kind: Any) -> Any:
-    """The number that a text is, where `kind` is one of them; else the text."""
+    """The text as an int or float if it is one of that kind; otherwise the text."""
     if kind is int and re.fullmatch(r"[0-9]{1,18}", text):
         return int(text)
     if kind is float and re.fullmatch(r"[0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18}", text):
@@ -285,22 +296,25 @@ def _shown(text: str) -> str:
 
 
 def _example(run: runs.Run) -> str:
-    """A template from the run's held-out text whose middle half is a gap, or all that follows; "" where it has none."""
+    """A template from the run's held-out text with a gap in its middle half; "" if the run has no such text.
+
+    Of a baseline the gap is all that follows the first quarter.
+    """
     try:
         split = run.split("valid")
-    except (ValueError, OSError):
+    except (errors.UserError, OSError):
         return ""
     length = min(run.config.data.length, split.num_tokens, 96)
     row = split.tokens.read(0, length).astype(np.int32)
     quarter = math.ceil(length / 4)
     start, end = run.tokenizer.decode(row[:quarter]), run.tokenizer.decode(row[length - quarter :])
-    # Whole words, where there are any.
+    # Cut at spaces, if there are any.
     start, end = start[: start.rfind(" ") + 1] or start, "" if run.is_autoregressive else end[max(end.find(" "), 0) :]
     gap = length - len(run.tokenizer.encode(start)) - len(run.tokenizer.encode(end))
     start, end = (text.replace("{", "{{").replace("}", "}}") for text in (start, end))
     template = f"{start}{{{gap}}}{end}"
     try:
         templates.parse(run, template)
-    except ValueError:
+    except errors.UserError:
         return ""
     return template

@@ -43,7 +43,7 @@ def test_attempts_that_pass_are_counted(code_run, problems, monkeypatch):
     run = runs.load(code_run)
     seen = {}
 
-    def written(run, params, sampling, tokens, is_given, seed):
+    def written(opened, sampling, tokens, is_given, seed):
         """The solution in the first attempts at each problem, then another statement."""
         seen["texts"] = ["".join(run.tokenizer.decode(row[known])) for row, known in zip(tokens, is_given, strict=True)]
         found = tokens.copy()
@@ -57,7 +57,8 @@ def test_attempts_that_pass_are_counted(code_run, problems, monkeypatch):
         return found
 
     monkeypatch.setattr(generation_quality, "fill", written)
-    result = code_problems.measure(code_run, problems, num_samples=10, timeout_s=20.0)
+    result = code_problems.measure(code_run, problems, timeout_s=20.0)
+    assert result["num_samples"] == 10
     assert seen["texts"] == ["a = 1\nb"] * 10 + ["a = = 22\n"] * 10
     assert result["passed"] == {"t/0": 3, "t/1": 1}
     assert result["outcomes"] == {"passed": 4, "failed": 16}
@@ -114,9 +115,9 @@ def test_the_command_measures_a_file(code_run, problems, capsys):
     ("content", "message"),
     [
         ("", "has no problem in it"),
-        ("{", ":1: is no problem with task_id"),
-        ("[]", ":1: is no problem with task_id"),
-        (json.dumps(PREFIX) + '\n{"task_id": "t/1"}', ":2: is no problem with task_id"),
+        ("{", ":1: this line is not a problem with task_id"),
+        ("[]", ":1: this line is not a problem with task_id"),
+        (json.dumps(PREFIX) + '\n{"task_id": "t/1"}', ":2: this line is not a problem with task_id"),
         (
             json.dumps({**PREFIX, "test": 1}),
             ":1: task_id, prompt, canonical_solution, test, entry_point and suffix must",
@@ -132,4 +133,4 @@ def test_wrong_files_are_refused_in_one_line(code_run, tmp_path, capsys, content
     assert message in error
     assert error.count("\n") == 1
     assert cli.main([*arguments, f"--problems={tmp_path}/none.jsonl"]) == 1
-    assert "is no file: give one in the format of HumanEval.jsonl" in capsys.readouterr().err
+    assert f"--problems={tmp_path}/none.jsonl is not a file: give one in the format" in capsys.readouterr().err

@@ -68,8 +68,8 @@ def test_what_surrounds_a_gap_is_kept_and_the_gap_is_drawn(code_run, monkeypatch
     drawn = []
     draw = code_quality.generate.draw_tokens
 
-    def recorded(run, params, given, *args, **kwargs):
-        drawn.append((given, draw(run, params, given, *args, **kwargs)))
+    def recorded(opened, given, *args, **kwargs):
+        drawn.append((given, draw(opened, given, *args, **kwargs)))
         return drawn[-1][1]
 
     monkeypatch.setattr(code_quality.generate, "draw_tokens", recorded)

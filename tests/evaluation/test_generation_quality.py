@@ -10,12 +10,12 @@ import pytest
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.evaluation import generation_quality, perplexity
-from sedd_jax.runtime import sharding
 
 
 def test_all_held_out_text_has_the_perplexity_that_evaluation_finds(code_run, judge_run):
     num = runs.load(code_run).split("valid").num_sequences
-    result = generation_quality.measure(code_run, str(judge_run), num_samples=num, batch_size=16)
+    samples = generation_quality.Samples(num_samples=num, batch_size=16)
+    result = generation_quality.measure(code_run, str(judge_run), samples=samples)
     exact = perplexity.evaluate(judge_run)["negative_log_likelihood"]
     assert result["held_out"]["gen_ppl_pooled"] == pytest.approx(exact["ppl_bound"], rel=1e-5)
     assert result["held_out"]["gen_ppl_per_sequence"] >= result["held_out"]["gen_ppl_pooled"]
@@ -52,26 +52,27 @@ def test_the_command_warns_of_samples_with_too_little_entropy(code_run, judge_ru
     assert cli.main(arguments) == 2
     assert "--judge=RUN must be given" in capsys.readouterr().err
     assert cli.main([*arguments, f"--judge={code_run}"]) == 1
-    assert "is no autoregressive run" in capsys.readouterr().err
+    assert (
+        f"--judge={code_run} is not an autoregressive run: train one with config.graph.name=autoregressive"
+        in capsys.readouterr().err
+    )
 
 
 def test_batches_of_samples_differ(code_run):
-    run = runs.load(code_run)
-    _, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()))
-    sampling = dataclasses.replace(run.config.sampling, num_samples=2)
-    drawn = generation_quality.draw(run, params, sampling, 3, seed=0)
+    opened = runs.load(code_run).restore()
+    sampling = dataclasses.replace(opened.run.config.sampling, num_samples=2)
+    drawn = generation_quality.draw(opened, sampling, 3, seed=0)
     assert drawn.shape == (3, 32)
     assert not np.array_equal(drawn[0], drawn[2])
-    assert np.array_equal(drawn, generation_quality.draw(run, params, sampling, 3, seed=0))
+    assert np.array_equal(drawn, generation_quality.draw(opened, sampling, 3, seed=0))
 
 
 def test_what_is_given_of_each_sequence_is_kept(code_run):
-    run = runs.load(code_run)
-    _, params = run.ema_params(sharding.make_mesh(sharding.MeshConfig()))
-    sampling = dataclasses.replace(run.config.sampling, num_samples=2)
+    opened = runs.load(code_run).restore()
+    sampling = dataclasses.replace(opened.run.config.sampling, num_samples=2)
     random = np.random.default_rng(0)
-    tokens = random.integers(0, run.tokenizer.vocab_size, (3, 32)).astype(np.int32)
+    tokens = random.integers(0, opened.run.tokenizer.vocab_size, (3, 32)).astype(np.int32)
     is_given = random.random((3, 32)) < 0.5
-    filled = generation_quality.fill(run, params, sampling, tokens, is_given, seed=0)
+    filled = generation_quality.fill(opened, sampling, tokens, is_given, seed=0)
     assert (filled == tokens)[is_given].all()
     assert (filled != tokens)[~is_given].any()

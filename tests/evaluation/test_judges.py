@@ -11,13 +11,16 @@ from sedd_jax import runs
 from sedd_jax.data import alphabets
 from sedd_jax.evaluation import generation_quality, judges
 from sedd_jax.model import autoregression, networks
+from sedd_jax.runtime import errors
 
 
 @pytest.fixture
 def judge(judge_run):
     """The run as a judge, its parameters moved so that tokens differ."""
     judge = judges.RunJudge(judge_run)
-    judge.params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(0), x.shape), judge.params)
+    model = judge.opened.model
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(0), x.shape), model.params)
+    judge.opened = dataclasses.replace(judge.opened, model=networks.Model(model.config, params))
     return judge
 
 
@@ -28,9 +31,8 @@ def rows(judge):
 
 
 def test_a_run_reads_windows_from_the_start_of_each_sequence(judge, rows):
-    read = jax.jit(
-        lambda x: autoregression.log_likelihood(networks.Model(judge.run.network, judge.params), x, judge.run.graph)
-    )
+    model, graph = judge.opened.model, judge.run.graph
+    read = jax.jit(lambda x: autoregression.log_likelihood(model, x, graph))
     found = judge.log_likelihoods(rows)
     for row, values in zip(rows, found, strict=True):
         windows = [np.asarray(read(row[None, at : at + 32]))[0] for at in range(0, len(row), 32)]
@@ -38,11 +40,11 @@ def test_a_run_reads_windows_from_the_start_of_each_sequence(judge, rows):
 
 
 def test_features_of_a_run_have_read_the_whole_window(judge, rows):
-    network, mask = judge.run.network, judge.run.graph.mask_id
+    model, mask = judge.opened.model, judge.run.graph.mask_id
     found = judge.features(rows)
     for number, read in ((0, 5), (2, 31)):  # A full window's last token is not read.
         inputs = np.concatenate([[mask], rows[number][:read]]).astype(np.int32)[None]
-        expected = networks.apply(networks.Model(network, judge.params), jnp.asarray(inputs), jnp.zeros(1))[0, -1]
+        expected = networks.apply(model, jnp.asarray(inputs), jnp.zeros(1))[0, -1]
         np.testing.assert_allclose(found[number], expected, rtol=1e-3, atol=1e-4)
 
 
@@ -92,8 +94,8 @@ def test_a_model_of_transformers_reads_all_but_the_first_token(gpt2, code_run):
         for window in (row[:24], row[24:]):
             ids = torch.tensor(window[None].astype(np.int64))
             with torch.no_grad():
-                laws = torch.log_softmax(model(ids).logits[0], dim=-1)
-            expected += [float(laws[at, token]) for at, token in enumerate(window[1:])]
+                log_p = torch.log_softmax(model(ids).logits[0], dim=-1)
+            expected += [float(log_p[at, token]) for at, token in enumerate(window[1:])]
         np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4)
         with torch.no_grad():
             last = model.transformer(torch.tensor(row[None, :24].astype(np.int64))).last_hidden_state[0, -1]
@@ -101,7 +103,8 @@ def test_a_model_of_transformers_reads_all_but_the_first_token(gpt2, code_run):
 
 
 def test_samples_are_read_by_a_model_of_transformers(gpt2, code_run):
-    result = generation_quality.measure(code_run, str(gpt2), num_samples=3, batch_size=2)
+    samples = generation_quality.Samples(num_samples=3, batch_size=2)
+    result = generation_quality.measure(code_run, str(gpt2), samples=samples)
     assert result["samples"]["gen_ppl_pooled"] > 1
     assert "every token but the first" in str(generation_quality.table(result))
     assert "gpt2" in result["judge"]
@@ -115,16 +118,16 @@ def test_what_is_no_judge_is_refused_in_one_line(code_run, tmp_path):
         if "transformers" in message:
             pytest.importorskip("transformers")
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(errors.UserError, match=f"judge={tmp_path} .*{message}"):
             judges.open_judge(str(tmp_path))
-    with pytest.raises(ValueError, match="is no autoregressive run"):
+    with pytest.raises(errors.UserError, match=f"judge={code_run} is not an autoregressive run"):
         judges.open_judge(str(code_run))
-    with pytest.raises(ValueError, match="is not a run directory"):
+    with pytest.raises(errors.UserError, match=f"judge={tmp_path}/nothing is not a run directory"):
         judges.open_judge(str(tmp_path / "nothing"))
 
 
 def test_transformers_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"needs transformers and torch: pip install 'sedd_jax\[judge\]'"):
+    with pytest.raises(errors.UserError, match=r"needs transformers and torch: pip install 'sedd_jax\[judge\]'"):
         judges.open_judge(str(tmp_path))

@@ -24,7 +24,7 @@ def _graph(kind, n=3):
 
 
 def _scores(graph, sigma, xt):
-    """log of the exact score of the one-token law P0 at xt, [1, 1, V]."""
+    """log of the exact score at xt of the distribution P0 of one token, [1, 1, V]."""
     score = oracles.exact_scores(graph, P0, sigma)[xt, 0]
     return jnp.log(jnp.asarray(score, jnp.float32))[None, None]
 
@@ -71,8 +71,10 @@ def test_reconstruction_is_what_the_last_step_gives(kind, perfect):
 
 @pytest.mark.parametrize("kind", ["absorb", "uniform"])
 def test_the_strict_bound_of_the_exact_score_is_the_entropy(kind):
-    """With one token nothing is lost: prior, integral and reconstruction add up to -log p(x0), on average, once the
-    start of generation is the law at t = 1 itself; for these it is so near that a thousandth covers it."""
+    """With one token nothing is lost: prior, integral and reconstruction add up to -log p(x0) on average.
+
+    This holds exactly if generation starts with the distribution at t = 1. The gap between the two is added here.
+    """
     graph, noise = _graph(kind), NOISES[kind]
     edges = np.array([losses.T_MIN, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 0.99, 0.997, 0.999, 1.0])
     nodes, weights = np.polynomial.legendre.leggauss(8)
@@ -104,14 +106,14 @@ def test_the_strict_bound_of_the_exact_score_is_the_entropy(kind):
 SEQUENCES = np.arange(70).reshape(7, 10)
 
 
-def _values(params, key, x0, t):
+def _values(key, x0, t):
     """Two quantities with known means: one that depends on time, one that does not."""
     noise = jax.random.normal(key, (len(t),))
     return jnp.stack([10 * t + noise, jnp.full(len(t), 3.0) + noise])
 
 
 def _passes(**changed):
-    return likelihoods.passes(_values, {}, SEQUENCES, **{"batch_size": 3, "seed": 5} | changed)
+    return likelihoods.passes(_values, SEQUENCES, **{"batch_size": 3, "seed": 5} | changed)
 
 
 def test_passes_estimate_means_and_errors():
@@ -136,5 +138,5 @@ def test_a_report_follows_each_pass():
 
 
 def test_a_single_sequence_has_no_error_that_could_be_stated():
-    only = next(likelihoods.passes(_values, {}, SEQUENCES[:1], batch_size=3, seed=0))
+    only = next(likelihoods.passes(_values, SEQUENCES[:1], batch_size=3, seed=0))
     assert likelihoods.combine([only])[0].stderr == math.inf

@@ -44,8 +44,8 @@ def test_figures_follow_from_each_other(run):
 
 
 def test_the_strict_protocol_adds_the_terms_at_the_ends(run):
-    published, strict = _evaluate(run), _evaluate(run, protocol="strict")
-    prior = math.exp(-float(runs.load(run).noise.sigma(jnp.float32(1.0)))) * math.log(runs.load(run).graph.vocab_size)
+    published, strict, process = _evaluate(run), _evaluate(run, protocol="strict"), runs.load(run).process
+    prior = math.exp(-float(process.noise.sigma(jnp.float32(1.0)))) * math.log(process.graph.vocab_size)
     assert strict["prior_nats_per_token"] == pytest.approx(prior, rel=1e-3)
     assert 0 <= strict["reconstruction_nats_per_token"] < 0.05
     for name in ("score_entropy", "cross_entropy"):

@@ -8,6 +8,9 @@ import pytest
 
 from sedd_jax.cli import main as cli
 from sedd_jax.evaluation import generation_quality, judges, quality_curves
+from sedd_jax.runtime import errors
+
+SAMPLES = generation_quality.Samples(num_samples=4, batch_size=4)
 
 ARGUMENTS = [
     "--curve=steps:2,4",
@@ -38,12 +41,12 @@ def test_points_are_those_of_single_measurements(run, judge_run, capsys):
     assert [(point["sampler"], point["draw"], point["num_steps"]) for point in result["points"]] == wanted
     point = result["points"][6]
     single = generation_quality.measure(
-        run, str(judge_run), num_samples=4, batch_size=4, sampler="tau_leaping", draw="published", num_steps=2
+        run, str(judge_run), samples=SAMPLES, sampler="tau_leaping", draw="published", num_steps=2
     )
     assert {name: point[name] for name in single["samples"]} == single["samples"]
     assert point["nfe"] == single["nfe"] == 3
     assert result["held_out"] == single["held_out"]
-    own = generation_quality.measure(judge_run, str(judge_run), num_samples=4, batch_size=4)
+    own = generation_quality.measure(judge_run, str(judge_run), samples=SAMPLES)
     assert result["judge_samples"] == {"nfe": 32} | own["samples"]
     assert "\n".join(printed) == str(quality_curves.table(result))
     picture = run / "evaluations" / result["picture"]
@@ -55,14 +58,16 @@ def test_points_are_those_of_single_measurements(run, judge_run, capsys):
 
 
 def test_points_that_are_done_are_not_drawn_again(run, judge_run, monkeypatch):
-    settings = {"samplers": ["tweedie"], "num_samples": 4, "batch_size": 4}
-    first = quality_curves.measure(run, str(judge_run), num_steps=[2], **settings)
+    curve = lambda *num_steps: quality_curves.Curve(samplers=["tweedie"], num_steps=num_steps)
+    first = quality_curves.measure(run, str(judge_run), curve(2), samples=SAMPLES)
     drawn = []
     draw = generation_quality.draw
     monkeypatch.setattr(
-        generation_quality, "draw", lambda run, *args: [drawn.append(run.is_autoregressive), draw(run, *args)][1]
+        generation_quality,
+        "draw",
+        lambda opened, *args: [drawn.append(opened.run.is_autoregressive), draw(opened, *args)][1],
     )
-    both = quality_curves.measure(run, str(judge_run), num_steps=[4, 2], **settings)
+    both = quality_curves.measure(run, str(judge_run), curve(4, 2), samples=SAMPLES)
     assert drawn == [False, False, True]
     assert [point for point in both["points"] if point["num_steps"] == 2] == first["points"]
     assert len(list((run / "evaluations").glob("*.png"))) == 2
@@ -70,17 +75,18 @@ def test_points_that_are_done_are_not_drawn_again(run, judge_run, monkeypatch):
 
 def test_points_that_another_judge_has_read_are_not_taken_for_this_ones(run, judge_run, monkeypatch):
     """A judge that was trained again has the same name."""
-    settings = {"samplers": ["tweedie"], "num_samples": 4, "batch_size": 4, "num_steps": [2]}
-    before = quality_curves.measure(run, str(judge_run), **settings)["points"]
+    curve = quality_curves.Curve(samplers=["tweedie"], num_steps=[2])
+    before = quality_curves.measure(run, str(judge_run), curve, samples=SAMPLES)["points"]
     read = judges.RunJudge._log_likelihood
     monkeypatch.setattr(judges.RunJudge, "_log_likelihood", lambda judge, batch: 1.1 * read(judge, batch))
-    for point, old in zip(quality_curves.measure(run, str(judge_run), **settings)["points"], before, strict=True):
+    after = quality_curves.measure(run, str(judge_run), curve, samples=SAMPLES)["points"]
+    for point, old in zip(after, before, strict=True):
         assert point["gen_ppl_pooled"] == pytest.approx(old["gen_ppl_pooled"] ** 1.1)
 
 
 def test_under_a_control_all_draws_are_precise(run, judge_run):
-    settings = {"samplers": ["tweedie"], "num_samples": 4, "batch_size": 4, "temperature": 0.8}
-    found = quality_curves.measure(run, str(judge_run), num_evaluations=[3], **settings)
+    curve = quality_curves.Curve(samplers=["tweedie"], num_evaluations=[3])
+    found = quality_curves.measure(run, str(judge_run), curve, samples=SAMPLES, temperature=0.8)
     assert [(point["draw"], point["nfe"]) for point in found["points"]] == [("precise", 3)]
     assert "temperature=0.8" in str(quality_curves.table(found))
     assert "published draws" not in str(quality_curves.table(found))
@@ -92,12 +98,14 @@ def test_wrong_curves_are_refused(code_run, judge_run, capsys):
         ("--curve=16,32", "--curve=16,32 is no list of steps: give one such as steps:16,32,64"),
         ("--curve=steps:a", "--curve=steps:a is no list of steps"),
         ("--curve=steps:", "--curve=steps: is no list of steps"),
-        ("--curve=steps:0", "sampling.num_steps=0"),
-        ("--curve=steps:2 --samplers=mine", "sampling.sampler='mine'"),
+        ("--curve=steps:0", "--curve=steps:0 must be"),
+        ("--curve=nfe:1", "--curve=nfe:1 is too few for tweedie, which takes 2 for a step: give more"),
+        ("--curve=steps:2 --samplers=tweedie,mine", "--samplers=mine is unknown: choose one of tweedie"),
+        ("--curve=steps:2 --samplers=mine", "--samplers=mine is unknown: choose one of tweedie"),
     ):
         assert cli.main([*arguments, *wrong.split()]) != 0
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-    with pytest.raises(ValueError, match="is autoregressive, which takes a step for every token"):
-        quality_curves.measure(judge_run, str(judge_run), num_steps=[2], samplers=["tweedie"])
+    with pytest.raises(errors.UserError, match="is autoregressive, which takes a step for every token"):
+        quality_curves.measure(judge_run, str(judge_run), quality_curves.Curve(samplers=["tweedie"], num_steps=[2]))

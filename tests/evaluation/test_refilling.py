@@ -25,26 +25,27 @@ def test_a_pattern_says_what_is_given(pattern, given):
 
 @pytest.mark.parametrize("pattern", ["", "25", "25{0}25", "a{3}", "{3", "{-1}", "2 {3}", "papers"])
 def test_what_is_no_pattern_is_refused(pattern):
-    with pytest.raises(ValueError, match="is no pattern: give numbers of known and"):
+    with pytest.raises(ValueError, match="is not a pattern: give numbers of known and"):
         refilling.parse(pattern)
 
 
 def test_what_comes_back_is_counted(code_run, judge_run, monkeypatch):
     wrong = []
 
-    def spoiled(run, params, sampling, tokens, is_given, seed):
+    def spoiled(opened, sampling, tokens, is_given, seed):
         """Text as it was, but for one missing token of the first two windows, and what follows the window."""
         assert is_given[:, [0, 1, 2, 9]].all()
         assert not is_given[:, 3:9].any()
         assert not is_given[:, 10:].any()
         found = tokens.copy()
         found[:, 10:] = 0
-        found[:2, 4] = (found[:2, 4] + 1) % run.tokenizer.vocab_size
+        found[:2, 4] = (found[:2, 4] + 1) % opened.run.tokenizer.vocab_size
         wrong.append(seed)
         return found
 
     monkeypatch.setattr(generation_quality, "fill", spoiled)
-    result = refilling.measure(code_run, "3{6}1", judge=str(judge_run), num_samples=8, num_draws=2)
+    samples = generation_quality.Samples(num_samples=8)
+    result = refilling.measure(code_run, "3{6}1", judge=str(judge_run), samples=samples, num_draws=2)
     assert result["tokens_matched"] == pytest.approx(1 - 2 / 48)
     assert result["windows_matched"] == pytest.approx(6 / 8)
     # Of eight windows, however often each is filled.
@@ -83,10 +84,11 @@ def test_the_command_prints_and_keeps_what_it_found(code_run, judge_run, capsys)
 
 
 def test_a_baseline_continues_a_prompt_and_fills_nothing_else(judge_run):
-    result = refilling.measure(judge_run, "4{28}", num_samples=4)
+    samples = generation_quality.Samples(num_samples=4)
+    result = refilling.measure(judge_run, "4{28}", samples=samples)
     assert (result["sampler"], result["nfe"]) == ("autoregressive", 32)
     with pytest.raises(ValueError, match="sees no text after a gap"):
-        refilling.measure(judge_run, "4{8}4", num_samples=4)
+        refilling.measure(judge_run, "4{8}4", samples=samples)
 
 
 def test_mauve_tells_text_from_other_text(code_run, judge_run, monkeypatch):

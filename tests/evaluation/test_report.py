@@ -9,6 +9,7 @@ import pytest
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.evaluation import generation_quality, perplexity, quality_curves, report, results
+from sedd_jax.runtime import errors
 
 
 @pytest.fixture
@@ -40,10 +41,11 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_page_holds_every_result(run, judge_run, capsys):
-    settings = {"num_samples": 4, "batch_size": 4}
+    samples = generation_quality.Samples(num_samples=4, batch_size=4)
     bounds = [perplexity.evaluate(run, settings=perplexity.Settings(num_times=1, seed=seed)) for seed in (0, 1)]
-    generated = generation_quality.measure(run, str(judge_run), **settings)
-    quality_curves.measure(run, str(judge_run), num_steps=[4], samplers=["tweedie"], **settings)
+    generated = generation_quality.measure(run, str(judge_run), samples=samples)
+    curve = quality_curves.Curve(samplers=["tweedie"], num_steps=[4])
+    quality_curves.measure(run, str(judge_run), curve, samples=samples)
     assert cli.main(["eval", f"--workdir={run}", "--report", "--num_processes=1"]) == 0
     assert capsys.readouterr().out == f"wrote {run / 'report.html'}\n"
     page = Page((run / "report.html").read_text())
@@ -80,7 +82,8 @@ def test_samples_are_no_markup(run):
 def test_a_result_of_another_version_is_named(run):
     opened = runs.load(run)
     results.keep(opened, results.name("generation", {}), {"judge": "one"})
-    with pytest.raises(ValueError, match=r"generation-\w+.json has no '\w+': another version kept it, so remove it"):
+    message = r"generation-\w+.json has no '\w+', so another version wrote it: remove it and measure again"
+    with pytest.raises(errors.UserError, match=message):
         report.write(run)
 
 

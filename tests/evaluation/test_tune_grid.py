@@ -39,7 +39,7 @@ def test_a_tuned_grid_loses_no_more_than_others_and_is_kept(tuned):
     assert result["bounds"]["tuned"] <= min(result["bounds"].values()) * 1.02
     assert np.isfinite(result["bound_of_all"])
     assert json.loads((workdir / "time_grid.json").read_text())["times"] == result["times"]
-    spec = tune_grid.read(runs.load(workdir))
+    spec = runs.load(workdir).tuned_grid()
     np.testing.assert_allclose(time_grids.parse(spec), times, atol=1e-6)
     shown = str(tune_grid.table(result))
     assert "lost to few steps" in shown
@@ -49,11 +49,11 @@ def test_a_tuned_grid_loses_no_more_than_others_and_is_kept(tuned):
 def test_samples_are_drawn_on_the_tuned_grid(tuned, capsys):
     workdir, _ = tuned
     run = runs.load(workdir)
-    assert run.sampling(grid="tuned").grid == tune_grid.read(run)
+    assert run.sampling(grid="tuned").grid == run.tuned_grid()
     flags = [f"--workdir={workdir}", "--num_processes=1", "--num_steps=4", "--grid=tuned", "--corrector_steps=2"]
     assert cli.main(["sample", *flags, "--num_samples=8", "--json"]) == 0
     samples = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {(one["grid"], one["corrector_steps"], one["nfe"]) for one in samples} == {(tune_grid.read(run), 2, 13)}
+    assert {(one["grid"], one["corrector_steps"], one["nfe"]) for one in samples} == {(run.tuned_grid(), 2, 13)}
 
 
 def test_what_cannot_be_tuned_is_said(code_run, judge_run, capsys):
@@ -63,5 +63,7 @@ def test_what_cannot_be_tuned_is_said(code_run, judge_run, capsys):
         tune_grid.tune(judge_run)
     with pytest.raises(ValueError, match=r"num_steps=0 must be at least 1"):
         tune_grid.tune(code_run, num_steps=0)
+    with pytest.raises(ValueError, match=r"num_sequences=1 must be at least 2"):
+        tune_grid.tune(code_run, num_sequences=1)
     assert cli.main(["tune-grid", "--num_steps=4"]) == 2
     assert "--workdir=DIR must be given" in capsys.readouterr().err

@@ -67,7 +67,7 @@ def _start(code_run, compiled, *arguments):
     # Where these tests run in the background SIGINT is ignored, and so it would be there.
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from sedd_jax import cli; sys.argv[0] = 'sedd'; cli.run()"
+        "from sedd_jax.cli import main; sys.argv[0] = 'sedd'; main.run()"
     )
     command = [sys.executable, "-c", code, "serve", f"--workdir={code_run}", "--port=0", *arguments]
     environment, here = small_runs.environment(compiled, len(jax.devices())), places.REPOSITORY
@@ -130,23 +130,25 @@ def _sampled(command, capsys):
 
 
 def _drawn(opened, template, seed, **settings):
-    with jax.set_mesh(opened.mesh):
-        sampling = opened.run.sampling(num_samples=1, **settings)
-        parsed = templates.parse(opened.run, template)
-        return generate.draw_samples(opened.run, opened.params, parsed, sampling, seed=seed, step=0)[0].text
+    checkpoint = opened.checkpoint
+    with checkpoint.on_devices():
+        sampling = checkpoint.run.sampling(num_samples=1, **settings)
+        parsed = templates.parse(checkpoint.run, template)
+        return generate.draw_samples(checkpoint, parsed, sampling, seed=seed)[0].text
 
 
 @pytest.fixture(scope="module")
 def uniform(opened):
     """A run on the uniform graph that nobody trained, of all printable characters."""
+    trained = opened.checkpoint.run
     config = dataclasses.replace(
-        opened.run.config,
+        trained.config,
         graph=configs.GraphConfig(name="uniform"),
-        network=dataclasses.replace(opened.run.config.network, scale_by_sigma=False),
+        network=dataclasses.replace(trained.config.network, scale_by_sigma=False),
     )
-    run = dataclasses.replace(opened.run, config=config, tokenizer=alphabets.Characters(alphabet=string.printable))
-    params = networks.init(jax.random.key(0), run.network)
-    return requests.Opened(run=run, params=params, step=0, mesh=opened.mesh)
+    run = dataclasses.replace(trained, config=config, tokenizer=alphabets.Characters(alphabet=string.printable))
+    model = networks.Model(run.network, networks.init(jax.random.key(0), run.network))
+    return requests.Opened(checkpoint=dataclasses.replace(opened.checkpoint, run=run, step=0, model=model))
 
 
 # What is drawn
@@ -184,7 +186,7 @@ def test_a_trajectory_ends_in_what_the_command_draws(server, capsys, sampler, nu
 
 
 def test_no_text_is_one_gap(server, opened):
-    assert len(_ask(server[1])[-1][1]["texts"][0]) == opened.run.config.data.length
+    assert len(_ask(server[1])[-1][1]["texts"][0]) == opened.checkpoint.run.config.data.length
 
 
 def _choices(run, **sampling):
@@ -199,18 +201,18 @@ def _choices(run, **sampling):
 
 
 def test_the_runs_own_settings_are_offered_and_hide_no_others(opened):
-    usual = _choices(opened.run)
-    assert _choices(opened.run, sampler="first_hitting") == usual
-    assert _choices(opened.run, draw="published") == usual
-    assert _choices(opened.run, grid="cosine") == usual
-    found = _choices(opened.run, temperature=0.85, corrector_steps=3, grid="1,0.5,0", top_p=0.99)
+    usual = _choices(opened.checkpoint.run)
+    assert _choices(opened.checkpoint.run, sampler="first_hitting") == usual
+    assert _choices(opened.checkpoint.run, draw="published") == usual
+    assert _choices(opened.checkpoint.run, grid="cosine") == usual
+    found = _choices(opened.checkpoint.run, temperature=0.85, corrector_steps=3, grid="1,0.5,0", top_p=0.99)
     for name, own in (("temperature", 0.85), ("corrector_steps", 3), ("grid", "1,0.5,0"), ("top_p", 0.99)):
         assert found.pop(name) == (*usual.pop(name), own)
     assert found == usual
 
 
 def test_uniform_states_show_what_changes(uniform):
-    assert "first_hitting" not in requests.settings_of(uniform.run)[0].choices
+    assert "first_hitting" not in requests.settings_of(uniform.checkpoint.run)[0].choices
     with _serving(uniform) as url:
         events = _ask(url, template="a = {20}", num_steps=8)
         steps = [content["samples"][0] for name, content in events if name == "step"]
@@ -225,7 +227,7 @@ def test_uniform_states_show_what_changes(uniform):
         assert (first, last) == ("{", "}")
         code, message, _ = _refusal(f"{url}/api/draw?sampler=first_hitting")
         assert code == 400
-        assert "must be one of euler, tau_leaping, tweedie" in message
+        assert "must be one of tweedie, euler, tau_leaping" in message
 
 
 def test_a_baseline_draws_after_text_and_takes_no_sampler(judge_run, capsys):
@@ -239,7 +241,7 @@ def test_a_baseline_draws_after_text_and_takes_no_sampler(judge_run, capsys):
         assert _sampled(done["command"], capsys) == done["texts"]
         assert _refusal(f"{url}/api/draw?sampler=tweedie")[:2] == (
             400,
-            "an autoregressive run draws a token a step: leave sampler out",
+            "an autoregressive run draws one token a step: leave sampler out",
         )
         code, message, _ = _refusal(f"{url}/api/draw?template=%7B4%7Da")
         assert code == 422
@@ -260,7 +262,7 @@ def test_the_example_is_held_out_text_with_a_gap(server, code_run):
 
 @pytest.mark.parametrize("tokenizer", [alphabets.Bytes(), alphabets.Ids(vocab_size=256)], ids=["bytes", "ids"])
 def test_pieces_are_the_text_wherever_characters_are_cut(opened, tokenizer):
-    run = dataclasses.replace(opened.run, tokenizer=tokenizer)
+    run = dataclasses.replace(opened.checkpoint.run, tokenizer=tokenizer)
     row = np.frombuffer("aé☃𝄞, né".encode(), np.uint8).astype(np.int32)
     generator = np.random.default_rng(0)
     for _ in range(200):
@@ -396,7 +398,7 @@ def test_what_goes_wrong_is_told_and_the_next_is_served(opened, monkeypatch, cap
 @pytest.mark.parametrize(
     ("query", "code", "message"),
     [
-        ("steps=3", 400, "'steps' is no parameter: give some of template, seed, sampler, num_steps"),
+        ("steps=3", 400, "'steps' is not a parameter: give some of template, seed, sampler, num_steps"),
         ("num_steps=many", 400, "num_steps='many' must be a whole number from 1 to 4096"),
         ("num_steps=0", 400, "num_steps='0' must be a whole number from 1 to 4096"),
         ("num_steps=4097", 400, "num_steps='4097' must be"),
@@ -404,18 +406,19 @@ def test_what_goes_wrong_is_told_and_the_next_is_served(opened, monkeypatch, cap
         ("num_steps=%D9%A3", 400, "num_steps='٣' must be"),
         (f"num_steps={'9' * 5000}", 400, f"num_steps='{'9' * 40}…' must be"),
         ("num_samples=3", 400, "num_samples='3' must be one of 1, 2, 4, 8"),
-        ("sampler=ancestral", 400, "sampler='ancestral' must be one of euler, tau_leaping, tweedie"),
+        ("sampler=ancestral", 400, "sampler='ancestral' must be one of tweedie, euler, tau_leaping"),
         ("draw=", 400, "draw='' must be one of precise, published"),
         ("seed=-1", 400, "seed='-1' must be a whole number from 0 to 2147483647"),
         ("seed=2147483648", 400, "seed='2147483648' must be"),
         ("seed=1&seed=2", 400, "seed is given twice"),
         ("seed", 400, "the request cannot be read, bad query field: 'seed'"),
-        ("template=%FF", 400, "the request is no UTF-8"),
+        ("template=%FF", 400, "the request is not UTF-8"),
         ("template=%7B", 422, "the template has '{' at position 0: a gap is {n} with n tokens to fill"),
         ("template=a%7Bx%7D", 422, "the template has '{x}' at position 1"),
         ("template=%7B33%7D", 422, "the template is 33 tokens long, the model's length is 32"),
-        ("template=%7B" + "9" * 5000 + "%7D", 422, "Exceeds the limit"),
+        ("template=%7B" + "9" * 5000 + "%7D", 422, "the template has a gap whose length has 5000 digits"),
         ("template=%7B3%7D%C3%A9", 422, "in the text 'é', 'é' (U+00E9) at position 0 is not in the alphabet"),
+        ("template=%7B3:[0-9]%2B%7D&draw=published", 422, "draw=published takes no patterns: set it to precise"),
         ("template=%00", 422, "the template holds the character U+0000"),
         ("template=" + "a" * 2**16, 414, "the request is 65545 bytes long, at most 65536 are read"),
     ],
@@ -487,9 +490,13 @@ def test_a_port_in_use_is_one_line(server, code_run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--port=70000"], 1, "--port=70000 is none: give one from 1 to 65535"),
-        (["--host=no.such.name.invalid", "--port=0"], 1, "--host=no.such.name.invalid is no address of this machine"),
-        ([f"--host={'a' * 300}", "--port=0"], 1, "is no address of this machine: give one, or a name of it"),
+        (["--port=70000"], 1, "--port=70000 is not a port: give one from 1 to 65535"),
+        (
+            ["--host=no.such.name.invalid", "--port=0"],
+            1,
+            "--host=no.such.name.invalid is not an address of this machine",
+        ),
+        ([f"--host={'a' * 300}", "--port=0"], 1, "is not an address of this machine: give one, or a name of it"),
         (["--host=192.0.2.1", "--port=0"], 1, "cannot listen at --host=192.0.2.1 --port=0, "),
         (["--step=1", "--port=0"], 1, "--step=1 has no checkpoint in"),
         (["--prot=1"], 2, "prot"),
@@ -616,7 +623,7 @@ def test_a_link_brings_two_samplers_back_side_by_side(server, page, browser, ope
 def test_the_page_says_what_is_wrong_and_recovers(server, browser):
     with contextlib.closing(browser.new_page()) as page:  # Chromium itself counts a 4xx as an error.
         page.goto(f"{server[1]}/#template=a%7B40%7D&column=sampler%3Dancestral")
-        page.get_by_text("sampler='ancestral' must be one of euler").wait_for()
+        page.get_by_text("sampler='ancestral' must be one of tweedie").wait_for()
         page.get_by_label("Sampler").select_option("tweedie")
         page.click("#draw")
         page.get_by_text("the template is 41 tokens long, the model's length is 32").wait_for()
