@@ -1,7 +1,8 @@
-"""Configs: a ConfigDict at the edge, frozen dataclasses inside, validated once."""
+"""The config of a run: a ConfigDict for the user, frozen dataclasses inside, validated once."""
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import math
 import os
@@ -21,11 +22,13 @@ SamplingConfig = sampling_config.SamplingConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is learned.
+    """The training text.
 
     Attributes:
-        source: prepared:DIR as `sedd prepare` made it, or a source that it takes: python:docs, text:GLOB, jsonl:GLOB...
-        tokenizer: characters (the corpus' own), bytes, gpt2, sentencepiece:N and others; that of prepared text.
+        source: where the text is: prepared:DIR for a directory made by `sedd prepare`, or any source that this command
+            accepts, such as python:docs, text:GLOB or jsonl:GLOB.
+        tokenizer: characters (those of the corpus), bytes, gpt2, sentencepiece:N (vocabulary of N pieces learned from
+            the corpus) and others; for a prepared source, the tokenizer that it was prepared with.
         length: tokens in a sequence.
     """
 
@@ -39,7 +42,7 @@ class GraphConfig:
     """The forward process.
 
     Attributes:
-        name: which token may turn into which.
+        name: graph, which says which token may turn into which.
     """
 
     name: str = dataclasses.field(default="absorb", metadata={"choices": lambda: graph_meanings()})
@@ -50,10 +53,10 @@ class NoiseConfig:
     """The noise schedule.
 
     Attributes:
-        name: loglinear or geometric.
-        eps: loglinear: share of tokens still unmasked at t = 1.
-        sigma_min: geometric: total noise at t = 0.
-        sigma_max: geometric: total noise at t = 1.
+        name: noise schedule: loglinear or geometric.
+        eps: for loglinear: share of tokens that are still unmasked at t = 1.
+        sigma_min: for geometric: total noise sigma at t = 0.
+        sigma_max: for geometric: total noise sigma at t = 1.
     """
 
     name: str = "loglinear"
@@ -67,16 +70,16 @@ class TrainingConfig:
     """The training loop.
 
     Attributes:
-        num_steps: optimizer steps.
-        batch_size: sequences in a step, over all devices and micro-batches.
-        num_micro_batches: gradient accumulation: micro-batches per optimizer step, their gradients averaged.
-        log_every: steps between lines in metrics.jsonl.
-        eval_every: steps between evaluations on held-out text; 0 is never.
-        eval_sequences: held-out sequences in each of those evaluations, at most.
-        sample_every: steps between samples; 0 is never.
-        checkpoint_every: steps between checkpoints; the last step is always saved.
-        keep_checkpoints: newest checkpoints kept.
-        keep_checkpoints_every: checkpoints at multiples of this step are kept for good; 0 is none.
+        num_steps: number of optimizer steps.
+        batch_size: sequences per optimizer step, summed over all devices and micro-batches.
+        num_micro_batches: gradient accumulation: micro-batches per optimizer step, whose gradients are averaged.
+        log_every: optimizer steps between lines in metrics.jsonl.
+        eval_every: optimizer steps between evaluations on held-out text; 0 means never.
+        eval_sequences: largest number of held-out sequences in an evaluation during training.
+        sample_every: optimizer steps between drawing samples; 0 means never.
+        checkpoint_every: optimizer steps between checkpoints; the last step is always saved.
+        keep_checkpoints: number of newest checkpoints to keep.
+        keep_checkpoints_every: also keep all checkpoints at multiples of this step; 0 means none.
     """
 
     num_steps: int = 400_000
@@ -93,11 +96,11 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run is made of.
+    """The whole config of a run.
 
     Attributes:
-        seed: of initialisation, data order, noise and dropout.
-        init_from: a run directory, as `sedd convert` makes them, too, whose weights this one starts with; "" for fresh.
+        seed: random seed of initialisation, data order, noise and dropout.
+        init_from: run directory (from training or `sedd convert`) whose weights this run starts with; "" for none.
     """
 
     seed: int = 0
@@ -105,7 +108,7 @@ class Config:
     data: DataConfig = DataConfig()
     graph: GraphConfig = GraphConfig()
     noise: NoiseConfig = NoiseConfig()
-    # The number of states is the tokenizer's to say: 0 until it is known.
+    # The tokenizer decides the number of states: 0 until it is known.
     network: networks.NetworkConfig = networks.NetworkConfig(num_states=0)
     optimizer: optimizers.OptimizerConfig = optimizers.OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
@@ -113,32 +116,32 @@ class Config:
     mesh: sharding.MeshConfig = sharding.MeshConfig()
 
 
-# A ConfigDict is no Mapping.
+# A ConfigDict is not a Mapping.
 Nested = Mapping[str, Any] | ml_collections.ConfigDict
 
-# What a run may change when it resumes; all else decides what its parameters are.
+# Fields that may change when a run resumes; all others determine its parameters.
 MAY_CHANGE = (
     r"training\.(num_steps|log_every|eval_\w+|sample_every|\w*checkpoint\w*)",
     r"sampling\..*",
     r"mesh\..*",
     r"network\.(remat|attention)",
 )
-_DERIVED = {"network.num_states": 0, "network.causal": False}  # Known from the tokenizer and the graph only.
+_DERIVED = {"network.num_states": 0, "network.causal": False}  # They follow from the tokenizer and the graph.
 _MAY_BE_ZERO = r"eval_every|sample_every|seed|warmup|keep_checkpoints_every|corrector_steps"
 AUTOREGRESSIVE = "autoregressive"
 _LISTED = "`sedd train --help` lists the fields"
 
 
 def default() -> ml_collections.ConfigDict:
-    """Every field with its default, locked."""
+    """A locked ConfigDict of all fields with their defaults."""
     return ml_collections.ConfigDict(to_dict(Config())).lock()
 
 
 def merge(partial: Nested) -> ml_collections.ConfigDict:
-    """The defaults with the fields of `partial` put over them.
+    """The defaults, with the fields of `partial` put over them.
 
     Raises:
-        errors.UserError: names a field that does not exist and the nearest that does, or a value of the wrong type.
+        errors.UserError: names a field that does not exist and the nearest one that does, or a value of a wrong type.
     """
     merged = default()
     for name, value in flatten(partial).items():
@@ -151,10 +154,10 @@ def merge(partial: Nested) -> ml_collections.ConfigDict:
 
 
 def read_file(path: str | os.PathLike[str]) -> Nested:
-    """The fields that a file such as configs/quickstart.py sets.
+    """The fields that a Python file such as configs/quickstart.py sets: what its `get_config()` returns.
 
     Raises:
-        errors.UserError: where it is no such file, or fails.
+        errors.UserError: where `path` is not such a file, or the file fails.
     """
     refuse = lambda problem, remedy: errors.UserError(problem, field="config", value=path, remedy=remedy)
     if not pathlib.Path(path).is_file():
@@ -167,12 +170,12 @@ def read_file(path: str | os.PathLike[str]) -> Nested:
         spec.loader.exec_module(module)
         return module.get_config()
     except Exception as error:
-        # The file is the user's, and so is what goes wrong in it.
+        # The user wrote the file, so any exception in it is the user's error.
         raise refuse(f"fails with {type(error).__name__}: {error}", "mend the file") from error
 
 
 def check_field(name: str, config: ml_collections.ConfigDict) -> None:
-    """Raises errors.UserError with the nearest field's name where `name` is not one of the config's."""
+    """Raises errors.UserError, with the nearest field's name, if `name` is not a field of the config."""
     fields = flatten(config)
     if name not in fields:
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
@@ -181,7 +184,7 @@ def check_field(name: str, config: ml_collections.ConfigDict) -> None:
 
 
 def wrong_type(name: str, value: Any, config: ml_collections.ConfigDict) -> errors.UserError:
-    """The error for a value that does not fit its field."""
+    """The error for a value that does not have the type of its field."""
     return _mistyped(name, value, type(flatten(config)[name]))
 
 
@@ -190,7 +193,7 @@ def _mistyped(name: str, value: Any, kind: type) -> errors.UserError:
 
 
 def parse(config: Nested) -> Config:
-    """Frozen dataclasses from a full ConfigDict (or the same as nested mappings), validated.
+    """The validated frozen dataclasses of a complete ConfigDict, or of equal nested mappings.
 
     Raises:
         errors.UserError: names the field, its value and the remedy.
@@ -201,23 +204,23 @@ def parse(config: Nested) -> Config:
 
 
 def read(saved: Mapping[str, Any]) -> Config:
-    """The config of a run directory, also of an earlier version.
+    """The config of a run directory, which an earlier version may have written.
 
-    A field that the run lacks was added since. It gets the value that means "as before": `metadata["before"]` of the
-    field where there is one, else its default.
+    A field that the run lacks was added later. It gets the value that means "as before": `metadata["before"]` of the
+    field if there is one, else its default.
 
     Raises:
         errors.UserError: names a field that is unknown or has an impossible value.
     """
     config = _filled(Config, saved)
     remat = config["network"]["remat"]
-    if isinstance(remat, bool):  # What it was before it had names.
+    if isinstance(remat, bool):  # The type that this field had before.
         config["network"]["remat"] = "blocks" if remat else "none"
     return parse(config)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dicts, without what is derived."""
+    """The config as plain nested dicts, without derived fields."""
     nested = dataclasses.asdict(config)
     for path in _DERIVED:
         del nested["network"][path.removeprefix("network.")]
@@ -236,7 +239,7 @@ def flatten(nested: Nested, prefix: str = "") -> dict[str, Any]:
 
 
 def changes(old: Config, new: Config) -> list[str]:
-    """Differences that a resumed run may not have, each as one phrase."""
+    """Differences that a resumed run may not have, each as a phrase with the old and the new value."""
     before, after = flatten(to_dict(old)), flatten(to_dict(new))
     return [
         f"config.{name} was {before[name]!r} and is now {after[name]!r}"
@@ -246,7 +249,7 @@ def changes(old: Config, new: Config) -> list[str]:
 
 
 def describe(config: Nested) -> Iterator[tuple[str, Any, str]]:
-    """Name, value and meaning of every field, in order; meanings come from the dataclasses' docstrings."""
+    """Yields name, value and meaning of every field, in order. Meanings come from the dataclasses' docstrings."""
     values = flatten(config)
     for name, meaning in _meanings(Config, ""):
         if name not in _DERIVED:
@@ -254,40 +257,29 @@ def describe(config: Nested) -> Iterator[tuple[str, Any, str]]:
 
 
 def validate(config: Config) -> None:
-    """Raises errors.UserError where values are impossible on their own or together."""
+    """Raises errors.UserError where values are impossible, alone or together."""
     _validate_choices(config)
+    refuse = functools.partial(_refused, config)
     if config.seed >= 2**32:
-        raise _refused(config, "seed", "is more than keys hold", "give one below 2**32")
+        raise refuse("seed", "is too large for a random key", "give one below 2**32")
     for name, value in flatten(to_dict(config)).items():
         at_least = 0 if re.search(_MAY_BE_ZERO, name) else 1
         if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("mesh.") and value < at_least:
-            raise _refused(config, name, f"must be at least {at_least}")
+            raise refuse(name, f"must be at least {at_least}")
         if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-            raise _refused(config, name, "must be a finite number, at least 0")
+            raise refuse(name, "must be a finite number, at least 0")
     network, training, noise = config.network, config.training, config.noise
     if network.hidden_size % (2 * network.num_heads):
-        raise _refused(
-            config,
-            "network.hidden_size",
-            f"must be divisible by twice {errors.name('config.network.num_heads')}={network.num_heads}, since rotary "
-            "positions pair features",
-        )
+        needed = f"must be divisible by twice {errors.name('config.network.num_heads')}={network.num_heads}"
+        raise refuse("network.hidden_size", f"{needed}, since rotary positions pair features")
     if not network.dropout < 1:
-        raise _refused(config, "network.dropout", "must be below 1")
+        raise refuse("network.dropout", "must be below 1")
     if network.scale_by_sigma and not (is_diffusion(config) and graph_class(config.graph).scales_by_sigma):
-        raise _refused(
-            config,
-            "network.scale_by_sigma",
-            "only has a meaning for the absorbing graph",
-            f"set it to False for {config.graph.name}",
-        )
+        remedy = f"set it to False for {config.graph.name}"
+        raise refuse("network.scale_by_sigma", "only has a meaning for the absorbing graph", remedy)
     if network.normalize and not network.scale_by_sigma:
-        raise _refused(
-            config,
-            "network.normalize",
-            "fixes the sum of the scores, which depends on sigma",
-            f"set {errors.name('config.network.scale_by_sigma')}=True",
-        )
+        remedy = f"set {errors.name('config.network.scale_by_sigma')}=True"
+        raise refuse("network.normalize", "fixes the sum of the scores, which depends on sigma", remedy)
     sampling_config.validate(
         config.sampling,
         config.graph.name,
@@ -295,19 +287,13 @@ def validate(config: Config) -> None:
         is_diffusion=is_diffusion(config),
     )
     if training.batch_size % training.num_micro_batches:
-        raise _refused(
-            config,
-            "training.batch_size",
-            f"must be divisible by {errors.name('config.training.num_micro_batches')}={training.num_micro_batches}",
-        )
+        divisor = f"{errors.name('config.training.num_micro_batches')}={training.num_micro_batches}"
+        raise refuse("training.batch_size", f"must be divisible by {divisor}")
     if not 0 < noise.eps < 1:
-        raise _refused(config, "noise.eps", "must be between 0 and 1")
+        raise refuse("noise.eps", "must be between 0 and 1")
     if not 0 < noise.sigma_min < noise.sigma_max:
-        raise _refused(
-            config,
-            "noise.sigma_min",
-            f"must be above 0 and below {errors.name('config.noise.sigma_max')}={noise.sigma_max}",
-        )
+        largest = f"{errors.name('config.noise.sigma_max')}={noise.sigma_max}"
+        raise refuse("noise.sigma_min", f"must be above 0 and below {largest}")
 
 
 def _validate_choices(config: Config) -> None:
@@ -329,28 +315,28 @@ def _refused(config: Config, name: str, problem: str, remedy: str = "") -> error
 
 
 def is_diffusion(config: Config) -> bool:
-    """Whether a run is a diffusion model, not the baseline that predicts each token from those before it."""
+    """Whether a run is a diffusion model, not the autoregressive baseline."""
     return config.graph.name != AUTOREGRESSIVE
 
 
 def graph_meanings() -> dict[str, str]:
-    """What `graph.name` may be, and what each is."""
-    baseline = {AUTOREGRESSIVE: "no diffusion: the baseline that predicts each token from those before"}
+    """Possible values of `graph.name`, and the meaning of each."""
+    baseline = {AUTOREGRESSIVE: "no diffusion: the baseline that predicts each token from those before it"}
     return {name: graph.meaning for name, graph in graphs.GRAPHS.items()} | baseline
 
 
 def graph_class(config: GraphConfig) -> type[Any]:
-    """The class of a graph. The baseline has the states of the absorbing one: its mask begins every sequence."""
+    """The class of the graph. The baseline has the states of the absorbing graph; its mask begins every sequence."""
     return graphs.GRAPHS["absorb" if config.name == AUTOREGRESSIVE else config.name]
 
 
 def make_process(config: Config, vocab_size: int, mask_id: int | None) -> forward.Process:
-    """The forward process that a config names, over a tokenizer's tokens.
+    """The forward process that a config describes, over a tokenizer's tokens.
 
     Args:
         config: the config.
-        vocab_size: the tokenizer's tokens.
-        mask_id: a mask among its own ids; None where it has none, so that the graph adds one if it needs it.
+        vocab_size: number of the tokenizer's tokens.
+        mask_id: id of the tokenizer's own mask token; None if it has none, and then the absorbing graph adds one.
     """
     schedule = noise_schedules.SCHEDULES[config.noise.name]
     noise = schedule(**{field.name: getattr(config.noise, field.name) for field in dataclasses.fields(schedule)})
@@ -377,7 +363,7 @@ def _parse(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _filled(cls: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a section as they were saved, those that it lacks as before."""
+    """The saved fields of a section; a field that it lacks gets the value that means "as before"."""
     filled = dict(saved)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):

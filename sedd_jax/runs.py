@@ -1,4 +1,4 @@
-"""A run directory describes itself: config.json, tokenizer.json, data/, checkpoints/, metrics.jsonl, samples/."""
+"""Run directories: config.json, tokenizer.json, data/, checkpoints/, metrics.jsonl and samples/ of one run."""
 
 import contextlib
 import dataclasses
@@ -21,12 +21,12 @@ TIME_GRID = "time_grid.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run directory, opened.
+    """An opened run directory.
 
     Attributes:
         workdir: the directory, local or in a bucket.
-        config: what the run is made of.
-        tokenizer: between text and tokens.
+        config: config of the run.
+        tokenizer: tokenizer of the run.
     """
 
     workdir: storage.Directory
@@ -45,19 +45,19 @@ class Run:
 
     @property
     def network(self) -> networks.NetworkConfig:
-        """Sizes of the network."""
+        """Sizes of the network, with the number of states and the attention mask that follow from the graph."""
         return dataclasses.replace(self.config.network, num_states=self.graph.num_states, causal=self.is_autoregressive)
 
     @property
     def is_autoregressive(self) -> bool:
-        """Whether the run is the baseline that predicts each token from those before."""
+        """Whether the run is the autoregressive baseline."""
         return not configs.is_diffusion(self.config)
 
     def sampling(self, **changed: Any) -> configs.SamplingConfig:
-        """The run's sampling settings with some fields changed; the grid "tuned" becomes the times that were found.
+        """The run's sampling settings, with some fields changed. The grid "tuned" becomes the times of `tuned_grid`.
 
         Raises:
-            errors.UserError: names the field that cannot be.
+            errors.UserError: names the field that cannot have its value.
         """
         if changed.get("grid") == "tuned":
             changed["grid"] = self.tuned_grid()
@@ -66,16 +66,16 @@ class Run:
         return sampling
 
     def sampler(self, settings: configs.SamplingConfig) -> samplers.Sampler:
-        """The sampler of some settings; the baseline has one of its own."""
+        """The sampler that the settings describe; the autoregressive baseline has its own."""
         if self.is_autoregressive:
             return autoregression.LeftToRight(length=self.config.data.length)
         return sampling_config.make_sampler(settings)
 
     def tuned_grid(self) -> str:
-        """The time grid that `sedd tune-grid` found for this run, as its times.
+        """The time grid that `sedd tune-grid` found for this run, as a list of times such as "1,0.8,0.3,0".
 
         Raises:
-            errors.UserError: where it has found none.
+            errors.UserError: where there is none.
         """
         storage.download(self.workdir, TIME_GRID)
         if not (self.local / TIME_GRID).exists():
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def local(self) -> pathlib.Path:
-        """Where this process reads and writes all but checkpoints."""
+        """The local directory in which this process reads and writes everything but checkpoints."""
         return storage.local_copy(self.workdir)
 
     @property
@@ -95,22 +95,29 @@ class Run:
         return self.workdir / storage.CHECKPOINTS
 
     def split(self, name: str) -> batches.PackedSplit:
-        """One split of the run's packed text."""
+        """One split, "train" or "valid", of the run's packed text.
+
+        Raises:
+            errors.UserError: where the run has no text, or its text is damaged.
+        """
         storage.download(self.workdir, "data")
         directory = self.local / "data"
         if not directory.exists():
             raise errors.UserError(
-                f"{self.workdir} has no text of its own, as a converted checkpoint has none",
+                f"{self.workdir} has no text of its own, like any converted checkpoint",
                 remedy=f"give {errors.name('data')}, or sample",
             )
         return batches.open_split(directory, name, self.config.data.length, tokenizer=self.tokenizer)
 
     def restore(self, step: int | None = None, *, weights: str = "ema_params") -> "OpenRun":
-        """The run with the weights of a checkpoint on the mesh of all devices.
+        """The run with the weights of a checkpoint, on the mesh of all devices.
 
         Args:
-            step: the checkpoint; the newest if None.
-            weights: ema_params, their moving average, or params.
+            step: training step of the checkpoint; the newest if None.
+            weights: "ema_params" (the moving average of the parameters) or "params".
+
+        Raises:
+            errors.UserError: as `params` does.
         """
         mesh = sharding.make_mesh(sharding.MeshConfig())
         found, params = self.params(weights, mesh, step)
@@ -119,7 +126,12 @@ class Run:
     def params(
         self, name: str, mesh: jax.sharding.Mesh | None = None, step: int | None = None
     ) -> tuple[int, networks.Params]:
-        """Step of a checkpoint (the newest if None) and `ema_params` or `params` of it, on a mesh (one device if None).
+        """Step and parameters of a checkpoint.
+
+        Args:
+            name: "ema_params" (the moving average of the parameters) or "params".
+            mesh: devices to restore to; one device if None.
+            step: training step of the checkpoint; the newest if None.
 
         Raises:
             errors.UserError: where there is no such checkpoint, or it is damaged.
@@ -144,9 +156,9 @@ class OpenRun:
 
     Attributes:
         run: the run.
-        step: of the checkpoint.
-        model: its network, usually the moving average of its parameters.
-        mesh: the devices.
+        step: training step of the checkpoint.
+        model: network and parameters, usually the moving average of the parameters.
+        mesh: the mesh of devices that holds the parameters.
     """
 
     run: Run
@@ -155,17 +167,18 @@ class OpenRun:
     mesh: jax.sharding.Mesh
 
     def on_devices(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which what is compiled runs on the mesh."""
+        """The context in which compiled functions run on the mesh."""
         return jax.set_mesh(self.mesh)
 
 
 def start(workdir: storage.Directory, config: configs.Config) -> None:
-    """Makes the run in `workdir` ready to go on, or makes a new one: tokenizer built, text packed.
+    """Prepares the run in `workdir` to continue; or creates a new run, with its tokenizer and packed text.
 
-    A new directory appears whole or not at all; in a bucket config.json comes last.
+    A new directory appears complete or not at all; in a bucket, config.json is written last.
 
     Raises:
-        errors.UserError: where the directory is no run's, its config differs in what may not, or its text is damaged.
+        errors.UserError: where the directory is not a run directory, its config differs in a field that may not change,
+            or its text is damaged.
     """
     local = storage.local_copy(workdir)
     if storage.holds(workdir, "config.json"):
@@ -184,7 +197,7 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
         write_json(local / "config.json", configs.to_dict(config))
         storage.upload(workdir, "config.json")
         return
-    # A start that was killed may have left these in a bucket, where nothing can appear whole.
+    # In a bucket, where files appear one by one, a start that was killed may have left these.
     ours = {"data", "tokenizer.json", *tokenizers.FILES.values()} if storage.is_remote(workdir) else set()
     if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - ours):
         raise errors.UserError(
@@ -200,7 +213,7 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
 
 
 def _fill(directory: pathlib.Path, config: configs.DataConfig) -> tokenizers.Tokenizer:
-    """Makes a run's text, or what stands for it where it is prepared; its tokenizer."""
+    """Packs a run's text into a directory, or links to prepared text; returns its tokenizer."""
     kind, _, argument = config.source.partition(":")
     if kind != "prepared":
         corpus = corpora.find(config.source)
@@ -229,7 +242,7 @@ def _fill(directory: pathlib.Path, config: configs.DataConfig) -> tokenizers.Tok
 
 
 def fill(directory: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer, state: Any) -> Run:
-    """Makes a new directory that of a run with a given train state, and no data of its own."""
+    """Makes a new directory a run directory with the given train state as its only checkpoint, and without data."""
     _describe(directory, config, tokenizer)
     with contextlib.closing(checkpoints.Checkpoints(directory / storage.CHECKPOINTS, keep=1)) as saved:
         saved.save(int(state.step), state)
@@ -237,16 +250,17 @@ def fill(directory: pathlib.Path, config: configs.Config, tokenizer: tokenizers.
 
 
 def unsaved(config: configs.Config, vocab_size: int) -> Run:
-    """A run that no directory holds, for what only compiles its steps or times them on random tokens."""
+    """A run without a directory and tokenizer, for compiling its steps or timing them on random tokens."""
     return Run(workdir=pathlib.Path(), config=config, tokenizer=alphabets.Ids(vocab_size=vocab_size))
 
 
-def load(workdir: storage.Directory) -> Run:
+def load(workdir: storage.Directory | str) -> Run:
     """Opens a run directory.
 
     Raises:
-        errors.UserError: where it is none, or its files are damaged.
+        errors.UserError: where `workdir` is not a run directory, or its files are damaged.
     """
+    workdir = storage.directory(workdir)
     if not storage.holds(workdir, "config.json"):
         raise errors.UserError(
             "is not a run directory, it has no config.json",
@@ -267,14 +281,14 @@ def _describe(directory: pathlib.Path, config: configs.Config, tokenizer: tokeni
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a JSON file atomically: it appears complete or not at all."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """What `write_json` wrote.
+    """The content of a file that `write_json` wrote.
 
     Raises:
         errors.UserError: where the file is damaged.

@@ -4,6 +4,7 @@ import importlib.util
 import pytest
 
 from sedd_jax import config as configs
+from sedd_jax.runtime import errors
 from tests.support import places
 
 CONFIGS = sorted((places.REPOSITORY / "configs").glob("*.py"))
@@ -54,19 +55,22 @@ def test_issue_configs_exist():
         ({"network": {"hidden_size": "x"}}, "config.network.hidden_size='x' must be of type int"),
         ({"network": {"hidden_size": 100}}, "config.network.hidden_size=100 must be divisible by twice"),
         ({"graph": {"name": "uniform"}}, "set it to False for uniform"),
-        ({"graph": {"name": "absorbing"}}, "config.graph.name='absorbing' is unknown: choose one of absorb, uniform"),
-        ({"sampling": {"sampler": "analytic"}}, "choose one of euler, tau_leaping, tweedie"),
+        ({"graph": {"name": "absorbing"}}, "config.graph.name=absorbing is unknown: choose one of absorb, uniform"),
+        (
+            {"sampling": {"sampler": "analytic"}},
+            "config.sampling.sampler=analytic is unknown: choose one of tweedie, euler, tau_leaping",
+        ),
         ({"training": {"batch_size": 0}}, "config.training.batch_size=0 must be at least 1"),
         ({"training": {"num_micro_batches": 3}}, "config.training.batch_size=512 must be divisible by"),
         ({"optimizer": {"learning_rate": -1.0}}, "config.optimizer.learning_rate=-1.0 must be a finite number"),
         ({"optimizer": {"learning_rate": float("nan")}}, "must be a finite number"),
-        ({"noise": {"eps": 1.0}}, "0 < eps < 1"),
+        ({"noise": {"eps": 1.0}}, "config.noise.eps=1.0 must be between 0 and 1"),
         ({"network": {"dropout": 1.0}}, "config.network.dropout=1.0 must be below 1"),
         ({"network": {"dtype": "float16"}}, "choose one of float32, bfloat16"),
     ],
 )
 def test_bad_values_get_one_line_with_the_value_and_the_remedy(partial, message):
-    with pytest.raises(ValueError, match="config") as caught:
+    with pytest.raises(errors.UserError, match="config") as caught:
         configs.parse(configs.merge(partial))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -74,7 +78,7 @@ def test_bad_values_get_one_line_with_the_value_and_the_remedy(partial, message)
 
 def test_whole_numbers_are_taken_for_floats_but_not_the_other_way():
     assert configs.parse(configs.merge({"optimizer": {"learning_rate": 1}})).optimizer.learning_rate == 1.0
-    with pytest.raises(ValueError, match="must be of type int"):
+    with pytest.raises(errors.UserError, match="must be of type int"):
         configs.parse(configs.merge({"seed": 1.5}))
 
 

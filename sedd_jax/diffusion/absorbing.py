@@ -16,7 +16,7 @@ class Absorbing:
 
     Attributes:
         vocab_size: number N of real tokens.
-        mask_id: id of the mask, anywhere in 0..N.
+        mask_id: id of the mask, any of 0..N.
     """
 
     meaning: ClassVar[str] = "tokens turn into the mask"
@@ -29,7 +29,7 @@ class Absorbing:
 
     @classmethod
     def from_tokenizer(cls, vocab_size: int, mask_id: int | None) -> "Absorbing":
-        """The graph over a tokenizer's tokens; where it has no mask of its own, the mask is the id after the last."""
+        """The graph over a tokenizer's tokens. If these include no mask, the mask is the id after the last token."""
         return cls(vocab_size=vocab_size, mask_id=vocab_size if mask_id is None else mask_id)
 
     @property
@@ -69,11 +69,11 @@ class Absorbing:
         return jnp.full(shape, self.mask_id, dtype=jnp.int32)
 
     def reverse_rate(self, xt: Int[Array, "B L"]) -> Float[Array, "B L"]:
-        """Q(xt, y) for any y != xt: times score_y, the rate of the reverse process from xt to y (definition 3.5)."""
+        """Q(xt, y) for y != xt. Times score_y it is the rate of the reverse process from xt to y (definition 3.5)."""
         return jnp.where(self.is_noise(xt), 1.0, 0.0)
 
     def leap_time(self, sigma: Float[Array, "*B"]) -> Float[Array, "*B"]:
-        """The time in which the reverse process leaves each mask at rate 1: log of the probability of a mask."""
+        """The time scale on which the reverse process leaves each mask at rate 1: log of the probability of a mask."""
         return jnp.log(-jnp.expm1(-sigma))
 
     def sigma_at(self, leap_time: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -81,7 +81,7 @@ class Absorbing:
         return -jnp.log1p(-jnp.exp(leap_time))
 
     def leap_rate(self, xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L"]:
-        """Times score_y, the rate from xt to y != xt in `leap_time`: e^sigma - 1 from the mask."""
+        """Factor of score_y in the rate from xt to y != xt, per unit of `leap_time`: e^sigma - 1 from the mask."""
         return jnp.where(self.is_noise(xt), jnp.expm1(sigma)[:, None], 0.0)
 
     def tweedie_jump(
@@ -89,20 +89,21 @@ class Absorbing:
     ) -> scores.Jump:
         """The Tweedie step, weights [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19).
 
-        From the mask, y gets (e^d - 1) score_y and the mask what is left of 1; a token that is not the mask stays. The
-        weight of the mask is negative where an imperfect network promises more than there is.
+        From the mask, a token y has weight (e^d - 1) score_y, and the mask has the rest of 1. A token that is not the
+        mask stays. If the network is imperfect, the weights of tokens may sum to more than 1; then that of the mask is
+        negative.
 
         Args:
             total: sum of the score over all y != xt.
             xt: current states.
-            delta_sigma: noise removed by the step.
+            delta_sigma: noise that the step removes.
         """
         growth = jnp.where(self.is_noise(xt), jnp.expm1(delta_sigma)[:, None], 0.0)
         return scores.Jump(stay=1 - growth * total, slope=growth)
 
     def denoise_jump(self, total: Float[Array, "B L"], xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> scores.Jump:
-        """The last Tweedie step, to sigma = 0 (theorem 4.1), with no mask among the outcomes."""
-        del total, sigma  # Among tokens the weights are in proportion to the score, whatever the noise.
+        """The last Tweedie step, to sigma = 0 (theorem 4.1); no outcome is the mask."""
+        del total, sigma  # The weights of tokens are proportional to the score, whatever the noise.
         masked = self.is_noise(xt)
         return scores.Jump(stay=jnp.where(masked, 0.0, 1.0), slope=jnp.where(masked, 1.0, 0.0))
 
@@ -111,7 +112,7 @@ class Absorbing:
     ) -> Float[Array, "B L"]:
         """Score entropy per position (equation 10), 0 where xt is not the mask.
 
-        With a = e^sigma - 1 the true ratio of x0 to the mask is 1/a and that of any other token 0:
+        With a = e^sigma - 1, the true ratio of x0 to the mask is 1/a, and that of any other token is 0. So it is
         sum_y s_y - (1/a) log s_x0 + (1/a)(log(1/a) - 1).
         """
         a = jnp.expm1(sigma)[:, None]
@@ -123,26 +124,26 @@ class Absorbing:
     def cross_entropy(
         self, summary: scores.ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
     ) -> Float[Array, "B L"]:
-        """The tighter bound at the same noise: (1/a) CE(softmax of log score, x0), 0 where xt is not the mask.
+        """The tighter bound at the same noise: (1/a) CE(softmax of log score, x0); 0 where xt is not the mask.
 
-        The true ratios out of the mask sum to 1/a, so rescaling the score to that sum can only lower score entropy;
-        what is left is a cross-entropy.
+        The true ratios out of the mask sum to 1/a, a = e^sigma - 1. So rescaling the score to that sum can only lower
+        score entropy, and the result is a cross-entropy.
         """
-        del x0  # `summary.at_x0` has what is needed of it.
+        del x0  # `summary.at_x0` holds what is needed of it.
         return self._surprise(summary, xt) / jnp.expm1(sigma)[:, None]
 
     def limit_divergence(self, sigma: Float[Array, ""]) -> Float[Array, ""]:
-        """KL divergence of p(xt | x0) from the law that generation starts with, in nats a token: the prior term.
+        """The prior term: KL divergence of p(xt | x0) from the distribution of the start, in nats per token.
 
-        A token is still there with probability e^-sigma. So that it may be, the start is taken to be the mask with
-        probability 1 - e^-sigma and else any token, evenly; that is e^-sigma log N.
+        It is e^-sigma log N. A token is still unmasked with probability e^-sigma. To keep the divergence finite, the
+        start is taken to be the mask with probability 1 - e^-sigma, and otherwise a uniform token.
         """
         return jnp.exp(-sigma) * jnp.log(self.vocab_size)
 
     def reconstruction(
         self, summary: scores.ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
     ) -> Float[Array, "B L"]:
-        """-log of the probability that `denoise_jump` gives x0: the reconstruction term, in nats per position."""
+        """The reconstruction term, in nats per position: -log of the probability that `denoise_jump` gives x0."""
         del sigma, x0
         return self._surprise(summary, xt)
 
@@ -158,12 +159,12 @@ class Absorbing:
         xt: Int[Array, "B L"],
         x0: Int[Array, "B L"],
     ) -> Float[Array, "B L"]:
-        """See `graphs.Graph.step_bound`: masks are left at the true rate, to tokens in proportion to the score."""
+        """See `graphs.Graph.step_bound`. Steps leave masks at the true rate, to tokens in proportion to the score."""
         leaves = jnp.exp(-after) * jnp.expm1(after - sigma) / jnp.expm1(-sigma)
         return leaves[:, None] * self.reconstruction(summary, sigma, xt, x0)
 
     def is_noise(self, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
-        """Where a position carries loss: at the masks."""
+        """Positions that carry loss: the masks."""
         return xt == self.mask_id
 
     def _one_hot(self, x: Int[Array, "B L"]) -> Float[Array, "B L V"]:

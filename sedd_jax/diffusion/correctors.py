@@ -1,4 +1,4 @@
-"""Correctors: what takes a part of a trajectory back, so that it is drawn again with all that is known by then."""
+"""Correctors: undo part of a trajectory, so that it is drawn again given all tokens that are known by then."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ def add_noise(
     t: Float[Array, "B"],
     dt: Float[Array, "B"],
 ) -> Int[Array, "B L"]:
-    """Goes from time t - dt back to t by the forward process (Campbell et al. 2022, section 4.4).
+    """The states after the forward process from time t - dt back to t (Campbell et al. 2022, section 4.4).
 
     Args:
         key: random key.
         process: the forward process.
         xt: states at t - dt.
-        t: time of each sequence before its step.
-        dt: length of the step.
+        t: time of each sequence before its reverse step.
+        dt: length of the reverse step.
     """
     return process.graph.sample_transition(key, xt, process.noise.sigma(t) - process.noise.sigma(t - dt))
 
@@ -29,7 +29,7 @@ def add_noise(
 def mask_again(
     key: Key[Array, ""], mask_id: int, xt: Int[Array, "B L"], is_filled: Bool[Array, "B L"], count: Int[Array, "B"]
 ) -> Int[Array, "B L"]:
-    """Masks `count` of the filled positions of each sequence, any of them with the same probability."""
+    """xt with `count` of the filled positions of each sequence masked again, chosen uniformly."""
     chance = jnp.where(is_filled, jax.random.uniform(key, xt.shape), 2.0)
     place = jnp.argsort(jnp.argsort(chance, axis=1), axis=1)
     return jnp.where(is_filled & (place < count[:, None]), mask_id, xt)

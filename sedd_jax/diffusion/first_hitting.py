@@ -1,8 +1,8 @@
 """The first-hitting sampler (Zheng et al. 2024, arXiv 2409.02908): absorbing diffusion without steps in time.
 
-Of n masks the next is left at a time whose distribution is known, at a position that is any of them alike. So one
-network evaluation for each token draws from the reverse process itself, whatever the noise schedule. One evaluation may
-also fill several masks, which is as fast as the other samplers and, like them, no longer exact.
+With n masks left, the distribution of the time at which the next one is filled is known, and its position is uniform
+among them. So with one network evaluation per token, the draw is exact: from the reverse process itself, for any noise
+schedule. One evaluation may also fill several masks; this is as fast as other samplers and, like them, not exact.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sedd_jax.diffusion import correctors, forward, graphs, steps, time_grids
 
-_LAST = 2**31 - 1  # Number of the last evaluation, which no other has.
-_CLOCK, _RANK, _TOKENS, _BACK = range(4)  # What a trajectory's key is folded with for each thing drawn.
+_LAST = 2**31 - 1  # Number of the last evaluation; no iteration has it.
+_CLOCK, _RANK, _TOKENS, _BACK = range(4)  # Folded into a trajectory's key, one for each thing that is drawn.
 
 
 class Plan(NamedTuple):
-    """What is drawn beforehand for whole sequences: every evaluation finds its part by the number of masks left.
+    """Order and times in which masks are filled, drawn beforehand. An evaluation reads it by the number of masks left.
 
     Attributes:
-        num_gaps: masks at the start.
-        rank: of each position; masks are left from the highest down.
-        sigma: total noise at which the next mask is left, by how many there are, from 1.
+        num_gaps: number of masks at the start.
+        rank: rank of each position; masks are filled from the highest rank down.
+        sigma: `sigma[:, n - 1]` is the total noise at which the next mask is filled when n are left.
     """
 
     num_gaps: Int[Array, "B"]
@@ -34,34 +34,34 @@ class Plan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FirstHitting:
-    """Every evaluation fills an even share of a sequence's masks: shares differ by one at most.
+    """Fills an equal share of a sequence's masks in every evaluation; shares differ by one mask at most.
 
-    The draw is exact where each share is one mask, that is with at least as many evaluations as masks. Every sequence
-    has a clock of its own. A corrector step masks as many tokens again, whichever, and fills their places anew: of one
-    token a Gibbs step, which keeps the distribution whatever was filled before.
+    The draw is exact if each share is one mask: with at least as many evaluations as masks. Every sequence has its own
+    times. A corrector step masks as many filled tokens again, chosen uniformly, and fills them anew. For one token this
+    is a Gibbs step, which keeps the distribution of the sequence.
 
     Attributes:
-        traits: what the sampler is, needs and takes.
-        corrector_steps: how often each evaluation is taken back and again.
+        traits: what the sampler is, needs and supports.
+        corrector_steps: corrector steps after each step.
     """
 
     traits: steps.Traits
     corrector_steps: int = 0
 
     def num_steps(self, num_steps: int, num_gaps: int) -> int:
-        """As many as asked for, but no more evaluations than there are gaps."""
+        """Steps before the last evaluation: as many as asked for, but no more evaluations than gaps."""
         return min(num_steps, max(0, num_gaps - 1))
 
     def begin(self, key: Key[Array, ""], process: forward.Process, given: steps.Given) -> Plan:
-        """Draws order and clock of each sequence.
+        """Draws the order and the times in which the masks of each sequence are filled.
 
-        Where n masks are left at a time when a token is masked with probability m, the next goes at m u^(1/n), u
-        uniform.
+        If n masks are left when a token is masked with probability m, the next one is filled when that probability is
+        m u^(1/n), with u uniform in [0, 1].
         """
         key_clock, key_rank = _part(key, _CLOCK), _part(key, _RANK)
         shape, noise = given.tokens.shape, process.noise
         num_gaps = (~given.is_given).sum(1)
-        # Ranks, since two uniform numbers of so many are often the same.
+        # Ranks, since among so many float32 uniforms two are often equal.
         rank = jnp.argsort(jnp.argsort(jax.random.uniform(key_rank, shape), axis=1), axis=1)
         count = jnp.arange(1, shape[1] + 1)[None]
         log_decay = jnp.where(count <= num_gaps[:, None], -jax.random.exponential(key_clock, shape) / count, 0.0)
@@ -79,10 +79,10 @@ class FirstHitting:
         batch: steps.Batch,
         is_last: Bool[Array, "B"] | None = None,
     ) -> Int[Array, "B L"]:
-        """Fills the next share of each sequence's masks, or, in a corrector step, as many again."""
-        del is_last  # The last evaluation fills a share as all others do.
+        """Fills the next share of each sequence's masks; in a corrector step, draws as many filled tokens again."""
+        del is_last  # The last evaluation fills a share like all others.
         num_gaps, repeats = batch.plan.num_gaps, 1 + self.corrector_steps
-        # None is for nothing, where there are fewer masks than evaluations.
+        # No evaluation may have an empty share: with fewer masks than evaluations, each mask gets one.
         evaluations = jnp.clip(num_gaps, 1, batch.num_steps + 1)
         filled_before = lambda step: step * num_gaps // evaluations
         step = batch.iteration // repeats
@@ -104,14 +104,14 @@ class FirstHitting:
         process: forward.Process,
         batch: steps.Batch,
     ) -> Int[Array, "B L"]:
-        """Fills all masks that are left in one evaluation."""
-        del key_last  # No evaluation of `take` has the number of the last one.
+        """Fills all masks that are left, in one evaluation."""
+        del key_last  # Not needed: `_LAST` gives this evaluation a key of its own.
         own_key = jax.random.fold_in(_part(key, _TOKENS), _LAST)
         return _fill(own_key, draws, process.graph, batch, batch.given.clamp(batch.xt), batch.plan.num_gaps)
 
 
 def _part(key: Key[Array, ""], part: int) -> Key[Array, ""]:
-    """The key of one of the things drawn; folded, not split: every call of a trajectory has the same key."""
+    """The key of one of the things that are drawn. It is folded, not split: every call gets the same key."""
     return jax.random.fold_in(key, part)
 
 
@@ -123,7 +123,7 @@ def _fill(
     xt: Int[Array, "B L"],
     count: Int[Array, "B"],
 ) -> Int[Array, "B L"]:
-    """Fills the next `count` masks of each sequence, from the score at the time when the first of them is left."""
+    """Fills the next `count` masks of each sequence, with the score at the time when the first of them is filled."""
     is_mask = graph.is_noise(xt) & ~batch.given.is_given
     num_masks = is_mask.sum(1)
     sigma = jnp.take_along_axis(batch.plan.sigma, jnp.maximum(num_masks - 1, 0)[:, None], axis=1)[:, 0]

@@ -1,4 +1,4 @@
-"""The forward process as one value: which token turns into which, and how fast."""
+"""The forward process as one value: a graph and a noise schedule."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ class Process:
 
     Attributes:
         graph: which token may turn into which.
-        noise: how much noise a token has seen at time t.
+        noise: noise schedule, the total noise sigma(t) at time t.
     """
 
     graph: graphs.Graph

@@ -1,8 +1,8 @@
 """Graphs: which token may turn into which, as closed forms (Lou et al. 2023, sections 3.3 and 4).
 
 A graph is a rate matrix Q over `num_states` states whose columns sum to 0; p(xt | x0) is column x0 of exp(sigma Q).
-Every function works position by position: tokens are [B, L], sigma is [B] (one noise level a sequence), scores are [B,
-L, V]. `score[..., y]` is p(y) / p(xt), so it is 1 at the current token.
+Every function works position by position. Tokens are [B, L], sigma is [B] (one noise level per sequence), scores are
+[B, L, V]. `score[..., y]` is p(y) / p(xt), so it is 1 at the current token.
 
 A new graph is a class with these methods in a file of its own, and a line in `GRAPHS`.
 """
@@ -16,14 +16,14 @@ from sedd_jax.diffusion import absorbing, scores, uniform
 
 @runtime_checkable
 class Graph(Protocol):
-    """What the loss, the samplers and the programs around them ask of a graph.
+    """The interface of a graph, for the loss, the samplers and the programs around them.
 
     Attributes:
-        meaning: what it is, for help texts and model cards.
-        has_mask: whether one state is the mask, which carries all noise.
+        meaning: what the graph is, for help texts and model cards.
+        has_mask: whether one state is the mask; then only masks are noise.
         has_cross_entropy: whether `cross_entropy` is a tighter bound than `score_entropy`.
-        scales_by_sigma: whether the network's output may be divided by (e^sigma - 1) N, since the true ratios out of
-            noise sum to 1 / (e^sigma - 1).
+        scales_by_sigma: whether the network's output may be divided by (e^sigma - 1) N. This needs true ratios out of
+            noise that sum to 1 / (e^sigma - 1).
     """
 
     meaning: ClassVar[str]
@@ -33,7 +33,7 @@ class Graph(Protocol):
 
     @classmethod
     def from_tokenizer(cls, vocab_size: int, mask_id: int | None) -> "Graph":
-        """The graph over a tokenizer's tokens, of which `mask_id` is a mask that it has of its own."""
+        """The graph over a tokenizer's tokens; `mask_id` is the tokenizer's own mask token, None if it has none."""
         ...
 
     @property
@@ -43,18 +43,18 @@ class Graph(Protocol):
 
     @property
     def num_states(self) -> int:
-        """Number V of states: the tokens, and the mask where there is one."""
+        """Number V of states: the tokens, and the mask if there is one."""
         ...
 
     @property
     def mask_id(self) -> int | None:
-        """Id of the mask; None where there is none."""
+        """Id of the mask; None if there is none."""
         ...
 
     def sample_transition(
         self, key: Key[Array, ""], x0: Int[Array, "B L"], sigma: Float[Array, "B"]
     ) -> Int[Array, "B L"]:
-        """Draws xt given x0 after the noise sigma."""
+        """Draws xt given x0, after total noise sigma."""
         ...
 
     def sample_limit(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Int[Array, "B L"]:
@@ -62,15 +62,15 @@ class Graph(Protocol):
         ...
 
     def is_noise(self, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
-        """Where a position carries loss, and may move in a reverse step."""
+        """Positions that carry loss and may change in a reverse step."""
         ...
 
     def reverse_rate(self, xt: Int[Array, "B L"]) -> Float[Array, "B L"]:
-        """Q(xt, y) for any y != xt: times score_y, the rate of the reverse process from xt to y (definition 3.5)."""
+        """Q(xt, y) for y != xt. Times score_y it is the rate of the reverse process from xt to y (definition 3.5)."""
         ...
 
     def leap_time(self, sigma: Float[Array, "*B"]) -> Float[Array, "*B"]:
-        """The time in which second-order samplers take even leaps, as a function of the noise."""
+        """The time scale on which a second-order sampler's two leaps are equally long, as a function of the noise."""
         ...
 
     def sigma_at(self, leap_time: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -78,7 +78,7 @@ class Graph(Protocol):
         ...
 
     def leap_rate(self, xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L"]:
-        """`reverse_rate` in units of `leap_time`."""
+        """`reverse_rate` per unit of `leap_time`."""
         ...
 
     def tweedie_jump(
@@ -100,11 +100,11 @@ class Graph(Protocol):
     def cross_entropy(
         self, summary: scores.ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
     ) -> Float[Array, "B L"]:
-        """The tighter bound at the same noise, per position; `score_entropy` where none is known."""
+        """The tighter bound at the same noise, per position; `score_entropy` if none is known."""
         ...
 
     def limit_divergence(self, sigma: Float[Array, ""]) -> Float[Array, ""]:
-        """KL divergence of p(xt | x0) from the distribution that generation starts with, in nats a token."""
+        """KL divergence of p(xt | x0) from the distribution that generation starts with, in nats per token."""
         ...
 
     def reconstruction(
@@ -121,14 +121,14 @@ class Graph(Protocol):
         xt: Int[Array, "B L"],
         x0: Int[Array, "B L"],
     ) -> Float[Array, "B L"]:
-        """What one reverse step costs in likelihood, in nats per position (Sohl-Dickstein et al. 2015, equation 14).
+        """The term of one reverse step in the bound on -log p(x0), in nats per position.
 
-        It is the KL divergence of q(xs | xt, x0), which knows x0, from the distribution of the step. The sum over the
-        steps of a sampler bounds its -log p(x0). A longer step costs more, since it moves positions that do not know
-        of each other. Each term depends on its two times alone.
+        It is the KL divergence of q(xs | xt, x0), which knows x0, from the distribution of the step (Sohl-Dickstein et
+        al. 2015, equation 14). The sum over the steps of a sampler bounds its -log p(x0). A longer step costs more,
+        since it changes positions independently of each other. Each term depends only on its two times.
 
         Args:
-            summary: of the score at xt.
+            summary: summary of the score at xt.
             sigma: total noise of xt.
             after: total noise after the step.
             xt: noised tokens.
@@ -138,6 +138,6 @@ class Graph(Protocol):
 
 
 GRAPHS: dict[str, type[Graph]] = {"absorb": absorbing.Absorbing, "uniform": uniform.Uniform}
-# So that `graphs.Absorbing` names them, too.
+# So that they also have the names `graphs.Absorbing` and `graphs.Uniform`.
 Absorbing = absorbing.Absorbing
 Uniform = uniform.Uniform

@@ -1,4 +1,4 @@
-"""The denoising score-entropy loss and the bounds it gives on likelihood (Lou et al. 2023, section 3)."""
+"""The denoising score-entropy loss, and the bounds on likelihood that it gives (Lou et al. 2023, section 3)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,8 +18,8 @@ class Bounds(NamedTuple):
 
     Attributes:
         score_entropy: the training loss (equation 10).
-        cross_entropy: the tighter bound from the same score, rescaled to the sum that the true ratios are known to
-            have; equal to `score_entropy` where the graph has no such sum.
+        cross_entropy: the tighter bound from the same score, rescaled to the known sum of the true ratios; equal to
+            `score_entropy` if the graph has no such sum.
     """
 
     score_entropy: Float[Array, "B"]
@@ -27,9 +27,9 @@ class Bounds(NamedTuple):
 
 
 def sample_times(key: Key[Array, ""], batch_size: int, *, t_min: float = T_MIN) -> Float[Array, "B"]:
-    """Low-discrepancy times: one uniform offset, then evenly spaced over [t_min, 1] (Kingma et al. 2021, appendix I).
+    """Low-discrepancy times: evenly spaced over [t_min, 1], after one uniform offset (Kingma et al. 2021, appendix I).
 
-    Each time is uniform on its own. Together they cover the interval, which lowers the variance of the batch's loss.
+    Each time by itself is uniform. Together they cover the interval, which lowers the variance of the batch's loss.
     """
     u = (jax.random.uniform(key) + jnp.arange(batch_size) / batch_size) % 1.0
     return t_min + (1 - t_min) * u
@@ -38,7 +38,7 @@ def sample_times(key: Key[Array, ""], batch_size: int, *, t_min: float = T_MIN) 
 def bounds(
     summary_fn: SummaryFn, process: forward.Process, x0: Int[Array, "B L"], xt: Int[Array, "B L"], t: Float[Array, "B"]
 ) -> Bounds:
-    """Both bounds at given times and noised tokens.
+    """Both bounds of each sequence, at given times and noised tokens.
 
     Args:
         summary_fn: (xt, x0, sigma) -> the network's `scores.ScoreSummary`.
@@ -60,9 +60,9 @@ def bounds(
 def denoising_score_entropy(
     key: Key[Array, ""], summary_fn: SummaryFn, process: forward.Process, x0: Int[Array, "B L"], t: Float[Array, "B"]
 ) -> Bounds:
-    """The loss of each sequence (equation 10): noise x0 to time t, then compare score and true ratio by score entropy.
+    """The loss of each sequence (equation 10): noises x0 to time t, then compares score and true ratio.
 
-    With t from `sample_times` the mean over the batch estimates the integral over [t_min, 1].
+    With t from `sample_times`, the mean over the batch estimates the integral over [t_min, 1].
     """
     xt = process.graph.sample_transition(key, x0, process.noise.sigma(t))
     return bounds(summary_fn, process, x0, xt, t)

@@ -1,4 +1,4 @@
-"""Noise schedules: how much noise a token has seen at time t (Lou et al. 2023, sections 3.3 and 5.1)."""
+"""Noise schedules: the total noise sigma(t) of a token at time t (Lou et al. 2023, sections 3.3 and 5.1)."""
 
 import dataclasses
 
@@ -8,10 +8,10 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogLinear:
-    """sigma(t) = -log(1 - (1 - eps) t): under `graphs.Absorbing` a token is masked with probability (1 - eps) t.
+    """sigma(t) = -log(1 - (1 - eps) t). With `graphs.Absorbing`, a token is masked with probability (1 - eps) t.
 
     Attributes:
-        eps: the share of tokens still unmasked at t = 1.
+        eps: share of tokens that are still unmasked at t = 1.
     """
 
     eps: float = 1e-3

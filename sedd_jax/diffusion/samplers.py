@@ -1,7 +1,7 @@
-"""Samplers: the interface that all have, and the one table of them.
+"""Samplers: their common interface, and the one table of all of them.
 
-A new sampler is a file and a line in `SAMPLERS`. One that steps through time needs a `steps.StepFn` alone, or, if it
-takes one evaluation a step, a function such as `steps.tweedie`.
+A new sampler is a new file and a line in `SAMPLERS`. A sampler that steps through time only needs a `steps.StepFn`. If
+it makes one network evaluation per step, it only needs a function such as `steps.tweedie`.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ class Sampler(Protocol):
     """A way to draw sequences from the reverse process.
 
     Attributes:
-        traits: what it is, needs and takes.
-        corrector_steps: how often each step is taken back and again.
+        traits: what the sampler is, needs and supports.
+        corrector_steps: corrector steps after each step, each of which undoes the step and takes it again.
     """
 
     @property
@@ -27,11 +27,11 @@ class Sampler(Protocol):
     def corrector_steps(self) -> int: ...
 
     def num_steps(self, num_steps: int, num_gaps: int) -> int:
-        """Steps of a sequence with `num_gaps` tokens to fill, of `num_steps` that are asked for."""
+        """Number of steps for a sequence with `num_gaps` tokens to fill, if `num_steps` are asked for."""
         ...
 
     def begin(self, key: Key[Array, ""], process: forward.Process, given: steps.Given) -> Any:
-        """What is drawn beforehand for each sequence, as arrays [B, ...]; None where nothing is."""
+        """The plan: what is drawn for each sequence before its first step, as arrays [B, ...]; None for no plan."""
         ...
 
     def take(
@@ -46,12 +46,12 @@ class Sampler(Protocol):
         """The states of every sequence one iteration later.
 
         Args:
-            key: of all iterations.
-            iteration: a number that no other call with this key has.
+            key: key of all iterations.
+            iteration: number of this call; no other call with this key may have it.
             draws: the network.
             process: the forward process.
             batch: the sequences.
-            is_last: which sequences are at their last evaluation, after which no mask may be left; None for none.
+            is_last: which sequences are at their last evaluation, after which no mask may be left; None if none are.
         """
         ...
 
@@ -66,8 +66,8 @@ class Sampler(Protocol):
         """Clean tokens, by the last evaluation of every sequence.
 
         Args:
-            key: of all iterations before.
-            key_last: of this evaluation alone.
+            key: key of all iterations before.
+            key_last: key of this evaluation only.
             draws: the network.
             process: the forward process.
             batch: the sequences, all at their last evaluation.
@@ -78,25 +78,28 @@ class Sampler(Protocol):
 SAMPLERS: dict[str, Sampler] = {
     "tweedie": steps.TimeStepping(
         traits=steps.Traits(
-            meaning='published as "analytic": the best step that moves positions independently',
+            meaning='published as "analytic": the optimal step that changes positions independently',
             published_name="analytic",
         ),
         step_fn=steps.one_evaluation(steps.tweedie),
     ),
     "euler": steps.TimeStepping(
-        traits=steps.Traits(meaning="rates of first order", published_name="euler"),
+        traits=steps.Traits(meaning="Euler step, first order", published_name="euler"),
         step_fn=steps.one_evaluation(steps.euler),
     ),
     "tau_leaping": steps.TimeStepping(
-        traits=steps.Traits(meaning="rates frozen over a step"), step_fn=steps.one_evaluation(steps.tau_leaping)
+        traits=steps.Traits(meaning="jump rates held constant over a step"),
+        step_fn=steps.one_evaluation(steps.tau_leaping),
     ),
     "theta_trapezoidal": steps.TimeStepping(
-        traits=steps.Traits(meaning="second order, two evaluations a step", evaluations=2, takes_guidance=False),
+        traits=steps.Traits(
+            meaning="second order, two network evaluations per step", evaluations=2, takes_guidance=False
+        ),
         step_fn=trapezoidal.step,
     ),
     "first_hitting": first_hitting.FirstHitting(
         traits=steps.Traits(
-            meaning="absorbing graph: exact with an evaluation for each token",
+            meaning="absorbing graph only: exact with one network evaluation per token",
             needs_mask=True,
             takes_grid=False,
             ends_with_masks=True,
@@ -106,7 +109,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def make(name: str, *, grid: str = "uniform", corrector_steps: int = 0) -> Sampler:
-    """The sampler of a name in `SAMPLERS`, its steps at the times of `grid` where it takes one."""
+    """The sampler with a name in `SAMPLERS`; its steps are at the times of `grid` if it has a time grid."""
     sampler: Any = SAMPLERS[name]
     fields = {"grid": grid} if sampler.traits.takes_grid else {}
     return dataclasses.replace(sampler, corrector_steps=corrector_steps, **fields)

@@ -1,7 +1,7 @@
-"""What losses and reverse steps know of the score, in place of its array over all states.
+"""What losses and reverse steps need of the score, instead of its array over all states.
 
 A loss reads three numbers per position (`ScoreSummary`). A reverse step is a `Jump`: the weight of staying, and how the
-weights of all other states follow from the score. So nothing of shape [B, L, V] has to exist.
+weights of all other states follow from the score. So no array of shape [B, L, V] has to exist.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class ScoreSummary(NamedTuple):
-    """The three numbers per position that score entropy needs, so that nothing of shape [B, L, V] has to exist.
+    """The three numbers per position that score entropy needs.
 
     Attributes:
         logsumexp: log of the sum of the score over all y != xt.
-        mean: mean over all V states of log score, the current token counting 0.
+        mean: mean of log score over all V states; the current token counts as 0.
         at_x0: log score of the clean token.
     """
 
@@ -26,7 +26,7 @@ class ScoreSummary(NamedTuple):
 
 
 def summarize(log_score: Float[Array, "B L V"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]) -> ScoreSummary:
-    """Computes a `ScoreSummary` from the whole array, for vocabularies small enough to hold it."""
+    """The `ScoreSummary` of a whole array of log scores, for vocabularies small enough to hold it."""
     current = is_state(xt, log_score.shape[-1])
     others = jnp.where(current, -jnp.inf, log_score)
     return ScoreSummary(
@@ -37,14 +37,14 @@ def summarize(log_score: Float[Array, "B L V"], xt: Int[Array, "B L"], x0: Int[A
 
 
 class Jump(NamedTuple):
-    """The law of every position's next state, without its array over states: what a reverse step draws from.
+    """The distribution that a reverse step draws each position's next state from, without its array over states.
 
-    xt has the weight `stay`, any other y the weight slope score_y + offset; negative weights count as 0.
+    The weight of xt is `stay`, and that of any other y is slope score_y + offset. Negative weights count as 0.
 
     Attributes:
         stay: weight of xt.
         slope: factor of the score.
-        offset: what is added to it; None where it is 0 everywhere.
+        offset: added to slope score_y; None if it is 0 everywhere.
     """
 
     stay: Float[Array, "B L"]

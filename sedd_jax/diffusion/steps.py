@@ -1,7 +1,7 @@
-"""Reverse steps in time, every position at once (Lou et al. 2023, section 4).
+"""Reverse steps in time, at all positions at once (Lou et al. 2023, section 4).
 
-A step is a `scores.Jump`: how likely each position stays, and how its other weights follow from the score. Whoever
-holds the network draws from it (`Draws`), so that no sampler needs the score of every token.
+A step is a `scores.Jump`: the weight with which each position stays, and how its other weights follow from the score.
+The caller that holds the network draws from it (`Draws`). So no sampler needs the score of every token.
 """
 
 import dataclasses
@@ -16,23 +16,23 @@ from sedd_jax.diffusion import correctors, forward, graphs, scores, time_grids
 
 
 class Given(NamedTuple):
-    """Tokens that are known beforehand: a prompt, or the text around gaps (equation 21).
+    """Known tokens: a prompt, or the text around gaps (equation 21).
 
     Attributes:
-        tokens: the known tokens; anything where unknown.
-        is_given: where `tokens` counts.
+        tokens: known tokens; any value where unknown.
+        is_given: where tokens are known.
     """
 
     tokens: Int[Array, "B L"]
     is_given: Bool[Array, "B L"]
 
     def clamp(self, xt: Int[Array, "B L"]) -> Int[Array, "B L"]:
-        """Writes the known tokens over xt."""
+        """xt with the known tokens written over it."""
         return jnp.where(self.is_given, self.tokens, xt)
 
 
 def nothing_given(shape: tuple[int, int]) -> Given:
-    """No token is known: plain generation of a [B, L] batch."""
+    """No known tokens, for plain generation of a batch of shape [B, L]."""
     return Given(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
 
 
@@ -40,8 +40,8 @@ class Evaluation(NamedTuple):
     """One evaluation of the network.
 
     Attributes:
-        features: what it made of noised tokens.
-        sigma: the noise level that it was told.
+        features: output of the network for noised tokens.
+        sigma: total noise that the network was given, one for each sequence.
     """
 
     features: Any
@@ -49,25 +49,25 @@ class Evaluation(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Rates of jumps to every other token: the score of an evaluation, times a factor at each position."""
+    """Rates of jumps to every other token: the score from an evaluation, times a factor (`slope`) at each position."""
 
     evaluation: Evaluation
     slope: Float[Array, "B L"]
 
 
-# The sum of the score over all y != xt -> the weights of the step.
+# Sum of the score over all y != xt -> weights of the step.
 JumpFn = Callable[[Float[Array, "B L"]], scores.Jump]
-# (key, evaluation at xt, xt, positions that may move, the step) -> xt after it.
+# (key, evaluation at xt, xt, positions that may move, the step) -> xt after the step.
 DrawFn = Callable[[Key[Array, ""], Evaluation, Int[Array, "B L"], Bool[Array, "B L"], JumpFn], Int[Array, "B L"]]
-# (key, rates that add up, xt, positions that may move) -> xt after a leap with them; sums below 0 count as 0.
+# (key, rates, xt, positions that may move) -> xt after a leap with the sum of the rates; sums below 0 count as 0.
 LeapFn = Callable[[Key[Array, ""], list[Rates], Int[Array, "B L"], Bool[Array, "B L"]], Int[Array, "B L"]]
 
 
 class Draws(NamedTuple):
-    """The network and what is drawn from it: all that a sampler asks for.
+    """The network and the draws from it, as functions: all that a sampler needs.
 
     Attributes:
-        evaluate_fn: (xt, sigma) -> what the network makes of them.
+        evaluate_fn: (xt, sigma) -> evaluation of the network.
         draw_fn: draws the next states from an evaluation and a step.
         leap_fn: draws the next states from rates.
     """
@@ -84,21 +84,21 @@ class Draws(NamedTuple):
         is_movable: Bool[Array, "B L"],
         jump_fn: JumpFn,
     ) -> Int[Array, "B L"]:
-        """Evaluates the network at xt and draws the next states from it."""
+        """Evaluates the network at xt, and draws the next states."""
         return self.draw_fn(key, self.evaluate_fn(xt, sigma), xt, is_movable, jump_fn)
 
 
 class Batch(NamedTuple):
-    """Sequences in the middle of their trajectories, each at a step of its own.
+    """Sequences in the middle of their trajectories; each may be at a different step.
 
-    An iteration is a step, or, where corrector steps follow it, one of its repetitions.
+    An iteration is a step, or a corrector step after it.
 
     Attributes:
         given: known tokens.
         xt: current states.
-        iteration: iterations that each sequence has taken.
-        num_steps: steps of each sequence before its last evaluation.
-        plan: what the sampler has drawn beforehand (`samplers.Sampler.begin`).
+        iteration: number of iterations that each sequence has taken.
+        num_steps: number of steps of each sequence before its last evaluation.
+        plan: what the sampler has drawn before the first step (`samplers.Sampler.begin`).
     """
 
     given: Given
@@ -108,7 +108,7 @@ class Batch(NamedTuple):
     plan: Any
 
 
-# (key, draws, process, given, xt, time of each sequence, length of its step) -> xt a step later.
+# (key, draws, process, given, xt, time of each sequence, length of its step) -> xt one step later.
 StepFn = Callable[
     [
         Key[Array, ""],
@@ -130,16 +130,16 @@ def euler(
     t: Float[Array, "B"],
     dt: Float[Array, "B"],
 ) -> scores.Jump:
-    """An Euler step (equation 17): delta(xt, y) + dt dsigma_dt Q(xt, y) score_y.
+    """An Euler step (equation 17): weights delta(xt, y) + dt dsigma_dt Q(xt, y) score_y.
 
-    At y = xt the rates count minus their sum. Where dt is too large for them, that weight is negative.
+    At y = xt, Q(xt, y) score_y stands for minus the sum of all other rates. This weight is negative if dt is too large.
 
     Args:
         process: the forward process.
         total: sum of the score over all y != xt.
         xt: current states.
         t: time of each sequence.
-        dt: length of its step.
+        dt: length of the step of each sequence.
     """
     rate = process.graph.reverse_rate(xt) * (dt * process.noise.dsigma_dt(t))[:, None]
     return scores.Jump(stay=1 - rate * total, slope=rate)
@@ -152,10 +152,10 @@ def tau_leaping(
     t: Float[Array, "B"],
     dt: Float[Array, "B"],
 ) -> scores.Jump:
-    """A tau-leap: rates frozen over the step, stay with probability exp(-dt total rate), else jump in proportion.
+    """A tau-leap: rates are constant over the step (Campbell et al. 2022, section 4.3).
 
-    (Campbell et al. 2022, section 4.3, with at most one jump a position, since a token is not a number to add to.)
-    Args are those of `euler`.
+    A position stays with probability exp(-dt total rate), and otherwise jumps in proportion to the rates. It jumps at
+    most once, since jumps of a token cannot be added up like those of a number. Arguments are those of `euler`.
     """
     rate = process.graph.reverse_rate(xt) * (dt * process.noise.dsigma_dt(t))[:, None]
     jumps = rate * total
@@ -170,9 +170,9 @@ def tweedie(
     t: Float[Array, "B"],
     dt: Float[Array, "B"],
 ) -> scores.Jump:
-    """A Tweedie step (equations 19, 20): the best that moves positions independently (theorem 4.2).
+    """A Tweedie step (equations 19, 20): the optimal step that changes positions independently (theorem 4.2).
 
-    Args are those of `euler`.
+    Arguments are those of `euler`.
     """
     return process.graph.tweedie_jump(total, xt, process.noise.sigma(t) - process.noise.sigma(t - dt))
 
@@ -182,7 +182,7 @@ def one_evaluation(
         [forward.Process, Float[Array, "B L"], Int[Array, "B L"], Float[Array, "B"], Float[Array, "B"]], scores.Jump
     ],
 ) -> StepFn:
-    """A step of one network evaluation, from which `jump` gives the weights of all states."""
+    """A `StepFn` with one network evaluation; `jump`, such as `tweedie`, gives the weights of all states."""
 
     def step(
         key: Key[Array, ""],
@@ -201,16 +201,16 @@ def one_evaluation(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What a sampler is, needs and takes: from these come validation, help texts, the page and tests.
+    """What a sampler is, needs and supports. Validation, help texts, the web page and tests follow these fields.
 
     Attributes:
-        meaning: what it is, for help texts.
-        evaluations: network evaluations of a step.
+        meaning: what the sampler is, for help texts.
+        evaluations: network evaluations per step.
         needs_mask: whether the graph must have a mask.
-        takes_grid: whether it has steps in time, which a grid places; then it has a field `grid`.
-        takes_guidance: whether it works with classifier-free guidance.
-        ends_with_masks: whether it takes no further evaluation once no mask is left.
-        published_name: its name in the published program; empty where that has none.
+        takes_grid: whether its steps are at the times of a grid; then it has a field `grid`.
+        takes_guidance: whether it supports classifier-free guidance.
+        ends_with_masks: whether it needs no further evaluation once no mask is left.
+        published_name: its name in the published program; "" if that lacks it.
     """
 
     meaning: str
@@ -224,17 +224,17 @@ class Traits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TimeStepping:
-    """A sampler that steps through time from t = 1 to `time_grids.T_END`, and denoises in one last evaluation.
+    """A sampler that steps through time from t = 1 to `time_grids.T_END`, and denoises with one last evaluation.
 
-    After a step, corrector steps go back to its start by the forward process and take it again. Where steps are exact
-    this changes nothing in the distribution of xt (Campbell et al. 2022, section 4.4). Where they are not, tokens that
-    were drawn too early are drawn anew (Wang et al. 2025, remasking).
+    A corrector step goes back to the start of a step by the forward process, and takes the step again. If steps are
+    exact, this does not change the distribution of xt (Campbell et al. 2022, section 4.4). If they are not, it draws
+    anew tokens that were drawn too early (remasking, Wang et al. 2025).
 
     Attributes:
-        traits: what the sampler is, needs and takes.
-        step_fn: takes a step of every sequence.
-        grid: where steps lie in time, see `time_grids`.
-        corrector_steps: how often each step is taken back and again.
+        traits: what the sampler is, needs and supports.
+        step_fn: takes one step of every sequence.
+        grid: times of the steps, see `time_grids`.
+        corrector_steps: corrector steps after each step.
     """
 
     traits: Traits
@@ -243,7 +243,7 @@ class TimeStepping:
     corrector_steps: int = 0
 
     def num_steps(self, num_steps: int, num_gaps: int) -> int:
-        """All that are asked for, however few the gaps are."""
+        """`num_steps`, however few the gaps are."""
         del num_gaps
         return num_steps
 
@@ -275,15 +275,15 @@ class TimeStepping:
     def finish(
         self, key: Key[Array, ""], key_last: Key[Array, ""], draws: Draws, process: forward.Process, batch: Batch
     ) -> Int[Array, "B L"]:
-        """`denoise` with the key of the last evaluation."""
-        del key  # Steps fold their numbers into it.
+        """Clean tokens: `denoise` with the key of the last evaluation."""
+        del key  # `take` folds iterations into it.
         return denoise(key_last, draws, process, batch.given, batch.xt)
 
 
 def denoise(
     key: Key[Array, ""], draws: Draws, process: forward.Process, given: Given, xt: Int[Array, "B L"]
 ) -> Int[Array, "B L"]:
-    """The last step, from t = T_END to clean tokens, no mask among them (theorem 4.1)."""
+    """Clean tokens, without masks, by the last step from t = T_END (theorem 4.1)."""
     graph, xt = process.graph, given.clamp(xt)
     sigma = jnp.full(xt.shape[0], process.noise.sigma(jnp.float32(time_grids.T_END)))
     is_movable = graph.is_noise(xt) & ~given.is_given
@@ -291,7 +291,7 @@ def denoise(
 
 
 def _denoising(draws: Draws, graph: graphs.Graph, is_last: Bool[Array, "B"]) -> Draws:
-    """`draws` of which sequences at their last evaluation take the step of `denoise`, whatever step is asked for."""
+    """`draws`, changed so that sequences at their last evaluation take the step of `denoise` instead of any other."""
 
     def draw(key, evaluation, xt, is_movable, jump_fn):
         def jump(total):
@@ -307,7 +307,7 @@ def _denoising(draws: Draws, graph: graphs.Graph, is_last: Bool[Array, "B"]) -> 
         moved = draws.leap_fn(key_leap, rates, xt, is_movable & ~is_last[:, None])
         if len(rates) > 1:
             return moved
-        # The first leap of a step is at the states that it starts from.
+        # This is the first leap of a step: it starts from the states that were evaluated.
         (first,) = rates
         jump = lambda total: graph.denoise_jump(total, xt, first.evaluation.sigma)
         last = draws.draw_fn(key_last, first.evaluation, xt, is_movable & is_last[:, None], jump)
@@ -321,5 +321,5 @@ def _or_zeros(offset: Any, like: Array) -> Array:
 
 
 def where(rows: Bool[Array, "B"], x: Array, y: Array) -> Array:
-    """x in the given rows, y elsewhere."""
+    """x for the sequences in `rows`, y for the others."""
     return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)

@@ -1,7 +1,7 @@
-"""Where the steps of a sampler lie in time: from t = 1 to T_END, by default evenly.
+"""Time grids: the times of a sampler's steps, from t = 1 to T_END; by default evenly spaced.
 
-A grid is named, or given as its times from 1 down. Between these time is linear in the share of steps taken, so that as
-many times as steps and one are taken as they are.
+A grid is named, or given as a list of times from 1 down to 0. Times between the given ones are interpolated linearly.
+With `num_steps + 1` times, each is used as given.
 """
 
 import math
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from sedd_jax.diffusion import noise_schedules
 
 T_END = 1e-5
-# (schedule, number of each sequence's step, all its steps) -> time before that step, length of the step.
+# (schedule, number of each sequence's step from 0, its number of steps) -> (time before the step, length of the step).
 GridFn = Callable[
     [noise_schedules.NoiseSchedule, Int[Array, "B"], Int[Array, "*B"]], tuple[Float[Array, "B"], Float[Array, "B"]]
 ]
@@ -25,20 +25,20 @@ TimeFn = Callable[[noise_schedules.NoiseSchedule, Float[Array, "B"]], Float[Arra
 def uniform(
     noise: noise_schedules.NoiseSchedule, i: Int[Array, "B"], num_steps: Int[Array, "*B"]
 ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """Steps of one length in t, as published."""
+    """Steps of equal length in t, as published."""
     del noise
     dt = jnp.broadcast_to((1 - T_END) / num_steps.astype(jnp.float32), i.shape)
     return 1 - i * dt, dt
 
 
 def sigma(noise: noise_schedules.NoiseSchedule, share: Float[Array, "B"]) -> Float[Array, "B"]:
-    """Steps that remove the same noise each."""
+    """Times of steps that each remove the same noise."""
     start, end = noise.sigma(jnp.float32(1.0)), noise.sigma(jnp.float32(T_END))
     return noise.time(start + (end - start) * share)
 
 
 def cosine(noise: noise_schedules.NoiseSchedule, share: Float[Array, "B"]) -> Float[Array, "B"]:
-    """Short steps at first, when every token is news to all others (Chang et al. 2022, Shi et al. 2024)."""
+    """Times of steps that are short at first, when few tokens are known (Chang et al. 2022, Shi et al. 2024)."""
     del noise
     return jnp.cos(math.pi / 2 * share)
 
@@ -47,10 +47,10 @@ NAMES = ("uniform", "sigma", "cosine")
 
 
 def find(spec: str) -> GridFn:
-    """The grid that a spec names: one of `NAMES`, or times such as "1,0.8,0.3,0".
+    """The grid that a spec describes: one of `NAMES`, or times such as "1,0.8,0.3,0".
 
     Raises:
-        ValueError: where it is neither.
+        ValueError: where the spec is neither.
     """
     if spec == "uniform":
         return uniform
@@ -58,16 +58,16 @@ def find(spec: str) -> GridFn:
 
 
 def times(spec: str, noise: noise_schedules.NoiseSchedule, num_steps: int) -> Float[np.ndarray, "n"]:
-    """The times before each step of a grid, and T_END."""
+    """The n = num_steps + 1 times of a grid: the time before each step, and T_END."""
     t, _ = find(spec)(noise, jnp.arange(num_steps), jnp.asarray(num_steps))
     return np.append(np.float64(t), T_END)
 
 
 def parse(spec: str) -> Float[np.ndarray, "n"]:
-    """The times of a given grid, from 1 to T_END or below.
+    """The times of a grid that is given as a list of times, from 1 down to T_END or below.
 
     Raises:
-        ValueError: where they are none, or do not go down from 1 to 0.
+        ValueError: where `spec` is not such a list.
     """
     try:
         times = np.array([float(part) for part in spec.split(",")])
@@ -83,7 +83,7 @@ def parse(spec: str) -> Float[np.ndarray, "n"]:
 
 def _by_share(time_fn: TimeFn) -> GridFn:
     def grid(noise, i, num_steps):
-        # Not below the end, whatever the rounding.
+        # Rounding must not lead below T_END.
         time = lambda i: jnp.maximum(time_fn(noise, i / num_steps), T_END)
         t = time(i)
         return t, t - time(i + 1)

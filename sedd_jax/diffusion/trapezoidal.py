@@ -1,7 +1,7 @@
-"""The theta-trapezoidal sampler (Ren et al. 2025, arXiv 2502.00234): two evaluations a step, errors of second order.
+"""The theta-trapezoidal sampler (Ren et al. 2025, arXiv 2502.00234): second order, with two evaluations per step.
 
-Theta is 1/2, where the rates have the least to extrapolate. Rates below 0 count as 0: where tokens depend on each other
-so strongly that there are such, the order is lost, though little of the gain (docs/log.md).
+Theta is 1/2, where rates are extrapolated the least. Extrapolated rates below 0 count as 0. They occur if tokens depend
+strongly on each other; then the second order is lost, but little of the gain (docs/log.md).
 """
 
 import jax
@@ -20,10 +20,10 @@ def step(
     t: Float[Array, "B"],
     dt: Float[Array, "B"],
 ) -> Int[Array, "B L"]:
-    """A `steps.StepFn`: two leaps of half the step each, in the noise's own time (`graphs.Graph.leap_time`).
+    """xt one step later (a `steps.StepFn`), by two leaps of half the step each on the scale `graphs.Graph.leap_time`.
 
-    The first leap takes the rates mu of the start. The second starts from where the first led to and takes the rates
-    2 mu* - mu, where mu* are those of the middle.
+    The first leap uses the rates mu at the start. The second leap begins where the first one ended, and uses the rates
+    2 mu* - mu, where mu* are the rates there, at the middle of the step.
     """
     graph, noise = process.graph, process.noise
     key_first, key_second = jax.random.split(key)
@@ -37,7 +37,7 @@ def step(
     first = rates(xt, sigma)
     between = draws.leap_fn(key_first, [first], xt, graph.is_noise(xt) & ~given.is_given)
     second = rates(between, middle)
-    # A position that has jumped has nothing to extrapolate from.
+    # A position that has jumped in the first leap has no rates to extrapolate from.
     back = first._replace(slope=jnp.where(between == xt, -first.slope, 0.0))
     terms = [second._replace(slope=2 * second.slope), back]
     return draws.leap_fn(key_second, terms, between, graph.is_noise(between) & ~given.is_given)

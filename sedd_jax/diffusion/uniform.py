@@ -15,7 +15,7 @@ class Uniform:
     """Every token turns into every token at rate 1/N: Q = 1/N - identity (equation 15, divided by N).
 
     Attributes:
-        vocab_size: number N of real tokens, all of the states.
+        vocab_size: number N of real tokens; there are no other states.
     """
 
     meaning: ClassVar[str] = "tokens turn into any token"
@@ -27,7 +27,7 @@ class Uniform:
 
     @classmethod
     def from_tokenizer(cls, vocab_size: int, mask_id: int | None) -> "Uniform":
-        """The graph over a tokenizer's tokens; a mask of its own counts as one of them."""
+        """The graph over a tokenizer's tokens. If the tokenizer has a mask token, it counts as one of them."""
         return cls(vocab_size=vocab_size if mask_id is None else vocab_size + 1)
 
     @property
@@ -36,7 +36,7 @@ class Uniform:
 
     @property
     def mask_id(self) -> None:
-        """There is no mask."""
+        """None: there is no mask."""
         return None
 
     def rate_column(self, x: Int[Array, "B L"]) -> Float[Array, "B L V"]:
@@ -60,7 +60,7 @@ class Uniform:
     def sample_transition(
         self, key: Key[Array, ""], x0: Int[Array, "B L"], sigma: Float[Array, "B"]
     ) -> Int[Array, "B L"]:
-        """Draws xt given x0: with probability 1 - e^-sigma a token is redrawn from all N, itself included."""
+        """Draws xt given x0: with probability 1 - e^-sigma a token is replaced by any of all N, itself included."""
         key_move, key_token = jax.random.split(key)
         move = jax.random.uniform(key_move, x0.shape) < -jnp.expm1(-sigma)[:, None]
         return jnp.where(move, jax.random.randint(key_token, x0.shape, 0, self.num_states, x0.dtype), x0)
@@ -70,11 +70,11 @@ class Uniform:
         return jax.random.randint(key, shape, 0, self.num_states, jnp.int32)
 
     def reverse_rate(self, xt: Int[Array, "B L"]) -> Float[Array, "B L"]:
-        """Q(xt, y) for any y != xt: times score_y, the rate of the reverse process from xt to y (definition 3.5)."""
+        """Q(xt, y) for y != xt. Times score_y it is the rate of the reverse process from xt to y (definition 3.5)."""
         return jnp.full(xt.shape, 1 / self.num_states)
 
     def leap_time(self, sigma: Float[Array, "*B"]) -> Float[Array, "*B"]:
-        """The time in which every token turns into every other at rate 1/N: sigma itself."""
+        """The time scale on which every token turns into every other at rate 1/N: sigma itself."""
         return sigma
 
     def sigma_at(self, leap_time: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -82,7 +82,7 @@ class Uniform:
         return leap_time
 
     def leap_rate(self, xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L"]:
-        """Times score_y, the rate from xt to y != xt in `leap_time`."""
+        """Factor of score_y in the rate from xt to y != xt, per unit of `leap_time`."""
         del sigma
         return self.reverse_rate(xt)
 
@@ -91,13 +91,13 @@ class Uniform:
     ) -> scores.Jump:
         """The Tweedie step, weights [exp(-dQ) score]_y exp(dQ)(xt, y), d = delta_sigma (equation 19).
 
-        Errors of the score are multiplied by e^d: where one step removes much noise (few steps of a geometric schedule
-        with sigma_max = 20) the weights are mostly error, as in the published program. Take more steps, or `euler`.
+        Errors of the score are multiplied by e^d. If one step removes much noise (few steps, geometric schedule with
+        sigma_max = 20), the weights are mostly error, as in the published program. Take more steps, or use `euler`.
 
         Args:
             total: sum of the score over all y != xt.
             xt: current states.
-            delta_sigma: noise removed by the step.
+            delta_sigma: noise that the step removes.
         """
         grown, share = jnp.exp(delta_sigma)[:, None], -jnp.expm1(-delta_sigma)[:, None] / self.num_states
         taken = jnp.expm1(delta_sigma)[:, None] * (total + 1) / self.num_states
@@ -116,28 +116,29 @@ class Uniform:
     ) -> Float[Array, "B L"]:
         """Score entropy per position (equation 10), for every sigma > 0 that float32 holds.
 
-        With a = e^sigma - 1 and r = a / (a + N): where xt = x0 the true ratios are r, elsewhere 1/r at x0 and 1 at the
-        rest. Published as 1 - N / (a + N), r is 0 in float32 for small sigma; here it is never formed by a difference.
+        Let a = e^sigma - 1 and r = a / (a + N). The true ratios are r where xt = x0; elsewhere they are 1/r at x0 and 1
+        at all other tokens. The published program computes r as 1 - N / (a + N), which is 0 in float32 for small sigma;
+        here no difference is formed.
         """
         a, n = jnp.expm1(sigma)[:, None], self.num_states
         log_r = jnp.log(a) - jnp.log(a + n)
         r = jnp.exp(log_r)
         others = jnp.exp(summary.logsumexp) / n
         unmoved = others - r * summary.mean + (n - 1) / n * r * (log_r - 1)
-        # The two large terms, -log s_x0 / a and -log r / a, are joined before they are divided by a small a.
+        # The two large terms, -log s_x0 / a and -log r / a, are added before the division by a, which may be small.
         moved = others - summary.mean - (summary.at_x0 + log_r + 1) / a - (log_r + 1) / n - (n - 2) / n
         return jnp.where(xt == x0, unmoved, moved)
 
     def cross_entropy(
         self, summary: scores.ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
     ) -> Float[Array, "B L"]:
-        """`score_entropy` itself: the true ratios have no known sum, so the score cannot be rescaled to it."""
+        """`score_entropy` itself: the true ratios have no known sum to which the score could be rescaled."""
         return self.score_entropy(summary, sigma, xt, x0)
 
     def limit_divergence(self, sigma: Float[Array, ""]) -> Float[Array, ""]:
-        """KL divergence of p(xt | x0) from the law that generation starts with, in nats a token: the prior term.
+        """The prior term: KL divergence of p(xt | x0) from the distribution of the start, in nats per token.
 
-        That is uniform. With e = e^-sigma, p N is 1 + (N - 1) e where xt = x0 and 1 - e elsewhere.
+        The start is uniform. With e = e^-sigma, N p(xt | x0) is 1 + (N - 1) e where xt = x0, and 1 - e elsewhere.
         """
         n, e = self.num_states, jnp.exp(-sigma)
         same, other = (n - 1) * e, -e
@@ -146,10 +147,10 @@ class Uniform:
     def reconstruction(
         self, summary: scores.ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
     ) -> Float[Array, "B L"]:
-        """-log of the probability that `denoise_jump` gives x0, or a little more: the reconstruction term, in nats.
+        """The reconstruction term, in nats per position: an upper bound on -log p(`denoise_jump` gives x0).
 
-        The weights add up to 1, but those below 0 count as 0, so that the probability is divided by 1 and what they
-        would take away; here by the most that this can be. Infinite where x0 itself has no weight.
+        The weights sum to 1, but those below 0 count as 0. So the sum of the weights that count is more than 1, and
+        probabilities are divided by it; here by its largest possible value. Infinite where x0 has no weight.
         """
         total = jnp.exp(summary.logsumexp)
         jump = self.denoise_jump(total, xt, sigma)
@@ -166,13 +167,13 @@ class Uniform:
         xt: Int[Array, "B L"],
         x0: Int[Array, "B L"],
     ) -> Float[Array, "B L"]:
-        """See `graphs.Graph.step_bound`: rates are frozen, so a token stays with probability exp(-their sum)."""
+        """See `graphs.Graph.step_bound`. Rates are constant over a step: a token stays with probability exp(-sum)."""
         n = self.num_states
-        moved = lambda noise: -jnp.expm1(-noise)[:, None]  # The probability of a redraw from all n.
+        moved = lambda noise: -jnp.expm1(-noise)[:, None]  # The probability that a token is replaced by any of all n.
         step, start = moved(sigma - after), moved(after)
         other, same = lambda p: p / n, lambda p: 1 - p + p / n
         is_same = xt == x0
-        # q at xt, at x0 where that is another, and at each of the rest: proportional to p(xt | y) p(y | x0).
+        # q at xt, at x0 (if another token), and at each other token: proportional to p(xt | y) p(y | x0).
         evidence = jnp.where(is_same, same(moved(sigma)), other(moved(sigma)))
         at_xt = same(step) * jnp.where(is_same, same(start), other(start)) / evidence
         at_x0 = jnp.where(is_same, 0.0, other(step) * same(start) / evidence)
@@ -180,7 +181,7 @@ class Uniform:
         total = jnp.exp(summary.logsumexp)
         jumps = self.reverse_rate(xt) * (sigma - after)[:, None] * total
         log_share = jnp.log(-jnp.expm1(-jumps)) - summary.logsumexp
-        of_rest = summary.mean * n - summary.at_x0  # which is 0 at xt
+        of_rest = summary.mean * n - summary.at_x0  # Log score is 0 at xt.
         return (
             _entropy_term(at_xt)
             + at_xt * jumps
@@ -191,7 +192,7 @@ class Uniform:
         )
 
     def is_noise(self, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
-        """Where a position carries loss: everywhere."""
+        """Positions that carry loss: all."""
         return jnp.ones_like(xt, dtype=bool)
 
 

@@ -1,1 +1,1 @@
-"""The network, its streamed head, what is drawn from it, and its optimizer."""
+"""The network, its streamed head, draws from it, the training objective, and the optimizer."""

@@ -1,8 +1,8 @@
-"""Attention between all positions of a sequence, or to those up to one's own, by what each platform does best.
+"""Attention, bidirectional or causal, with the fastest implementation of each platform.
 
-Every implementation maps queries, keys and values [B, L, H, K] to [B, L, H, K], and its softmax is float32. Where it is
-given the number of tokens of each sequence, nobody attends to the padding after them, and what stands there does not
-matter. Under a mesh each device attends for its own sequences and heads.
+Every implementation maps queries, keys and values [B, L, H, K] to [B, L, H, K], with a float32 softmax. If it gets the
+number of tokens of each sequence, the padding after them is never attended to, so its content does not matter. Under a
+mesh each device computes the attention of its own sequences and heads.
 """
 
 import functools
@@ -16,12 +16,12 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from sedd_jax.runtime import sharding
+from sedd_jax.runtime import errors, sharding
 
-# Scores (sequences x heads x L x L) that `plain` holds at once: on a CPU what its caches hold.
+# Most scores (sequences x heads x L x L) that `plain` holds at once. On a CPU they fit in its caches.
 BLOCK_SCORES = {"cpu": 1 << 21, "gpu": 1 << 30, "tpu": 1 << 30}
 TPU_LANES = 128
-# What rematerialisation may keep of attention, by `jax.checkpoint_policies.save_only_these_names`.
+# Name of what rematerialisation may keep of attention, for `jax.checkpoint_policies.save_only_these_names`.
 RESIDUALS = "attention"
 
 
@@ -36,15 +36,15 @@ def attend(
     """Multi-head attention with rotary positions on queries and keys.
 
     Args:
-        qkv: queries, keys and values of all heads, one after the other.
-        num_heads: heads H.
-        implementation: a name in `ATTENTIONS`, or "auto" for the fastest that the platform has.
-        causal: whether a position attends to those up to itself only.
-        lengths: tokens of each sequence, at least 1; what follows is padding, whose own output means nothing and is
-            finite. All are tokens if None.
+        qkv: queries, keys and values of all heads, one after the other: Q = 3 D.
+        num_heads: number of heads H.
+        implementation: a name in `ATTENTIONS`, or "auto" for the fastest on this platform.
+        causal: whether a position attends only to itself and earlier positions.
+        lengths: number of tokens of each sequence, at least 1; the rest is padding, whose output is finite but has no
+            meaning. No padding if None.
 
     Raises:
-        ValueError: where the implementation cannot run on this platform or these shapes.
+        errors.UserError: where the implementation does not support this platform, dtype or length.
     """
     batch, length, width = qkv.shape
     q_BLHK, k_BLHK, v_BLHK = (x.reshape(batch, length, num_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
@@ -58,12 +58,12 @@ def attend(
 
 
 def resolve(implementation: str, length: int, dtype: Any) -> str:
-    """The implementation itself, or where it is "auto" the fastest of the current platform."""
+    """Name of the implementation to use; "auto" becomes the fastest on the current platform."""
     return choose(sharding.platform(), length, dtype) if implementation == "auto" else implementation
 
 
 def choose(platform: str, length: int, dtype: Any) -> str:
-    """The fastest implementation for a platform: cuDNN's knows half precision only, splash whole rows of 128 lanes."""
+    """Name of the fastest implementation on a platform. cuDNN needs bfloat16, splash a length divisible by 128."""
     if platform == "gpu" and dtype == jnp.bfloat16:
         return "cudnn"
     if platform == "tpu" and length % TPU_LANES == 0:
@@ -72,7 +72,7 @@ def choose(platform: str, length: int, dtype: Any) -> str:
 
 
 def rotate(x: Float[Array, "B L H K"]) -> Float[Array, "B L H K"]:
-    """Rotary positions (Su et al. 2021), pairing feature j with j + K/2, base 10000."""
+    """x with rotary positions (Su et al. 2021): pairs feature j with j + K/2, base 10000."""
     length, _, size = x.shape[1:]
     inverse_frequency = 1.0 / (10_000 ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size))
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * inverse_frequency[None]
@@ -89,16 +89,24 @@ def cudnn(
     *,
     causal: bool = False,
 ) -> Array:
-    """cuDNN's fused attention: NVIDIA GPUs from Ampere on, bfloat16."""
+    """cuDNN's fused attention: NVIDIA GPUs from Ampere on, bfloat16.
+
+    Raises:
+        errors.UserError: on another platform, or for another dtype.
+    """
     _need("cudnn", "gpu")
     if q.dtype != jnp.bfloat16:
-        raise ValueError(
-            f"config.network.attention=cudnn needs bfloat16, not {q.dtype}: set config.network.dtype=bfloat16"
+        raise errors.UserError(
+            f"needs bfloat16, not {q.dtype}",
+            field="config.network.attention",
+            value="cudnn",
+            remedy=f"set {errors.name('config.network.dtype')}=bfloat16",
         )
     if lengths is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     is_token = _is_token(lengths, k.shape[1])[:, :, None, None]
-    # cuDNN does not say what it leaves where it skips: it computes all queries, and keys and values of padding are 0.
+    # cuDNN does not document what it writes for queries that it skips. So it computes all queries, and keys and values
+    # of padding are 0.
     k, v = (jnp.where(is_token, x, jnp.zeros_like(x)) for x in (k, v))
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
@@ -114,23 +122,28 @@ def splash(
     causal: bool = False,
     interpret: bool = False,
 ) -> Array:
-    """The Pallas splash attention kernel: TPUs, lengths divisible by 128.
+    """The Pallas splash attention kernel: TPUs, lengths L divisible by 128.
 
     Args:
         q: queries.
         k: keys.
         v: values.
-        lengths: tokens of each sequence; all if None.
-        causal: whether a position attends to those up to itself only.
-        interpret: run the kernel step by step on any platform, for tests.
+        lengths: number of tokens of each sequence; no padding if None.
+        causal: whether a position attends only to itself and earlier positions.
+        interpret: whether to interpret the kernel, on any platform, for tests.
+
+    Raises:
+        errors.UserError: on another platform, or for another length.
     """
     length, num_heads, size = q.shape[1:]
     if not interpret:
         _need("splash", "tpu")
     if length % TPU_LANES:
-        raise ValueError(
-            f"config.network.attention=splash needs a length divisible by {TPU_LANES}, not config.data.length="
-            f"{length}: set config.network.attention=plain"
+        raise errors.UserError(
+            f"needs a length divisible by {TPU_LANES}, not {errors.name('config.data.length')}={length}",
+            field="config.network.attention",
+            value="splash",
+            remedy=f"set {errors.name('config.network.attention')}=plain",
         )
     block = next(block for block in (512, 256, 128) if length % block == 0)
     mask = splash_attention.CausalMask if causal else splash_attention.FullMask
@@ -144,7 +157,7 @@ def splash(
     scaled = (q * (1 / math.sqrt(size))).astype(q.dtype)
     inputs = heads_first(scaled), heads_first(k), heads_first(v)
     if lengths is not None:
-        # A query attends to keys of its own segment: all queries are of the segment of the tokens.
+        # A query attends to keys of its own segment, so all queries are in the segment of the tokens.
         is_token = _is_token(lengths, length).astype(jnp.int32)
         inputs = (*inputs, splash_attention.SegmentIds(q=jnp.ones_like(is_token), kv=is_token))
     out: Any = jax.vmap(kernel)(*inputs)
@@ -153,14 +166,16 @@ def splash(
 
 def _need(implementation: str, platform: str) -> None:
     if sharding.platform() != platform:
-        raise ValueError(
-            f"config.network.attention={implementation} runs on a {platform.upper()}, not on this machine's "
-            f"{sharding.platform().upper()}: set config.network.attention=auto"
+        raise errors.UserError(
+            f"runs on a {platform.upper()}, not on this machine's {sharding.platform().upper()}",
+            field="config.network.attention",
+            value=implementation,
+            remedy=f"set {errors.name('config.network.attention')}=auto",
         )
 
 
 def _is_token(lengths: Int[Array, " n"], length: int) -> Bool[Array, "n L"]:
-    """Which of `length` positions are before the padding."""
+    """Which of `length` positions are tokens, not padding."""
     return jnp.arange(length)[None] < lengths[:, None]
 
 
@@ -172,9 +187,10 @@ def plain(
     *,
     causal: bool = False,
 ) -> Any:
-    """Softmax attention as matrix products, some heads at a time, the scores computed again for the gradient.
+    """Softmax attention as matrix products, on any platform.
 
-    Blocks of heads keep the scores in a CPU's caches (twice as fast there), and memory linear in the length.
+    It works on a block of heads at a time, and the gradient computes the scores again. So the scores of a block fit in
+    a CPU's caches (twice as fast there), and memory is linear in the length.
     """
     return _plain(causal, q, k, v, lengths)
 
@@ -200,7 +216,7 @@ _plain.defvjp(_plain_forward, _plain_backward)
 def _scores(
     causal: bool, lengths: Int[Array, " n"] | None, q: Float[Array, "n L K"], k: Float[Array, "n L K"]
 ) -> Float[Array, "n L L"]:
-    """Products of queries, scaled before, and keys; -inf where a query may not look."""
+    """Products of keys and queries, which are scaled already; -inf where a query may not attend."""
     scores = _product("nqk,nsk->nqs", q, k)
     if causal:
         positions = jnp.arange(q.shape[1])
@@ -250,11 +266,11 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _by_blocks(fn: Any, lengths: Any, *arrays: Any) -> Any:
-    """fn(lengths, *arrays) of arrays [n, L, K] that hold as many heads n at a time as their scores allow."""
+    """Maps fn(lengths, *arrays [n, L, K]) over blocks of n heads; n is the largest for which the scores fit."""
     batch, length, num_heads = arrays[0].shape[:3]
     n = batch * num_heads
     most = max(1, BLOCK_SCORES[sharding.platform()] // length**2)
-    # Where the batch has no size yet (`jax.export`), the heads of one sequence.
+    # If the batch has no size yet (`jax.export`), a block is the heads of one sequence.
     size = next(size for size in range(min(most, n), 0, -1) if n % size == 0) if isinstance(n, int) else num_heads
     split = lambda x: jnp.swapaxes(x, 1, 2).reshape(n // size, size, length, -1)
     join = lambda x: jnp.swapaxes(x.reshape(batch, num_heads, length, -1), 1, 2)

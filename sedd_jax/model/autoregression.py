@@ -1,6 +1,6 @@
-"""The autoregressive baseline: the same network, causal, predicts each token from those before it.
+"""The autoregressive baseline: the same network with causal attention predicts each token from those before it.
 
-Its input is the sequence moved by one position, with the mask of the absorbing graph in front; sigma is 0 throughout.
+Its input is the sequence shifted right by one position, with the mask of the absorbing graph in front. sigma is 0.
 """
 
 import dataclasses
@@ -27,7 +27,10 @@ def log_likelihood(
 
 
 def features(model: networks.Model, x0: Int[Array, "B L"], graph: graphs.Graph) -> Float[Array, "B L D"]:
-    """What the head reads once each token has been read; at the last position, once the one before it has."""
+    """Features [B, L, D] at each position after its token has been read.
+
+    The last token is never an input of the network, so the last two positions have the same features.
+    """
     inputs, sigma = _inputs(x0, _masks(x0, graph))
     found = networks.apply(model, inputs, sigma)
     return jnp.concatenate([found[:, 1:], found[:, -1:]], axis=1)
@@ -37,17 +40,22 @@ def features(model: networks.Model, x0: Int[Array, "B L"], graph: graphs.Graph) 
 class LeftToRight:
     """The `samplers.Sampler` of the baseline: iteration i draws the token at position i, given those before.
 
-    It is in no table, since nothing but the baseline can be sampled with it.
+    It is not in `samplers.SAMPLERS`, since only the baseline can use it.
+
+    Attributes:
+        length: number of tokens L.
+        traits: what the sampler is, needs and supports.
+        corrector_steps: always 0.
     """
 
     length: int
     traits: steps.Traits = steps.Traits(
-        meaning="a token after the other", needs_mask=True, takes_grid=False, takes_guidance=False
+        meaning="one token after the other", needs_mask=True, takes_grid=False, takes_guidance=False
     )
     corrector_steps: int = 0
 
     def num_steps(self, num_steps: int, num_gaps: int) -> int:
-        """A step for every token but the last, whatever is asked for."""
+        """L - 1, whatever is asked for: one step for every token but the last."""
         del num_steps, num_gaps
         return self.length - 1
 
@@ -63,8 +71,8 @@ class LeftToRight:
         batch: steps.Batch,
         is_last: Bool[Array, "B"] | None = None,
     ) -> Int[Array, "B L"]:
-        """Draws the token of each sequence at the position that is its number of iterations."""
-        del is_last  # The last token is drawn as all others are.
+        """Draws one token of each sequence: the position is the number of iterations that the sequence has taken."""
+        del is_last  # The last token is drawn like all others.
         return _draw(jax.random.fold_in(key, iteration), draws, process.graph, batch, batch.iteration)
 
     def finish(
@@ -76,7 +84,7 @@ class LeftToRight:
         batch: steps.Batch,
     ) -> Int[Array, "B L"]:
         """Draws the last token."""
-        del key  # Steps fold their positions into it.
+        del key  # `take` folds positions into it.
         last = self.length - 1
         position = jnp.full_like(batch.iteration, last)
         return _draw(jax.random.fold_in(key_last, last), draws, process.graph, batch, position)
@@ -85,7 +93,7 @@ class LeftToRight:
 def _draw(
     key: Key[Array, ""], draws: steps.Draws, graph: graphs.Graph, batch: steps.Batch, position: Int[Array, "B"]
 ) -> Int[Array, "B L"]:
-    """Draws the token at a position of each sequence, in place of a mask; known tokens are kept."""
+    """xt with the token at `position` of each sequence drawn; known tokens are kept."""
     x = batch.given.clamp(batch.xt)
     masks = _masks(x, graph)
     inputs, sigma = _inputs(x, masks)
@@ -95,7 +103,7 @@ def _draw(
 
 
 def refuse_text_after_gaps(is_given: Bool[np.ndarray, "*B L"]) -> None:
-    """Raises errors.UserError where text is given that the baseline does not see when it fills a gap before."""
+    """Raises errors.UserError where known tokens follow a gap: the baseline would fill the gap without seeing them."""
     if (np.diff(is_given.astype(np.int8), axis=-1) > 0).any():
         raise errors.UserError(
             "an autoregressive run sees no text after a gap",

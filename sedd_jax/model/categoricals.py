@@ -1,8 +1,8 @@
-"""Drawing from a categorical distribution precisely, in float32.
+"""Draws from a categorical distribution precisely, in float32.
 
-Gumbel noise made from one float32 uniform stops at about 16.6, so an outcome whose odds are below e^-16.6 relative to
-the others is drawn too rarely. Summed over a large vocabulary and many steps this silently anneals a diffusion sampler
-(Zheng et al. 2024, arXiv 2409.02908). Here the noise has 46 random bits near zero and reaches about 32.
+Gumbel noise made from one float32 uniform is at most about 16.6. So outcomes with odds below e^-16.6 are drawn too
+rarely. Summed over a large vocabulary and many steps, this silently anneals a diffusion sampler (Zheng et al. 2024,
+arXiv 2409.02908). Here the noise has 46 random bits near zero and reaches about 32.
 """
 
 import jax
@@ -11,20 +11,20 @@ from jaxtyping import Array, Float, Int, Key
 
 
 def draw(key: Key[Array, ""], weights: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """Draws from p(y) proportional to max(weights[y], 0); right for odds far below float32's resolution."""
+    """Draws y with probability proportional to max(weights[y], 0); exact for odds far below float32's resolution."""
     return jnp.argmax(_log_weights(weights) + jax.random.gumbel(key, weights.shape, mode="high"), axis=-1)
 
 
 def relative(log_weights: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-    """Log weights against the highest of them; all minus infinity stay so."""
+    """Log weights minus the highest of them. If all are minus infinity, they stay so."""
     highest = log_weights.max(-1, keepdims=True)
     return log_weights - jnp.where(jnp.isfinite(highest), highest, 0.0)
 
 
 def race_published(key: Key[Array, ""], weights: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-    """What the published PyTorch program takes the argmax of to draw from p(y); for comparison only.
+    """Values whose argmax is the draw of the published PyTorch program; for comparison only.
 
-    A race of weights over exponentials, each made from a single float32 uniform and shifted by 1e-10 twice.
+    Each is a weight divided by an exponential, which is made from one float32 uniform and shifted by 1e-10 twice.
     """
     uniform = jax.random.uniform(key, weights.shape)
     return weights / (1e-10 - jnp.log(uniform + 1e-10))

@@ -1,7 +1,7 @@
-"""What a user asks of the tokens drawn beyond the model's own law: annealing, guidance, allowed sets.
+"""Controls of a token's distribution: temperature, nucleus (top-p) sampling, classifier-free guidance and patterns.
 
-Whether a position moves is left to the sampler; here is which token it gets. All of it changes the law of samples on
-purpose, and results name it. Rows over the whole vocabulary are held for a few positions at a time.
+The sampler decides whether a position moves; the controls change which token it gets. They change the distribution of
+samples on purpose, and results name them. Arrays over the whole vocabulary are held for a few positions at a time.
 """
 
 import dataclasses
@@ -17,13 +17,14 @@ from sedd_jax.model import categoricals, networks, score_draws, tiles
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Control:
-    """How the law of a token is changed.
+    """How the distribution of a token is changed.
 
     Attributes:
-        temperature: below 1 likely tokens are drawn more often still (annealing).
-        top_p: only the likeliest tokens, which have this share together, are drawn (annealing; Holtzman et al. 2020).
-        guidance: how often the law counts against the one without what is given: 1 is the model's own, more follows
-            the given tokens more closely (Ho and Salimans 2022; of masked models Nie et al. 2024).
+        temperature: divides the log probabilities; below 1, likely tokens are drawn even more often (annealing).
+        top_p: nucleus (top-p) sampling: only the likeliest tokens with this total probability are drawn (annealing;
+            Holtzman et al. 2020).
+        guidance: classifier-free guidance scale. 1 is the model's own distribution; a larger one follows the known
+            tokens more closely (Ho and Salimans 2022; for masked models Nie et al. 2024).
     """
 
     temperature: float = 1.0
@@ -39,16 +40,18 @@ def reweigh(
     is_possible: Bool[Array, "r v"],
     is_allowed: Bool[Array, "r v"] | None = None,
 ) -> Float[Array, "r v"]:
-    """Log weights of tokens, the highest 0.
+    """Log weights of tokens under control, for r positions and v tokens; the highest of a position is 0.
+
+    With guidance w they are u + w (c - u), where c are the logits and u those without the known tokens.
 
     Args:
-        control: what changes.
-        log_weights: of the sampler's step, up to a constant.
-        logits: of the network, which order tokens that are too unlikely for the step's weights.
-        unguided: logits without what is given; None where there is no guidance.
+        control: how the distribution is changed.
+        log_weights: log weights of the sampler's step, up to a constant.
+        logits: logits of the network. They decide where all weights of the step are 0 in float32.
+        unguided: logits without the known tokens; None if there is no guidance.
         is_possible: which tokens may be drawn.
-        is_allowed: which of these a pattern leaves; None where it leaves all. Of the likeliest `top_p` of all tokens
-            those that it leaves are drawn, and only where there is none, the likeliest of those that it leaves.
+        is_allowed: which tokens a pattern allows; None if all. The nucleus (`top_p`) is taken of all tokens, and then
+            reduced to those allowed. If none of it is allowed, the nucleus is that of the allowed tokens.
     """
     if unguided is not None:
         log_weights = logits = unguided + control.guidance * (logits - unguided)
@@ -69,7 +72,7 @@ def reweigh(
 
 
 def _likeliest(log_weights: Float[Array, "r v"], top_p: float) -> Float[Array, "r v"]:
-    """Log weights of the likeliest tokens, which have the share `top_p` together; minus infinity of others."""
+    """Log weights of the nucleus: the likeliest tokens, whose shares sum to `top_p`; minus infinity for all others."""
     shares = jax.nn.softmax(log_weights, axis=-1)
     ranked = jnp.sort(shares, axis=-1, descending=True)
     is_kept = jnp.cumsum(ranked, axis=-1) - ranked < top_p
@@ -83,13 +86,13 @@ def choice(
     class_of: Int[Array, "V"] | None = None,
     classes: Int[Array, "B L"] | None = None,
 ) -> score_draws.Choice:
-    """Draws tokens under control.
+    """How tokens are drawn under control.
 
     Args:
-        control: how the law is changed.
-        unguided: features without what is given; None where there is no guidance.
-        class_of: the class of every state; None where every token is allowed.
-        classes: the class that each position's token is to be of; -1 for any.
+        control: how the distribution is changed.
+        unguided: features without the known tokens; None if there is no guidance.
+        class_of: class of every state; None if every token is allowed.
+        classes: class that the token of each position must have; -1 for any.
     """
 
     def draw(
@@ -118,16 +121,16 @@ def class_log_weights(
     xt: Int[Array, "B L"],
     is_needed: Bool[Array, "B L"],
 ) -> Float[Array, "B L C"]:
-    """Log of the share that each class of tokens has under control, above minus infinity, where needed; 0 elsewhere.
+    """Log probability of each class of tokens under control, always finite, where `is_needed`; 0 elsewhere.
 
     Args:
         control: how the distribution is changed.
         model: the network.
         features: its output at xt.
-        unguided: its output without what is given; None where there is no guidance.
-        automaton_classes: the class of every state, and the number C of classes.
+        unguided: its output without the known tokens; None if there is no guidance.
+        automaton_classes: class of every state, and the number C of classes.
         xt: current states.
-        is_needed: where it is asked for.
+        is_needed: positions at which it is needed.
     """
     class_of, num_classes = automaton_classes
 
@@ -153,7 +156,7 @@ def _of_rows(
     unguided: Float[Array, "r D"] | None,
     classes: Int[Array, " r"] | None,
 ) -> Float[Array, "r v"]:
-    """`reweigh` of the weights that `score_draws` draws from."""
+    """`reweigh` applied to the weights of a step, for r positions and the v states of a block."""
     found = weights.of(states)
     is_allowed = None
     if class_of is not None and classes is not None:
@@ -171,7 +174,7 @@ def _visit_whole_rows(
     of_rows: Callable[..., Any],
     out: Any,
 ) -> Any:
-    """`out` with of_rows(all states, *rows of the inputs) written at the chosen positions, some at a time."""
+    """`out` with of_rows(all states, *inputs at some positions) written at the chosen positions, a few at a time."""
     states = vocabulary._replace(width=len(vocabulary.bias)).block(jnp.asarray(0))
     rows = tiles.choose(chosen, min(chosen.size, score_draws.DRAWN_ROWS))
 

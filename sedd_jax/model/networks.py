@@ -1,7 +1,7 @@
 """The score network: the diffusion transformer of Lou et al. 2023 (section 5.1), as a pure function of its parameters.
 
-`ScoreNetwork(config).apply({"params": params}, xt, sigma)` gives features; `score_heads` turns them into scores, so
-that the array over the vocabulary need not exist.
+`ScoreNetwork(config).apply({"params": params}, xt, sigma)` returns features. `score_heads` turns them into scores,
+without an array over positions and vocabulary.
 """
 
 import dataclasses
@@ -33,22 +33,24 @@ class NetworkConfig:
     """Sizes of the network.
 
     Attributes:
-        num_states: tokens, and the mask where the graph has one.
+        num_states: number V of states: tokens, and the mask if the graph has one.
         hidden_size: width D of the residual stream.
-        num_layers: number of blocks.
-        num_heads: attention heads; hidden_size / num_heads must be even.
-        cond_dim: width of the embedding of sigma.
-        mlp_ratio: width of the MLP over hidden_size.
-        dropout: probability of dropping a branch's output, while training.
-        dropout_generator: threefry (the same on every mesh), or rbg (cheaper, but another on another mesh).
-        scale_by_sigma: whether the head's output is divided by (e^sigma - 1) N (absorbing graph only).
-        normalize: whether scores are scaled to the sum 1 / (e^sigma - 1) that true ones have: the softmax of the output
-            is the law of x0 then, and score entropy is cross-entropy (the mean parameterisation, MDLM's SUBS).
+        num_layers: number of transformer blocks.
+        num_heads: number of attention heads; hidden_size / num_heads must be even.
+        cond_dim: width of the embedding of the noise level sigma.
+        mlp_ratio: width of the MLP's hidden layer, as a multiple of hidden_size.
+        dropout: dropout rate on the output of each attention and MLP branch, in training.
+        dropout_generator: random generator for dropout, threefry (same result on every mesh) or rbg (cheaper, but its
+            result depends on the mesh).
+        scale_by_sigma: whether scores are divided by (e^sigma - 1) N, for N tokens (absorbing graph only).
+        normalize: whether scores are scaled to the sum 1 / (e^sigma - 1) of the true ratios. Then the softmax of the
+            output is the distribution of x0, and score entropy is cross-entropy (mean parameterisation, SUBS in MDLM).
         dtype: dtype of the matrix products, "float32" or "bfloat16"; everything else is float32.
-        remat: what the backward pass computes again instead of keeping it: none, all but matrix products (elementwise),
-            or everything between blocks (blocks).
-        attention: auto (the fastest that the platform has), plain, cudnn (NVIDIA) or splash (TPU).
-        causal: whether a position sees only those before it, as the autoregressive baseline's do.
+        remat: rematerialisation, what the backward pass computes again to save memory: none, elementwise (all but
+            matrix products and attention), or blocks (everything inside a transformer block).
+        attention: how attention is computed: auto (the fastest way on this platform), plain (on any platform), cudnn
+            (NVIDIA GPU) or splash (TPU).
+        causal: whether a position attends only to itself and earlier ones, as in the autoregressive baseline.
     """
 
     num_states: int
@@ -68,7 +70,7 @@ class NetworkConfig:
 
     @property
     def padded_states(self) -> int:
-        """num_states rounded up, so that the vocabulary axis shards and fills matrix units."""
+        """P: num_states rounded up to a multiple of 128, so that the vocabulary axis shards and fills matrix units."""
         return -(-self.num_states // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
@@ -76,10 +78,10 @@ class NetworkConfig:
         return self.hidden_size // self.num_heads
 
     def flops_per_token(self, length: int) -> float:
-        """Floating-point operations of a training step per token: 6 a weight in a product, 12 N D L for attention.
+        """Floating-point operations of a training step per token: 6 per weight of a product, 12 N D L for attention.
 
-        The head counts at every position and recomputation does not count, so that utilisation compares across
-        programs.
+        N is the number of layers. The head counts at every position and recomputation does not count, so that
+        utilisation can be compared between programs.
         """
         d = self.hidden_size
         weights = self.num_layers * (4 + 2 * self.mlp_ratio) * d * d + d * self.num_states
@@ -88,7 +90,7 @@ class NetworkConfig:
 
 @flax.struct.dataclass
 class Model:
-    """A network: its sizes, which are static, and its parameters.
+    """A network: its sizes, which are static under `jax.jit`, and its parameters.
 
     Attributes:
         config: sizes.
@@ -100,7 +102,7 @@ class Model:
 
 
 class ScoreNetwork(nn.Module):
-    """Tokens and noise level in, features out."""
+    """Maps noised tokens and noise levels to features."""
 
     config: NetworkConfig
 
@@ -118,17 +120,17 @@ class ScoreNetwork(nn.Module):
             xt: noised tokens.
             sigma: total noise of each sequence.
             dropout_key: key of this call's dropout; None turns dropout off.
-            lengths: tokens of each sequence, at least 1, whose features are those of the sequence without the padding
-                that follows; all are tokens if None.
+            lengths: number of tokens of each sequence, at least 1. Padding after them does not change their features.
+                No padding if None.
 
         Returns:
-            Features in the compute dtype, the input of the head's matrix product.
+            Features in the dtype `config.dtype`, the input of the head's matrix product.
         """
         config = self.config
         embedding = self.param(
             "embedding", _uniform_init(config.hidden_size), (config.padded_states, config.hidden_size)
         )
-        # A gather from a table sharded on its features makes XLA rematerialise the result: gather the table first.
+        # Lookups in a table that is sharded on its features make XLA rematerialise the result. So replicate it first.
         x = sharding.constrain(sharding.replicate(embedding)[xt], "batch", None, None)
         condition = nn.silu(SigmaEmbedding(config.cond_dim, name="sigma_embedding")(sigma))
         keys = None
@@ -155,7 +157,7 @@ class ScoreNetwork(nn.Module):
 
 
 class SigmaEmbedding(nn.Module):
-    """Embeds the noise level: 256 sinusoids (cosines first), then a two-layer MLP."""
+    """Embeds the noise level as C = `cond_dim` features: 256 sinusoids (cosines first), then a two-layer MLP."""
 
     cond_dim: int
 
@@ -170,7 +172,7 @@ class SigmaEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with adaptive LayerNorm and a gate driven by the noise level."""
+    """A transformer block: attention and MLP, each with an adaptive LayerNorm and a gate set by the noise level."""
 
     config: NetworkConfig
 
@@ -204,12 +206,19 @@ class Block(nn.Module):
 
 
 def init(key: PRNGKeyArray, config: NetworkConfig) -> Params:
-    """Fresh parameters: linear layers as PyTorch initialises them, modulations, head and padding zero."""
+    """Initial parameters: linear layers as in PyTorch; modulations, head and rows of padded states are zero."""
     tokens = jnp.zeros((1, 8), jnp.int32)
-    # Some kernels of attention take no text as short as this.
+    # Some attention kernels do not support a sequence this short.
     module = ScoreNetwork(dataclasses.replace(config, attention="plain"))
     params: Params = dict(module.init(key, tokens, jnp.ones((1,)))["params"])
     return {**params, "embedding": params["embedding"].at[config.num_states :].set(0.0)}
+
+
+def num_parameters(model: Model) -> int:
+    """Number of parameters, those of padding states not counted."""
+    config, total = model.config, sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    # A state has a row of the embedding, a column of the head's kernel and a bias.
+    return total - (config.padded_states - config.num_states) * (2 * config.hidden_size + 1)
 
 
 def apply(
@@ -219,7 +228,7 @@ def apply(
     dropout_key: Key[Array, ""] | None = None,
     lengths: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B L D"]:
-    """Features of noised tokens, see `ScoreNetwork`."""
+    """Features of noised tokens, in the dtype `model.config.dtype`; see `ScoreNetwork`."""
     module = ScoreNetwork(model.config)
     return module.apply({"params": model.params}, xt, sigma, dropout_key, lengths)  # pyrefly: ignore[bad-return]
 
@@ -236,12 +245,16 @@ def _modulation(chunks: int, config: NetworkConfig, name: str, condition: Float[
 
 
 def _pinned(x: Float[Array, "B C"]) -> Float[Array, "B C"]:
-    """Split by sequences only: a kernel that is split by columns would pull the gradient along, and its batch apart."""
+    """x, sharded over sequences only.
+
+    Without this, the sharding of a kernel's columns spreads to the gradient of x, which then is no longer sharded over
+    sequences (XLA: involuntary full rematerialization).
+    """
     return sharding.constrain(x, "batch", None)
 
 
 def _uniform_init(fan_in: int):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear layers, and the published embedding's."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear layers, and the published embedding."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -252,10 +265,10 @@ def _layer_norm(module: nn.Module, name: str, x: Float[Array, "B L D"]) -> Float
 
 @jax.custom_vjp
 def normalize(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    """Zero mean and unit variance over features (eps 1e-5), in float32.
+    """x with zero mean and unit variance over features (eps 1e-5), in float32.
 
-    The gradient is written out because XLA's CPU backend recomputes the means of the traced one for every feature: it
-    made the step of a small network 1.6 times slower.
+    The gradient is written by hand. In the automatic one, XLA's CPU backend recomputes the means for every feature,
+    which made the step of a small network 1.6 times slower.
     """
     return _normalize_forward(x)[0]
 
@@ -277,14 +290,14 @@ normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def _generator_key(key: Key[Array, ""], generator: str) -> Key[Array, ""]:
-    """A key of the named generator, from a threefry key."""
+    """A key of the named random generator, from a threefry key."""
     if generator == "threefry":
         return key
     return jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl=generator)
 
 
 def _dropout(key: Key[Array, ""] | None, rate: float, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    """Inverted dropout, back in float32 for the residual stream."""
+    """Inverted dropout; the result is float32, for the residual stream."""
     x = x.astype(jnp.float32)
     if key is None:
         return x
@@ -292,5 +305,5 @@ def _dropout(key: Key[Array, ""] | None, rate: float, x: Float[Array, "B L D"]) 
 
 
 def _scan_unroll(config: NetworkConfig) -> int:
-    # XLA's CPU backend runs a scan's body slower than the same layers unrolled, and unrolled it recomputes nothing.
+    # XLA's CPU backend runs a scan slower than the same layers unrolled. Remat keeps the scan: unrolled, XLA undoes it.
     return config.num_layers if sharding.platform() == "cpu" and config.remat == "none" else 1

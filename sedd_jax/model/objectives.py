@@ -1,4 +1,4 @@
-"""The training objective: what a batch of sequences costs, by the model and the forward process alone."""
+"""The training objective: the loss of a batch, as a function of the model and the forward process only."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -15,17 +15,18 @@ def sequence_bounds(
     t: Float[Array, "B"],
     dropout_key: Key[Array, ""] | None = None,
 ) -> losses.Bounds:
-    """The bounds of each sequence for one draw of noise at times t: what training minimises and evaluation reports.
+    """Bounds on -log p(x0) of each sequence, in nats, for one draw of noise at times t.
 
-    Of the autoregressive baseline both are -log p(x0) itself, whatever the noise and the time.
+    Training minimises them, and evaluation reports them. For the autoregressive baseline both are -log p(x0) itself,
+    whatever the noise and the time.
 
     Args:
-        key: of the noise.
+        key: key of the noise.
         model: the network.
         process: the forward process.
         x0: clean tokens.
         t: time of each sequence.
-        dropout_key: of dropout; None turns it off.
+        dropout_key: key of dropout; None turns dropout off.
     """
     if model.config.causal:
         exact = -autoregression.log_likelihood(model, x0, process.graph, dropout_key).sum(-1)
@@ -36,7 +37,10 @@ def sequence_bounds(
 def sequence_reconstruction(
     key: Key[Array, ""], model: networks.Model, process: forward.Process, x0: Int[Array, "B L"]
 ) -> Float[Array, "B"]:
-    """-log of the probability that the last step gives each sequence back from one draw of noise at T_MIN, in nats."""
+    """Reconstruction term of each sequence in nats, for one draw of noise at t = T_MIN.
+
+    It is -log of the probability that the last step restores x0.
+    """
     sigma = process.noise.sigma(jnp.full(len(x0), losses.T_MIN))
     xt = process.graph.sample_transition(key, x0, sigma)
     summary = summary_fn(model, process)(xt, x0, sigma)
@@ -46,7 +50,7 @@ def sequence_reconstruction(
 def summary_fn(
     model: networks.Model, process: forward.Process, dropout_key: Key[Array, ""] | None = None
 ) -> losses.SummaryFn:
-    """The network as a loss sees it: (xt, x0, sigma) -> the three numbers per position of `scores.ScoreSummary`."""
+    """The network as a loss calls it: (xt, x0, sigma) -> `scores.ScoreSummary`, three numbers per position."""
 
     def summarize(xt: Int[Array, "B L"], x0: Int[Array, "B L"], sigma: Float[Array, "B"]) -> scores.ScoreSummary:
         features = networks.apply(model, xt, sigma, dropout_key)

@@ -1,4 +1,4 @@
-"""The published optimizer: AdamW with linear warm-up and clipping, and the moving average of the parameters."""
+"""The published optimizer: AdamW with linear warm-up, gradient clipping, and a moving average of the parameters."""
 
 import dataclasses
 from typing import Any
@@ -11,17 +11,17 @@ from jaxtyping import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Hyper-parameters, with the published values.
+    """Hyper-parameters, with the published values as defaults.
 
     Attributes:
-        learning_rate: step size after warm-up, constant from there.
+        learning_rate: learning rate after warm-up, constant from then on.
         warmup_steps: steps of linear warm-up; step n (from 1) uses learning_rate min(n / warmup_steps, 1).
-        beta1: decay of the gradient's average.
-        beta2: decay of the squared gradient's average.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled weight decay.
-        clip_norm: global norm to which gradients are clipped.
-        ema_decay: largest decay of the moving average.
+        beta1: Adam's decay of the gradient average.
+        beta2: Adam's decay of the squared gradient average.
+        eps: Adam's epsilon, added to the root of the second moment.
+        weight_decay: decoupled weight decay (AdamW).
+        clip_norm: largest global norm of the gradients; larger gradients are scaled down to it.
+        ema_decay: decay of the exponential moving average (EMA) of the parameters; smaller in the first steps.
     """
 
     learning_rate: float = 3e-4
@@ -35,7 +35,7 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, then AdamW under the warm-up schedule."""
+    """Gradient clipping, then AdamW with the warm-up schedule."""
     return optax.chain(
         optax.stateless(lambda grads, params: clip(grads, config.clip_norm)),
         optax.adamw(
@@ -49,21 +49,21 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def clip(grads: Any, max_norm: float) -> Any:
-    """Scales gradients down to a global norm of at most max_norm.
+    """Gradients scaled down to a global norm of at most max_norm.
 
-    By one product with a scalar, which the update's arithmetic absorbs; optax's own divides, and XLA then keeps a
-    second copy of all gradients.
+    Scaling is one product with a scalar, which XLA fuses into the update. optax's own clipping divides, and XLA then
+    keeps a second copy of all gradients.
     """
     scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(grads) + 1e-6))
     return jax.tree.map(lambda grad: grad * scale, grads)
 
 
 def learning_rate(config: OptimizerConfig, step: Any) -> Float[Array, ""]:
-    """Learning rate of the update taken at `step` (an int scalar, traced or not), counted from 0."""
+    """Learning rate of the update at `step` (int scalar, traced or not), counted from 0."""
     return config.learning_rate * jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
 
 
 def update_ema(ema_params: Any, params: Any, num_updates: Int[Array, ""] | int, decay: float) -> Any:
-    """Moves the average toward `params` with decay min(decay, (1 + n) / (10 + n)), n = updates, this one included."""
+    """The moving average after update n = `num_updates` (from 1), with decay min(decay, (1 + n) / (10 + n))."""
     rate = 1 - jnp.minimum(decay, (1 + num_updates) / (10 + num_updates))
     return jax.tree.map(lambda ema, new: ema - rate * (ema - new), ema_params, params)

@@ -1,4 +1,4 @@
-"""What of a run's config says how text is drawn, and the values that it stands for."""
+"""The sampling section of a run's config, and the sampler and controls that it describes."""
 
 import dataclasses
 from typing import Any
@@ -11,28 +11,31 @@ from sedd_jax.runtime import errors
 def _refinement(default: Any, *, is_control: bool = False) -> Any:
     """A field that refines any sampler; its default leaves the sampler as it is.
 
-    From these fields come the flags of `sedd sample` and `sedd eval`, what results record, and what older run
-    directories get that lack one. A control changes the distribution of each token (`controls.Control`).
+    `sedd sample` and `sedd eval` have a flag for each such field, and results record its value. An older run directory
+    that lacks the field gets its default. A control changes the distribution of each token (`controls.Control`).
     """
     return dataclasses.field(default=default, metadata={"refines": True, "is_control": is_control})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Samples drawn while training, and what `sedd sample` does unless told.
+    """How samples are drawn in training, and the defaults of `sedd sample`.
 
     Attributes:
         sampler: how the forward process is reversed.
-        num_steps: reverse steps; one more network evaluation denoises.
-        num_samples: sequences drawn at once.
-        draw: precision of the sampling noise: precise, or published (truncated float32 noise, which anneals; for
-            comparison).
-        grid: where steps lie in time: uniform, sigma (as much noise each), cosine (short ones first), tuned (made by
-            `sedd tune-grid`), or times such as 1,0.8,0.3,0.
-        corrector_steps: how often each step is taken back, by the forward process, and taken again.
-        temperature: of each token's distribution; below 1 is annealing: less entropy, flattered perplexity.
-        top_p: nucleus (top-p) sampling: only the likeliest tokens with this share are drawn; below 1 is annealing.
-        guidance: classifier-free guidance scale (absorbing graph); 1 is none, more follows the given text more closely.
+        num_steps: number of reverse steps; one more network evaluation denoises at the end.
+        num_samples: number of sequences drawn at once.
+        draw: precision of the sampling noise: precise, or published (for comparison; its truncated float32 noise
+            lowers the entropy of samples).
+        grid: times of the reverse steps: uniform, sigma (the same noise per step), cosine (short steps first), tuned
+            (made by `sedd tune-grid`), or a list of times such as 1,0.8,0.3,0.
+        corrector_steps: corrector steps after each step: the forward process undoes the step, and it is taken again.
+        temperature: softmax temperature of each token's distribution; below 1 is annealing, which lowers entropy and
+            flatters perplexity.
+        top_p: nucleus (top-p) sampling: only the likeliest tokens with this total probability are drawn; 1 draws all,
+            and below 1 is annealing.
+        guidance: classifier-free guidance scale (absorbing graph only); 1 is none, and a larger one follows the given
+            text more closely.
     """
 
     sampler: str = dataclasses.field(
@@ -50,7 +53,7 @@ class SamplingConfig:
 
 
 _FIELDS = dataclasses.fields(SamplingConfig)
-# Fields that refine any sampler, with what leaves it as it is.
+# Fields that refine any sampler -> defaults, which leave it as it is.
 REFINEMENTS: dict[str, Any] = {field.name: field.default for field in _FIELDS if field.metadata.get("refines")}
 CONTROLS = tuple(field.name for field in _FIELDS if field.metadata.get("is_control"))
 
@@ -61,17 +64,27 @@ def refinements(config: SamplingConfig) -> dict[str, Any]:
 
 
 def make_control(config: SamplingConfig) -> controls.Control:
-    """How the distribution of each token is changed."""
+    """The control that a config describes: how the distribution of each token is changed."""
     return controls.Control(**{name: getattr(config, name) for name in CONTROLS})
 
 
 def make_sampler(config: SamplingConfig) -> samplers.Sampler:
-    """The sampler with its grid and corrector steps."""
+    """The sampler that a config describes, with its time grid and corrector steps."""
     return samplers.make(config.sampler, grid=config.grid, corrector_steps=config.corrector_steps)
 
 
 def validate(config: SamplingConfig, graph: str, *, has_mask: bool, is_diffusion: bool) -> None:
-    """Raises errors.UserError where the values are impossible, alone or with the graph of that name."""
+    """Checks the values, alone and together with the graph.
+
+    Args:
+        config: the values.
+        graph: name of the graph.
+        has_mask: whether the graph has a mask.
+        is_diffusion: whether the run is a diffusion model, not the autoregressive baseline.
+
+    Raises:
+        errors.UserError: names the field that cannot be used, its value and the remedy.
+    """
     for name, choices in (("sampler", samplers.SAMPLERS), ("draw", score_draws.DRAWS)):
         if (value := getattr(config, name)) not in choices:
             raise errors.UserError(
@@ -90,14 +103,14 @@ def validate(config: SamplingConfig, graph: str, *, has_mask: bool, is_diffusion
     except ValueError as error:
         raise refuse(
             "grid",
-            f"is no grid ({error})",
+            "is no grid",
             f"name one of {', '.join(time_grids.NAMES)}, tuned (made by `sedd tune-grid`), or give times that go down "
             "from 1 to 0, such as 1,0.8,0.3,0",
         ) from error
     if not sampler.traits.takes_grid and config.grid != REFINEMENTS["grid"]:
-        problem = f"has no meaning for {config.sampler}, which has a clock of its own"
+        problem = f"has no meaning for {config.sampler}, which chooses its own times"
         raise refuse("grid", problem, f"leave it at {REFINEMENTS['grid']}")
-    # A temperature below is float32's noise.
+    # At a temperature below 1e-6, float32 rounding would decide.
     for name, is_fine, wanted in (
         ("temperature", config.temperature >= 1e-6, "at least 1e-6"),
         ("top_p", 1e-6 <= config.top_p <= 1, "from 1e-6 to 1"),
@@ -112,7 +125,7 @@ def validate(config: SamplingConfig, graph: str, *, has_mask: bool, is_diffusion
     if config.guidance != 1 and not (has_mask and is_diffusion and sampler.traits.takes_guidance):
         raise refuse(
             "guidance",
-            "takes an absorbing run, where what is given can be masked, and a sampler with guidance, not "
+            "takes an absorbing run, where known tokens can be masked, and a sampler that supports guidance, not "
             f"{errors.name('config.graph.name')}={graph} with "
             f"{errors.name('config.sampling.sampler')}={config.sampler}",
             "leave it at 1",

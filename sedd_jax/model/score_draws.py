@@ -1,7 +1,7 @@
-"""Drawing the next token of every position that may move, from features, without an array over the vocabulary.
+"""Draws the next token of every position that may move, from features, without an array over the vocabulary.
 
-The score is summed over blocks of states. One draw decides between staying and the blocks. Where it leaves, a second
-one, over the states of that block alone, decides the token. Both are `categoricals.draw`, so both are precise.
+The score is summed over each block of states. A first draw decides between staying and one of the blocks. If it picks a
+block, a second draw picks the token among the states of that block. Both use `categoricals.draw`, so both are precise.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,22 +17,22 @@ from sedd_jax.model import categoricals, networks, score_heads, tiles
 from sedd_jax.runtime import sharding
 
 BLOCK_STATES = 2048
-# Positions whose states are drawn at once: few move in a step.
+# Positions that draw their states at the same time; few positions move in a step.
 DRAWN_ROWS = 16
 
 
 class Weights(NamedTuple):
-    """The weight of every state at each position, without its array over states.
+    """The weight of every state at each position, as a formula instead of an array over states.
 
-    The weight of y != xt is max(sum over E of slope_E score_E(y) + offset, 0), where score_E = exp(z_E + log_scale_E)
-    and z_E is the head's output for the features of evaluation E. That of xt is 0.
+    The weight of y != xt is max(sum_e slope_e score_e(y) + offset, 0). Here score_e = exp(z_e + log_scale_e), where z_e
+    is the head's output for the features of evaluation e, of E. The weight of xt is 0.
 
     Attributes:
-        features: of E evaluations of the network.
+        features: features from E evaluations of the network.
         xt: current states.
-        log_scale: what is added to the head's output to make it log score.
-        slope: factors of the scores.
-        offset: what is added to them; None where it is 0 everywhere.
+        log_scale: added to the head's output to get log score.
+        slope: factor of each score.
+        offset: added to the sum of the scores; None if it is 0 everywhere.
     """
 
     features: Float[Array, "*p E D"]
@@ -42,23 +42,23 @@ class Weights(NamedTuple):
     offset: Float[Array, "*p"] | None = None
 
     def of(self, states: tiles.States) -> Float[Array, "r v"]:
-        """The weights of a block of states, for positions that have been gathered as rows."""
+        """The weights of a block of v states, for r positions gathered as rows."""
         found = (self.slope[..., None] * jnp.exp(states.logits(self.features) + self.log_scale[..., None])).sum(1)
         if self.offset is not None:
             found = found + self.offset[:, None]
         return jnp.where(states.other_than(self.xt), jnp.maximum(found, 0.0), 0.0)
 
 
-# What runs over one device's positions: (vocabulary, weights, *arrays [B, L, ...]) -> [B, L, ...].
+# Runs on one device's sequences: (vocabulary, weights, *arrays [B, L, ...]) -> [B, L, ...].
 VisitFn = Callable[..., Any]
 
 
 class Choice(NamedTuple):
-    """Which tokens the positions that move get, where that is not the distribution of the step; see `controls`.
+    """How positions that move get their token, if not from the distribution of the step; see `controls`.
 
     Attributes:
-        fn: (vocabulary, weights, keys, which positions move, *arrays) -> xt after it.
-        arrays: [B, L, ...] each.
+        fn: (vocabulary, weights, keys, which positions move, *arrays) -> the next xt.
+        arrays: further inputs of `fn`, [B, L, ...] each, or None.
     """
 
     fn: VisitFn
@@ -74,25 +74,25 @@ def draw(
     jump_fn: steps.JumpFn,
     choice: Choice | None = None,
 ) -> Int[Array, "B L"]:
-    """Draws the next state of every position where `is_movable`; the others keep theirs.
+    """Draws the next state of every position where `is_movable`; all others keep theirs.
 
-    The same distribution as `categoricals.draw` of `jump_fn(total).weights(score, xt)`; the head runs at movable
+    The distribution is that of `categoricals.draw` from `jump_fn(total).weights(score, xt)`. The head runs at movable
     positions only.
 
     Args:
-        key: of this step.
+        key: key of this step.
         model: the network.
         evaluation: its output, and the total noise of each sequence.
         xt: current states.
         is_movable: where the state may change.
-        jump_fn: from the sum of the score over all y != xt to the weights of the step.
-        choice: which token a position gets that moves; None for the distribution of the step.
+        jump_fn: sum of the score over all y != xt -> weights of the step.
+        choice: how a position that moves gets its token; None for the distribution of the step.
     """
     weights = _score(model, evaluation, xt, is_movable)
     sums = over_head(model, _block_sums, weights, is_movable)
     jump = jump_fn(sums.sum(-1))
     weights = weights._replace(slope=jump.slope[..., None], offset=jump.offset)
-    # With an offset, weights clipped at 0 are no multiple of the score: another pass sums them.
+    # With an offset, the weights are clipped at 0 and no multiple of the score, so another pass sums them.
     sums = weights.slope * sums if jump.offset is None else over_head(model, _block_sums, weights, is_movable)
     return _draw_from_sums(key, model, weights, sums, jump.stay, is_movable, choice)
 
@@ -107,18 +107,19 @@ def leap(
     draw: str,
     choice: Choice | None = None,
 ) -> Int[Array, "B L"]:
-    """Draws the state of every movable position after a leap whose rates are a sum over evaluations of the network.
+    """Draws the state of every movable position after a leap; rates are a sum over evaluations of the network.
 
-    A position stays with probability exp(-total rate), else jumps in proportion to the rates; those below 0 count as 0.
+    A position stays with probability exp(-total rate). Otherwise it jumps, with probabilities in proportion to the
+    rates. Rates below 0 count as 0.
 
     Args:
-        key: of this leap.
+        key: key of this leap.
         model: the network.
-        rates: of each evaluation.
-        xt: current states; the score of any other state is that of going there.
+        rates: rates from each evaluation, to be added up.
+        xt: current states.
         is_movable: where the state may change.
-        draw: a name in `DRAWS`.
-        choice: which token a position gets that moves; None for the distribution of the rates.
+        draw: precision of the sampling noise, a name in `DRAWS`.
+        choice: how a position that moves gets its token; None for the distribution of the rates.
     """
     scales = [
         score_heads.scale_needed(model, one.evaluation.features, xt, one.evaluation.sigma, is_movable) for one in rates
@@ -146,9 +147,9 @@ def draw_published(
     is_movable: Bool[Array, "B L"],
     jump_fn: steps.JumpFn,
 ) -> Int[Array, "B L"]:
-    """`draw` as the published PyTorch program does it, truncated noise included; for comparison only.
+    """`draw` as the published PyTorch program does it, with its truncated noise; for comparison only.
 
-    Every state runs a race of its own (`categoricals.race_published`), so this needs noise for all of them.
+    It needs noise for every state at every movable position (`categoricals.race_published`).
     """
     weights = _score(model, evaluation, xt, is_movable)
     jump = jump_fn(over_head(model, _block_sums, weights, is_movable).sum(-1))
@@ -163,7 +164,7 @@ DRAWS = {"precise": draw, "published": draw_published}
 def _score(
     model: networks.Model, evaluation: steps.Evaluation, xt: Int[Array, "B L"], is_movable: Bool[Array, "B L"]
 ) -> Weights:
-    """The score itself as weights."""
+    """The score itself as `Weights`: slope 1, offset 0."""
     log_scale = score_heads.scale_needed(model, evaluation.features, xt, evaluation.sigma, is_movable)
     return Weights(evaluation.features[:, :, None], xt, log_scale[..., None], jnp.ones((*xt.shape, 1)))
 
@@ -177,7 +178,7 @@ def _draw_from_sums(
     is_movable: Bool[Array, "B L"],
     choice: Choice | None,
 ) -> Int[Array, "B L"]:
-    """Draws between staying and the blocks of states, whose weights are summed, then a state of the block."""
+    """Draws first between staying and the k blocks, whose weights are `sums`, then a state of the block."""
     key_block, key_state = jax.random.split(key)
     options = jnp.concatenate([sums, stay[..., None]], axis=-1)
     block = jnp.where(is_movable, categoricals.draw(key_block, options), sums.shape[-1])
@@ -188,19 +189,22 @@ def _draw_from_sums(
 
 
 def _position_keys(key: Key[Array, ""], xt: Int[Array, "B L"]) -> Key[Array, "B L"]:
-    """A key for every position, whatever device it is on."""
+    """A key for every position; it does not depend on how positions are split over devices."""
     places = jnp.arange(xt.size).reshape(xt.shape)
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, places)
 
 
 def over_head(model: networks.Model, fn: VisitFn, weights: Weights, *arrays: Any) -> Any:
-    """Calls fn(vocabulary, weights, *arrays) for each device's positions and all states.
+    """Calls fn(vocabulary, weights, *arrays) on each device, for its sequences and all states.
 
     Args:
-        model: whose head it is.
-        fn: what is to be done.
-        weights: of every position.
-        arrays: [B, L, ...] each, or None.
+        model: the model whose head gives the vocabulary.
+        fn: the function to call.
+        weights: weights of every position.
+        arrays: further inputs, [B, L, ...] each, or None.
+
+    Returns:
+        What `fn` returns, [B, L, ...].
     """
     config, features = model.config, weights.features
     width = min(BLOCK_STATES, config.padded_states)
@@ -216,7 +220,7 @@ def over_head(model: networks.Model, fn: VisitFn, weights: Weights, *arrays: Any
 
 
 def _block_sums(vocabulary: tiles.Vocabulary, weights: Weights, is_movable: Bool[Array, "B L"]) -> Array:
-    """The sum of the weights over every block, [B, L, k], 0 where nothing moves."""
+    """Sum of the weights over each of the k blocks, [B, L, k]; 0 where not `is_movable`."""
     rows = tiles.choose(is_movable, _chunk_size(is_movable))
     gathered = gather(rows, weights)
 
@@ -234,7 +238,7 @@ def _block_sums(vocabulary: tiles.Vocabulary, weights: Weights, is_movable: Bool
 
 
 def _draw_states(vocabulary: tiles.Vocabulary, weights: Weights, keys: Array, block: Int[Array, "B L"]) -> Array:
-    """Draws a state of the chosen block for every position that chose one; positions that stay have chosen none."""
+    """Draws a state of the block that each position has chosen. Positions that stay have chosen none: they keep xt."""
 
     def visit_block(k: Int[Array, ""], xt: Int[Array, "B L"]) -> Int[Array, "B L"]:
         rows = tiles.choose(block == k, min(xt.size, DRAWN_ROWS))
@@ -255,7 +259,7 @@ def _draw_states(vocabulary: tiles.Vocabulary, weights: Weights, keys: Array, bl
 def _race(
     vocabulary: tiles.Vocabulary, weights: Weights, is_movable: Bool[Array, "B L"], stay: Array, keys: Array
 ) -> Array:
-    """The winner of the published race over all states."""
+    """The state with the largest `categoricals.race_published` value at each movable position; xt elsewhere."""
     rows = tiles.choose(is_movable, _chunk_size(is_movable))
     gathered = gather(rows, weights)
     stay, row_keys = rows.gather(stay), rows.gather(keys)
@@ -288,7 +292,7 @@ def _chunk_size(is_movable: Bool[Array, "B L"]) -> int:
 
 
 def gather(rows: tiles.Rows, arrays: Any) -> Any:
-    """The chosen rows of a tree of arrays [B, L, ...]."""
+    """The chosen positions of a tree of arrays [B, L, ...], as rows [n, ...]."""
     return jax.tree.map(rows.gather, arrays)
 
 

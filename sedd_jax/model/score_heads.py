@@ -1,8 +1,8 @@
 """The score head: from features to the few numbers per position that losses and samplers need.
 
-The head's product is taken in tiles of some positions by some states, and each tile is reduced at once, so that memory
-does not grow with length times vocabulary. Only the positions asked for are visited, however many they are: their rows
-are gathered first, and a loop over them ends where they end.
+The head's matrix product is computed in tiles of some positions by some states, and each tile is reduced at once. So
+memory does not grow with length times vocabulary. Only the needed positions are computed: their features are gathered
+as rows first, and the loop over rows ends with the last of them.
 """
 
 import functools
@@ -17,14 +17,14 @@ from sedd_jax.diffusion import scores
 from sedd_jax.model import networks, tiles
 from sedd_jax.runtime import sharding
 
-# Logits in one tile: on a CPU what its caches hold, elsewhere what keeps matrix units busy (256 MiB in float32).
+# Logits in one tile. On a CPU they fit in its caches; elsewhere they keep matrix units busy (256 MiB in float32).
 TILE_LOGITS = {"cpu": 1 << 18, "gpu": 1 << 26, "tpu": 1 << 26}
 TILE_ROWS = {"cpu": 512, "gpu": 8192, "tpu": 8192}
-_NEVER = -1e30  # A logit that no state has; finite, so that differences of it are.
+_NEVER = -1e30  # A logit that no state has. It is finite, so that differences are finite.
 
 
 class _Positions(NamedTuple):
-    """What a loss reads at each position."""
+    """The inputs of a loss at each position."""
 
     features: Float[Array, "B L D"]
     xt: Int[Array, "B L"]
@@ -33,7 +33,7 @@ class _Positions(NamedTuple):
 
 
 def logits(params: networks.Params, features: Float[Array, "*B D"]) -> Float[Array, "*B P"]:
-    """The head's raw output z over the padded vocabulary, accumulated in float32."""
+    """The head's output z over the P states of the padded vocabulary, accumulated in float32."""
     return tiles.head_product(features, params["head_kernel"].astype(features.dtype), params["head_bias"])
 
 
@@ -43,7 +43,10 @@ def log_score(
     xt: Int[Array, "B L"],
     sigma: Float[Array, "B"],
 ) -> Float[Array, "B L V"]:
-    """log of the score s(xt, sigma)_y for every state y, 0 at the current token: the whole array, for inspection."""
+    """log of the score s(xt, sigma)_y for every state y, 0 at the current token.
+
+    It holds the whole array over states, so it is for inspection and tests.
+    """
     z = logits(model.params, features)[..., : model.config.num_states]
     current = xt[..., None] == jnp.arange(model.config.num_states)[None, None]
     logsumexp = jax.nn.logsumexp(jnp.where(current, -jnp.inf, z), axis=-1)
@@ -60,7 +63,7 @@ def summarize(
 ) -> scores.ScoreSummary:
     """`scores.summarize(log_score(...), xt, x0)` where `is_needed`, 0 elsewhere, without the array over states.
 
-    Differentiable in parameters and features; the backward pass computes the logits of each tile again.
+    It is differentiable in parameters and features. The backward pass computes the logits of each tile again.
     """
     raw = _summarize(model.config.num_states, *_head(model), features, xt, x0, is_needed)
     scale = log_scale(model.config, sigma, raw.logsumexp)
@@ -79,7 +82,7 @@ def scale_needed(
     sigma: Float[Array, "B"],
     is_needed: Bool[Array, "B L"],
 ) -> Float[Array, "B L"]:
-    """`log_scale` where `is_needed`, without the array over states; the head runs only where scores are normalised."""
+    """`log_scale` where `is_needed`, without the array over states. The head runs only if `config.normalize`."""
     if not model.config.normalize:
         return log_scale(model.config, sigma, jnp.zeros(xt.shape))
     raw = _summarize(model.config.num_states, *_head(model), features, xt, xt, is_needed)
@@ -89,15 +92,15 @@ def scale_needed(
 def log_scale(
     config: networks.NetworkConfig, sigma: Float[Array, "B"], logsumexp: Float[Array, "B L"]
 ) -> Float[Array, "B L"]:
-    """What is added to z to make it log score.
+    """The number to add to the head's output z to get log score.
 
-    -log((e^sigma - 1) N) with N real tokens, or nothing; where scores are normalised, what makes them sum to
-    1 / (e^sigma - 1).
+    It is 0 without `scale_by_sigma`, and -log((e^sigma - 1) N) with it, for N real tokens. With `normalize` it is
+    -log(e^sigma - 1) - logsumexp, so that scores sum to 1 / (e^sigma - 1).
 
     Args:
-        config: which of the three.
+        config: says which of the three.
         sigma: total noise of each sequence.
-        logsumexp: of z over all y != xt.
+        logsumexp: logsumexp of z over all y != xt.
     """
     if not config.scale_by_sigma:
         return jnp.zeros_like(logsumexp)
@@ -112,7 +115,7 @@ def _head(model: networks.Model) -> tuple[Float[Array, "D P"], Float[Array, " P"
 def _make_tiles(
     num_states: int, tensor: tuple[str, ...], kernel: Any, bias: Any, is_needed: Bool[Array, "B L"]
 ) -> tuple[tiles.Rows, tiles.Vocabulary]:
-    """What one device's loss runs over."""
+    """The needed positions of one device as rows, and its part of the vocabulary as blocks."""
     size = tiles.chunk_size(is_needed.size, TILE_ROWS[sharding.platform()])
     width = min(len(bias), max(128, TILE_LOGITS[sharding.platform()] // size))
     first = jax.lax.axis_index(tensor) * len(bias) if tensor else 0
@@ -123,7 +126,7 @@ def _make_tiles(
 def _summarize(
     num_states: int, kernel: Array, bias: Array, features: Array, xt: Array, x0: Array, is_needed: Array
 ) -> scores.ScoreSummary:
-    """Of the logits z over y != xt: logsumexp, sum (as `mean`), and z at x0; 0 where not needed."""
+    """logsumexp and sum (as `mean`) of the logits z over y != xt, and z at x0; 0 where not needed."""
     batch, tensor = sharding.mapped_axes(len(xt))
     run = functools.partial(_summarize_part, num_states, tensor)
     tokens = PartitionSpec(batch)
@@ -157,7 +160,7 @@ _summarize.defvjp(_summarize_forward, _summarize_backward)
 def _summarize_part(
     num_states: int, tensor: tuple[str, ...], kernel: Array, bias: Array, positions: _Positions
 ) -> scores.ScoreSummary:
-    """`_summarize` of one device's positions, with the other devices' parts of the vocabulary."""
+    """`_summarize` for one device's sequences; parts of the vocabulary are combined over the `tensor` axes."""
     rows, vocabulary = _make_tiles(num_states, tensor, kernel, bias, positions.is_needed)
     features, xt, x0 = (rows.gather(x) for x in positions[:3])
 
@@ -194,7 +197,7 @@ def _gradient_part(
     logsumexp: Float[Array, "B L"],
     gradient: scores.ScoreSummary,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of kernel, bias and features from those of one device's summary; the logits are computed again."""
+    """Gradients of kernel, bias and features, given those of one device's summary. It computes the logits again."""
     batch, tensor = axes
     rows, vocabulary = _make_tiles(num_states, tensor, kernel, bias, positions.is_needed)
     f, xt, x0, logsumexp = (rows.gather(x) for x in (*positions[:3], logsumexp))
@@ -219,7 +222,7 @@ def _gradient_part(
 
         start = (jnp.zeros(states.kernel.shape), jnp.zeros(states.bias.shape), of_f)
         of_block, of_block_bias, of_f = rows.visit(visit, start)
-        # Added, because the last block reaches back over states that are done and has zeros for them.
+        # Blocks are added, not written: the last one overlaps the block before it, with zeros in the overlap.
         before = jax.lax.dynamic_slice_in_dim(of_kernel, states.start, vocabulary.width, axis=1)
         of_kernel = jax.lax.dynamic_update_slice_in_dim(of_kernel, before + of_block, states.start, axis=1)
         before = jax.lax.dynamic_slice_in_dim(of_bias, states.start, vocabulary.width)

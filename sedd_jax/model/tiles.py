@@ -1,7 +1,7 @@
-"""Positions by states in tiles: the head's product, never whole.
+"""Tiles: computes the head's matrix product for some positions by some states at a time, never as a whole.
 
-The states come in blocks of one width, the chosen positions as rows gathered to the front and visited in chunks, so a
-loop over both holds one tile of logits at a time and ends where the rows end.
+States are split into blocks of equal width. Chosen positions are gathered to the front as rows, and visited in chunks.
+A loop over both holds one tile of logits at a time, and ends with the last chosen row.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ class States(NamedTuple):
     """A block of v states.
 
     Attributes:
-        ids: which states; -1 for padding, and for those that the block before has had already.
-        start: where the block starts in the arrays of this device.
-        kernel: their columns of the head's kernel.
-        bias: their biases.
+        ids: ids of the states; -1 for padding, and for states that were already in the block before.
+        start: index at which the block starts in this device's part of the head.
+        kernel: columns of the head's kernel for these states.
+        bias: biases of these states.
     """
 
     ids: Int[Array, " v"]
@@ -38,7 +38,15 @@ class States(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """One device's part of the head, in blocks of `width` states; the last block reaches back to be as wide."""
+    """One device's part of the head, in blocks of `width` states. The last block overlaps the one before it if needed.
+
+    Attributes:
+        kernel: the device's columns of the head's kernel.
+        bias: the device's biases.
+        first: id of the device's first state.
+        num_states: number V of real states on all devices; states from V on are padding.
+        width: states in a block.
+    """
 
     kernel: Float[Array, "D P"]
     bias: Float[Array, " P"]
@@ -66,9 +74,10 @@ class Rows(NamedTuple):
     """Chosen positions of [B, L], gathered to the front, to be visited in chunks of `size`.
 
     Attributes:
-        order: their places in the flattened array; out of range, so that nothing is read or written, after the last.
-        count: how many there are.
-        size: rows in a chunk.
+        order: indices of the rows in the flattened array [B L]. After the last row they are out of range, so nothing is
+            read or written there.
+        count: number of chosen positions.
+        size: number of rows in a chunk.
     """
 
     order: Int[Array, " n"]
@@ -76,11 +85,11 @@ class Rows(NamedTuple):
     size: int
 
     def gather(self, x: Array) -> Array:
-        """The chosen rows of [B, L, ...], zeros after the last."""
+        """The chosen positions of x [B, L, ...] as rows [n, ...]; zeros after the last."""
         return x.reshape(-1, *x.shape[2:]).at[self.order].get(mode="fill", fill_value=0)
 
     def scatter(self, rows: Array, shape: tuple[int, ...]) -> Array:
-        """[B, L, ...] with the rows in their places, zeros elsewhere."""
+        """An array [B, L, ...] = `shape` + ... with the rows at their positions; zeros elsewhere."""
         flat = jnp.zeros((shape[0] * shape[1], *rows.shape[1:]), rows.dtype)
         return flat.at[self.order].set(rows, mode="drop").reshape(*shape, *rows.shape[1:])
 
@@ -89,24 +98,27 @@ class Rows(NamedTuple):
 
     def visit(self, body: Callable[[Int[Array, ""], Any], Any], carry: Any) -> Any:
         """Runs body(i, carry) for the start i of every chunk that holds a chosen row."""
-        # Counted in steps of 1: XLA of jaxlib 0.10 rounds the number of steps of any other down.
+        # The loop counts in steps of 1: for any other step size, XLA of jaxlib 0.10 rounds the number of steps down.
         return jax.lax.fori_loop(0, -(-self.count // self.size), lambda n, carry: body(n * self.size, carry), carry)
 
 
 def choose(chosen: Bool[Array, "B L"], size: int) -> Rows:
-    """The chosen positions as rows, in chunks of `size`."""
+    """The chosen positions as `Rows`, in chunks of `size`."""
     padded = -(-chosen.size // size) * size
     order = jnp.nonzero(chosen.reshape(-1), size=padded, fill_value=chosen.size)[0]
     return Rows(order=order, count=chosen.sum(dtype=jnp.int32), size=size)
 
 
 def chunk_size(num_positions: int, most: int) -> int:
-    """An eighth of the positions, so that few rows of the last chunk go to waste, if that is at least 128."""
+    """Number of rows in a chunk: an eighth of the positions, so that the last chunk wastes few rows.
+
+    It is at least 128 (or all positions, if fewer), and at most `most` if that is at least 128.
+    """
     return min(num_positions, max(128, min(num_positions // 8, most)))
 
 
 def put(x: Array, new: Array, i: Int[Array, ""]) -> Array:
-    """x with `new` written over its rows from i on."""
+    """x with `new` written over its rows from row i on."""
     return jax.lax.dynamic_update_slice_in_dim(x, new, i, axis=0)
 
 

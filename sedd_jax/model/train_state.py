@@ -1,4 +1,4 @@
-"""Everything a run needs to go on: step, parameters, their moving average, and the optimizer's state."""
+"""The train state: step, parameters, their moving average, and the optimizer state. A run can continue from it."""
 
 from typing import Any
 
@@ -13,23 +13,23 @@ from sedd_jax.model import networks
 
 @flax.struct.dataclass
 class TrainState:
-    """State of a run. Keys are folded from the step and data is a function of it, so neither is stored.
+    """State of a run. Random keys and data are functions of the step, so neither is stored.
 
     Attributes:
         step: optimizer steps taken, an int32 scalar.
         params: parameters of `networks.ScoreNetwork`.
-        ema_params: their moving average, used for evaluation and sampling.
-        opt_state: optax state.
+        ema_params: exponential moving average of the parameters, used for evaluation and sampling.
+        opt_state: state of the optax optimizer.
     """
 
-    step: Any  # As a pytree it also carries shardings and shapes in place of arrays.
+    step: Any  # Not typed as an array: the pytree also carries shardings and shapes.
     params: networks.Params
     ema_params: networks.Params
     opt_state: Any
 
 
 def create(key: PRNGKeyArray, config: networks.NetworkConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state: step 0, the average equal to the parameters."""
+    """The state at step 0: the moving average equals the parameters."""
     params = networks.init(key, config)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

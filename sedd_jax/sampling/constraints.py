@@ -1,8 +1,9 @@
-"""Drawing a gap so that its text matches a pattern: an automaton over tokens, and the joint law that it leaves.
+"""Draws the tokens of a gap so that its text matches a pattern: an automaton over tokens, and draws that it accepts.
 
-Tokens that lead from every state to the same one are a class. A class at each position of a gap is drawn from the
-product of the positions' laws, given that the gap ends where a text may end: messages go from the last position to the
-first, draws from the first to the last. This is exact, as for any hidden Markov model.
+Tokens that lead from every state to the same state form a class. Positions of a gap are independent: the joint
+distribution of their classes is a product. Classes are drawn from this product, given that the automaton ends in an
+accepting state. Messages go from the last position to the first, then draws go from the first to the last. This is
+exact, as for any hidden Markov model.
 """
 
 from typing import NamedTuple
@@ -15,16 +16,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from sedd_jax.model import categoricals
 from sedd_jax.sampling import regexes
 
-_LEAST = -1e4  # Of a class that is possible, against the likeliest.
+_LEAST = -1e4  # Lowest log weight of a class that is possible, relative to the likeliest.
 
 
 class Automaton(NamedTuple):
-    """Reads a text token by token; several patterns are one automaton with states of their own.
+    """Reads a text token by token. Several patterns share one automaton; each has its own states in it.
 
     Attributes:
-        class_of: the class of every state of the diffusion, the mask's being one that no pattern allows.
-        next_state: the state after a token of each class; `regexes.DEAD` stays so.
-        is_accepting: where a text may end.
+        class_of: class of every state of the diffusion. No pattern allows the class of the mask.
+        next_state: the automaton's state after a token of each class; `regexes.DEAD` leads only to itself.
+        is_accepting: in which states a text may end.
     """
 
     class_of: Int[Array | np.ndarray, "V"]
@@ -37,12 +38,12 @@ class Automaton(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where gaps with a pattern are, each an unbroken stretch.
+    """Positions of the gaps with a pattern. Each gap is contiguous.
 
     Attributes:
         start: the state in which a pattern starts, at the first position of its gap; -1 elsewhere.
-        is_last: the last positions of gaps.
-        is_constrained: all their positions.
+        is_last: which positions are the last of a gap.
+        is_constrained: which positions are in a gap.
     """
 
     start: Int[Array | np.ndarray, "*B L"]
@@ -51,7 +52,7 @@ class Places(NamedTuple):
 
 
 class Patterns(NamedTuple):
-    """What the text of gaps is to match, and where they are."""
+    """The patterns that the text of gaps must match, and the positions of these gaps."""
 
     automaton: Automaton
     places: Places
@@ -60,7 +61,7 @@ class Patterns(NamedTuple):
 def pin(
     log_weights: Float[Array, "B L C"], automaton: Automaton, xt: Int[Array, "B L"], is_known: Bool[Array, "B L"]
 ) -> Float[Array, "B L C"]:
-    """The log weights of classes with those of known tokens: 0 for their own class, minus infinity for others."""
+    """Log weights where known tokens are fixed: 0 for the class of the token, minus infinity for all other classes."""
     own = jnp.asarray(automaton.class_of)[xt][..., None] == jnp.arange(automaton.num_classes)[None, None]
     return jnp.where(is_known[..., None], jnp.where(own, 0.0, -jnp.inf), log_weights)
 
@@ -68,23 +69,24 @@ def pin(
 def choose_classes(
     key: Key[Array, ""], log_weights: Float[Array, "B L C"], automaton: Automaton, places: Places
 ) -> Int[Array, "B L"]:
-    """Draws the classes of all gaps with a pattern, from their product given that every pattern is matched.
+    """Draws the classes of all gaps with a pattern, from the product of the positions given that every pattern matches.
 
-    What is drawn matches however small its weight is: minus infinity alone forbids a class, and less than e^-10000 of
-    the likeliest counts as that. Work and memory of a position are [B, S, C].
+    Classes that match are drawn however small their weight is. Only a log weight of minus infinity forbids a class; a
+    log weight more than 10000 below the likeliest counts as 10000 below. Work and memory of a position are [B, S, C].
 
     Args:
         key: random key.
-        log_weights: of the classes at each position, up to a constant; see `pin`. Read where `is_constrained`.
+        log_weights: log weights of the classes at each position, up to a constant; see `pin`. They are read only
+            where `is_constrained`.
         automaton: the patterns.
-        places: [B, L] each.
+        places: positions of the gaps, [B, L] each.
 
     Returns:
-        The classes; -1 where no pattern applies, and in the whole of a gap that no text can fill, since what is known
-        of it contradicts the pattern.
+        The class of each position; -1 where no pattern applies, and everywhere in a gap whose known tokens contradict
+        its pattern.
     """
     log_weights = jnp.where(log_weights > -jnp.inf, jnp.maximum(categoricals.relative(log_weights), _LEAST), -jnp.inf)
-    # Scans go over positions.
+    # The scans run over positions.
     by_position = jax.tree.map(lambda x: jnp.moveaxis(jnp.asarray(x), 1, 0), (log_weights, places))
     _, messages = jax.lax.scan(
         lambda message, inputs: _message(automaton, message, *inputs),
@@ -104,11 +106,14 @@ def choose_classes(
 def _message(
     automaton: Automaton, message: Float[Array, "B S"], log_weights: Float[Array, "B C"], places: Places
 ) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
-    """Log probabilities that the rest of the gap matches, from each state before a position and after it."""
+    """Log probabilities that the rest of the gap matches, from each state before a position, and after it.
+
+    Those before the position are up to a constant.
+    """
     last = jnp.where(automaton.is_accepting, 0.0, -jnp.inf)[None]
     after = jnp.where(places.is_last[:, None], last, message)
     before = jax.nn.logsumexp(log_weights[:, None] + after[:, automaton.next_state], axis=-1)
-    return categoricals.relative(before), after  # Only differences matter, and small numbers keep them.
+    return categoricals.relative(before), after  # Only differences matter; float32 keeps them if values are small.
 
 
 def _draw(
@@ -119,7 +124,7 @@ def _draw(
     log_weights: Float[Array, "B C"],
     places: Places,
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-    """The state after a position, and its class, from the state before it."""
+    """Draws the class of a position, given the state before it. Returns the state after it, and the class."""
     state = jnp.where(places.start >= 0, places.start, state)
     following = jnp.asarray(automaton.next_state)[state]
     log_weights = log_weights + jnp.take_along_axis(after, following, axis=-1)

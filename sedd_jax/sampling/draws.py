@@ -1,4 +1,4 @@
-"""From the network to the next tokens: what a sampler asks for, drawn under the controls of a user."""
+"""Draws the next tokens from the network, under a user's controls: the functions that a sampler calls."""
 
 from typing import NamedTuple
 
@@ -12,16 +12,17 @@ from sedd_jax.sampling import constraints
 
 
 class NetworkDraws(NamedTuple):
-    """A network that draws tokens for sequences of which some are given.
+    """A network that draws tokens for sequences with some known tokens.
 
     Attributes:
         model: the network.
         graph: the graph of the forward process.
         given: known tokens.
-        patterns: of gaps; None where there are none.
+        patterns: patterns of gaps; None if there are none.
         control: how the distribution of each token is changed.
-        draw: a name in `score_draws.DRAWS`; precise where tokens are under any control.
-        lengths: tokens of each sequence, at least 1, before padding that nobody attends to; None where there is none.
+        draw: precision of the sampling noise, a name in `score_draws.DRAWS`. Under any control it is precise.
+        lengths: number of tokens of each sequence, at least 1; attention ignores the padding after them. None if no
+            sequence is padded.
     """
 
     model: networks.Model
@@ -34,7 +35,7 @@ class NetworkDraws(NamedTuple):
 
     @property
     def draws(self) -> steps.Draws:
-        """What samplers ask for."""
+        """The functions that a sampler calls."""
         return steps.Draws(self._evaluate, self._draw, self._leap)
 
     def _evaluate(self, xt: Int[Array, "B L"], sigma: Array) -> steps.Evaluation:
@@ -57,7 +58,7 @@ class NetworkDraws(NamedTuple):
     def _leap(
         self, key: Key[Array, ""], rates: list[steps.Rates], xt: Int[Array, "B L"], is_movable: Bool[Array, "B L"]
     ) -> Int[Array, "B L"]:
-        """The first of the rates is that of an evaluation at xt."""
+        """A `steps.LeapFn`; the first of `rates` is that of an evaluation at xt."""
         choice = None
         if self._is_controlled:
             key, key_classes = jax.random.split(key)
@@ -69,7 +70,7 @@ class NetworkDraws(NamedTuple):
         return self.patterns is not None or self.control != controls.Control()
 
     def _choice(self, key: Key[Array, ""], evaluation: steps.Evaluation, xt: Int[Array, "B L"]) -> score_draws.Choice:
-        """Tokens under control; the classes of all gaps with patterns are drawn together, so that the rest fits."""
+        """How tokens are drawn under control. Classes in gaps with patterns are drawn jointly, so that gaps match."""
         unguided = None
         if self.control.guidance != 1:
             assert self.graph.mask_id is not None

@@ -1,4 +1,4 @@
-"""Sampling text from a run: from nothing, or around given text."""
+"""Draws text from a run: from nothing, or around given text."""
 
 import dataclasses
 import functools
@@ -19,28 +19,28 @@ from sedd_jax.model import autoregression, sampling_config
 from sedd_jax.runtime import errors, storage, terminals
 from sedd_jax.sampling import constraints, templates, trajectories
 
-# (steps taken, all of them, the tokens so far)
+# (steps taken, total steps, tokens so far) -> nothing.
 WatchTokens = Callable[[int, int, Int[Array, "B L"]], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One drawn text and how it was drawn.
+    """One drawn text, and how it was drawn.
 
     Attributes:
         text: the text.
         tokens: its token ids.
-        seed: of everything random.
-        index: its number among those drawn together.
-        step: of the checkpoint.
-        sampler: by name.
-        num_steps: reverse steps, the last evaluation not counted.
-        nfe: network evaluations.
+        seed: seed of all random numbers.
+        index: its number among the texts of one call, from 0.
+        step: training step of the checkpoint.
+        sampler: name of the sampler.
+        num_steps: reverse steps, without the last evaluation.
+        nfe: network evaluations (NFE), with the last one.
         draw: precision of the sampling noise.
         refinements: the values of `sampling_config.REFINEMENTS`.
-        fit: whether the sequence ends with its template.
-        stop_at_eos: whether the text ends before the first end of text that was drawn.
-        prompt: the line of a file of prompts that it is for; None if there is none.
+        fit: whether the sequence ends with its template, instead of at the model's length.
+        stop_at_eos: whether the text was cut at the first end-of-text token that was drawn.
+        prompt: the prompt as it was given in a file of prompts; None if there is no file.
     """
 
     text: str
@@ -58,7 +58,7 @@ class Sample:
     prompt: dict[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields for JSON, refinements among the others."""
+        """The fields as one flat dict for JSON, each refinement a field of its own."""
         fields = {}
         for name, value in dataclasses.asdict(self).items():
             fields |= value if name == "refinements" else {name: value}
@@ -66,14 +66,18 @@ class Sample:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Sample":
-        """What `to_dict` gave; raises TypeError where it is something else."""
+        """The sample that `to_dict` wrote.
+
+        Raises:
+            TypeError: where the fields are not those of a sample.
+        """
         refinements = {name: value for name, value in fields.items() if name in sampling_config.REFINEMENTS}
         others = {name: value for name, value in fields.items() if name not in sampling_config.REFINEMENTS}
         return cls(**others, refinements=refinements)
 
     @property
     def annealing(self) -> str:
-        """What lowers its entropy on purpose, in words."""
+        """The settings that lower its entropy on purpose, such as "top_p=0.9"; "" if there are none."""
         names = ("temperature", "top_p")
         return ", ".join(f"{name}={self.refinements[name]}" for name in names if self.refinements[name] < 1)
 
@@ -87,16 +91,19 @@ def generate(
     watch: terminals.Watch | None = None,
     **settings: Any,
 ) -> list[Sample]:
-    """Draws texts from a checkpoint (its moving average) of a run.
+    """Draws texts from a checkpoint of a run, with the moving average (EMA) of its parameters.
 
     Args:
         workdir: the run directory.
         written: what is known of the texts.
-        step: the checkpoint; the newest if None.
-        seed: see `draw_samples`.
-        watch: called some 64 times, with the steps taken, all steps, and a function that makes the texts so far, masks
-            shown as `░`.
+        step: training step of the checkpoint; the newest if None.
+        seed: seed of all random numbers; the same seed draws the same texts.
+        watch: called about 64 times with the steps taken, the total steps, and a function that returns the texts so
+            far, in which masks are shown as `░`.
         **settings: fields of `config.SamplingConfig` that differ from the run's.
+
+    Raises:
+        errors.UserError: where the run, the checkpoint, the template or a setting cannot be used.
     """
     run = runs.load(workdir)
     changed = run.sampling(**settings)
@@ -115,14 +122,17 @@ def draw_samples(
     seed: int,
     watch: WatchTokens | None = None,
 ) -> list[Sample]:
-    """Draws texts that agree with the template, as one batch.
+    """Draws `settings.num_samples` texts that agree with the template, as one batch.
 
     Args:
         opened: the run.
-        template: what is known.
-        settings: how many, and how.
-        seed: of everything random; the same seed draws the same texts.
+        template: known tokens and gaps.
+        settings: number of texts, and how they are drawn.
+        seed: seed of all random numbers; the same seed draws the same texts.
         watch: see `draw_tokens`.
+
+    Raises:
+        errors.UserError: where a pattern of the template cannot be matched, or the run or the settings allow none.
     """
     run, shape = opened.run, (settings.num_samples, len(template.tokens))
     given = steps.Given(
@@ -146,12 +156,12 @@ def draw_samples(
 
 
 def as_text(run: runs.Run, length: int, watch: terminals.Watch) -> WatchTokens:
-    """A watcher of tokens that shows the first `length` of each sequence as text to a watcher of texts."""
+    """A watcher of tokens that passes the first `length` tokens of each sequence on to `watch`, as texts."""
     return lambda taken, total, tokens: watch(taken, total, functools.partial(texts, run, tokens, length))
 
 
 def circumstances(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int) -> dict[str, Any]:
-    """The fields of a `Sample` that say how one with so many tokens to fill is drawn."""
+    """The fields of a `Sample` that say how a sequence with `num_gaps` tokens to fill is drawn."""
     return {
         "sampler": sampler_name(run, settings),
         "num_steps": num_steps_of(run, settings, num_gaps),
@@ -161,7 +171,7 @@ def circumstances(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int
 
 
 def sampler_name(run: runs.Run, settings: configs.SamplingConfig) -> str:
-    """The name of the sampler in results; the baseline has one of its own."""
+    """Name of the sampler in results; "autoregressive" for the baseline, which has a sampler of its own."""
     return configs.AUTOREGRESSIVE if run.is_autoregressive else settings.sampler
 
 
@@ -172,12 +182,12 @@ def num_evaluations(run: runs.Run, settings: configs.SamplingConfig, num_gaps: i
 
 
 def per_step(run: runs.Run, settings: configs.SamplingConfig) -> int:
-    """Network evaluations of a step and its corrector steps."""
+    """Network evaluations of a step together with its corrector steps."""
     return per_iteration(run, settings) * (1 + run.sampler(settings).corrector_steps)
 
 
 def per_iteration(run: runs.Run, settings: configs.SamplingConfig) -> int:
-    """Network evaluations of one iteration but the last: those of the sampler, twice as many with guidance."""
+    """Network evaluations of an iteration that is not the last: those of the sampler, twice as many with guidance."""
     return run.sampler(settings).traits.evaluations * (1 if settings.guidance == 1 else 2)
 
 
@@ -195,15 +205,18 @@ def draw_tokens(
     patterns: constraints.Patterns | None = None,
     watch: WatchTokens | None = None,
 ) -> Int[np.ndarray, "B L"]:
-    """Draws sequences that agree with what is known of each, as one batch.
+    """Draws sequences that agree with the known tokens of each, as one batch.
 
     Args:
         opened: the run.
         given: known tokens of each sequence.
-        settings: how, see `num_evaluations`.
-        seed: of everything random; the same seed draws the same tokens.
-        patterns: what the text of gaps is to match.
-        watch: called some 64 times, with the steps taken, all steps, and the tokens so far.
+        settings: how they are drawn; `num_evaluations` says what that costs.
+        seed: seed of all random numbers; the same seed draws the same tokens.
+        patterns: patterns that the text of gaps must match; None if there are none.
+        watch: called about 64 times with the steps taken, the total steps, and the tokens so far.
+
+    Raises:
+        errors.UserError: where an autoregressive run is given tokens after a gap, or the draws allow no patterns.
     """
     run = opened.run
     if run.is_autoregressive:
@@ -216,7 +229,7 @@ def draw_tokens(
     inputs = opened.model.params, None if patterns is None else patterns.automaton
     key_limit, key_steps, key_last = jax.random.split(jax.random.key(seed), 3)
     slots = programs.begin_fn(key_limit, key_steps, together(given, num_steps, patterns))
-    # A trajectory that is watched is taken in parts; keys depend on the step alone, so the text is the same.
+    # A watched trajectory runs in parts. Keys depend on the step only, so the text is the same.
     stride = max(1, num_steps // 64 if watch else num_steps)
     for start in range(0, num_steps, stride):
         stop = min(start + stride, num_steps)
@@ -230,7 +243,7 @@ def draw_tokens(
 
 
 def rules_of(run: runs.Run, settings: configs.SamplingConfig) -> trajectories.Rules:
-    """How a plain batch of a run is filled."""
+    """The rules by which a plain batch of a run is filled."""
     return trajectories.Rules(
         process=run.process,
         sampler=run.sampler(settings),
@@ -243,7 +256,7 @@ def rules_of(run: runs.Run, settings: configs.SamplingConfig) -> trajectories.Ru
 def together(
     given: steps.Given, num_steps: int, patterns: constraints.Patterns | None = None
 ) -> trajectories.Sequences:
-    """A plain batch: all sequences take as many steps, and all of their tokens are asked for."""
+    """A plain batch: all sequences take `num_steps` steps, and all of their tokens are wanted."""
     num_sequences, length = given.tokens.shape
     each = lambda value: np.full(num_sequences, value, np.int32)
     places = None if patterns is None else patterns.places
@@ -258,10 +271,13 @@ def draw_batches(
     *,
     seed: int,
 ) -> Iterator[Int[np.ndarray, "B L"]]:
-    """Sequences that agree with what is given of each, `settings.num_samples` at once; see `draw_tokens`."""
+    """Draws S sequences that agree with the given tokens of each, in batches of `settings.num_samples`.
+
+    Each batch is drawn by `draw_tokens`, with a seed that follows from `seed` and the number of the batch.
+    """
     size = settings.num_samples
     for number, start in enumerate(range(0, len(tokens), size)):
-        # The last batch is filled up, so that no other shape is compiled.
+        # The last batch is filled up with other sequences, so that no second shape is compiled.
         rows = np.arange(start, start + size) % len(tokens)
         (own,) = np.random.SeedSequence([seed, number]).generate_state(1).tolist()
         given = steps.Given(jnp.asarray(tokens[rows]), jnp.asarray(is_given[rows]))
@@ -269,7 +285,7 @@ def draw_batches(
 
 
 def refuse_patterns(settings: configs.SamplingConfig, patterns: constraints.Patterns | None) -> None:
-    """Raises errors.UserError where the draws asked for know nothing of patterns."""
+    """Raises errors.UserError where there are patterns and `settings.draw` does not support them."""
     if patterns is not None and settings.draw != "precise":
         raise errors.UserError(
             "takes no patterns", field="config.sampling.draw", value=settings.draw, remedy="set it to precise"
@@ -277,22 +293,22 @@ def refuse_patterns(settings: configs.SamplingConfig, patterns: constraints.Patt
 
 
 def to_line(sample: Sample) -> str:
-    """A sample as one line of JSON: text, token ids, and how they were drawn."""
+    """The sample as one line of JSON: text, token ids, and how they were drawn."""
     return json.dumps(sample.to_dict(), ensure_ascii=False) + "\n"
 
 
 def write_jsonl(samples: list[Sample], path: pathlib.Path) -> None:
-    """Writes one `to_line` after another."""
+    """Writes the samples to a file, one `to_line` each."""
     path.write_text("".join(map(to_line, samples)), encoding="utf-8")
 
 
 def texts(run: runs.Run, tokens: Int[Array | np.ndarray, "B L"], length: int) -> list[str]:
-    """The first `length` tokens of each sequence as text, masks shown as `░`."""
+    """The first `length` tokens of each sequence as text; each mask is shown as `░`."""
     return ["".join(_pieces(run, row)) for row in np.asarray(tokens)[:, :length]]
 
 
 def _pieces(run: runs.Run, row: Int[np.ndarray, "L"]) -> Iterator[str]:
-    """Text of a row, each stretch of masks as as many `░`."""
+    """Parts of the text of one sequence: stretches of tokens, and a `░` for each mask."""
     masked = row == (-1 if run.graph.mask_id is None else run.graph.mask_id)
     borders = np.flatnonzero(np.diff(masked)) + 1
     for stretch in np.split(np.arange(len(row)), borders):

@@ -1,7 +1,8 @@
-"""What may fill a gap, as a regular expression: from the characters of the pattern to the tokens of a tokenizer.
+"""Regular expressions that the text of a gap must match: from the characters of a pattern to a tokenizer's tokens.
 
-A gap of n tokens matches when their texts in a row do, each text being what its token writes where it stands: in the
-middle of a text ` cat`, not `cat`, for a token that decoding parts from the one before by a space.
+A gap of n tokens matches if the concatenation of their texts does. The text of a token is what decoding writes for it
+at its position. If decoding puts a space between a token and the one before, its text in the middle of a sequence is
+` cat`, not `cat`.
 """
 
 import functools
@@ -13,14 +14,15 @@ from jaxtyping import Int
 
 from sedd_jax.data import alphabets, tokenizers
 from sedd_jax.diffusion import graphs
+from sedd_jax.runtime import errors
 from sedd_jax.sampling import constraints, regexes
 
-_MAX_TABLE = 2**22  # states by classes, of which a sampler holds a float for each sequence of a batch
-_NO_TEXT = "\ufffd"  # what decoding writes for bytes that are no UTF-8
+_MAX_TABLE = 2**22  # Most states times classes: a sampler holds a float of each for every sequence of a batch.
+_NO_TEXT = "\ufffd"  # What decoding writes for bytes that are not UTF-8.
 
 
 class Gap(NamedTuple):
-    """Tokens [start, start + length) of a sequence, whose text is to match a pattern."""
+    """The tokens [start, start + length) of a sequence; their text must match the pattern."""
 
     start: int
     length: int
@@ -28,7 +30,7 @@ class Gap(NamedTuple):
 
 
 class Starts(NamedTuple):
-    """States in which a pattern starts: in the middle of a text, and as the first of it."""
+    """States in which a pattern starts: `within` in the middle of a text, `first` at the start of it."""
 
     within: int
     first: int
@@ -36,19 +38,21 @@ class Starts(NamedTuple):
 
 @functools.cache
 def token_texts(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
-    """What each id writes in the middle of a text; "" for those that are no text by themselves.
+    """The text of each id in the middle of a sequence; "" for an id that is not text by itself.
 
-    These are ends of text, masks and what else is special, and parts of characters.
+    Such ids are special tokens (end of text, mask and others) and parts of characters.
 
     Raises:
-        ValueError: where ids stand for no text at all.
+        errors.UserError: where the run's ids stand for no text at all.
     """
     if isinstance(tokenizer, alphabets.Ids):
-        raise ValueError("a pattern is about text, and this run has ids only: give it its tokenizer, or leave it out")
+        raise errors.UserError(
+            "a pattern is about text, and this run has ids only", remedy="give it its tokenizer, or leave it out"
+        )
     decode = lambda *ids: tokenizer.decode(np.array(ids, np.int32))
     texts = [""] * tokenizers.num_ids(tokenizer)
     ids = sorted(set(range(len(texts))) - tokenizer.special_ids)
-    # Decoding may drop a space at the start of a text, so that each is decoded after a token that is seen.
+    # Decoding may drop a space at the start of a text, so each id is decoded after a token with visible text.
     before = next((id_ for id_ in ids if decode(id_).strip() and _NO_TEXT not in decode(id_)), None)
     if before is not None:
         start = len(decode(before))
@@ -60,7 +64,7 @@ def token_texts(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
 
 @functools.cache
 def first_texts(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
-    """What each id writes as the first of a text, as `token_texts`; "" also for a space that is dropped there."""
+    """The text of each id as the first of a sequence, see `token_texts`; "" also for a space that is dropped there."""
     texts = token_texts(tokenizer)
     return tuple(text and tokenizer.decode(np.array([id_], np.int32)) for id_, text in enumerate(texts))
 
@@ -68,15 +72,15 @@ def first_texts(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
 def compile(
     patterns: Sequence[str], tokenizer: tokenizers.Tokenizer, graph: graphs.Graph
 ) -> tuple[constraints.Automaton, dict[str, Starts]]:
-    """One automaton over tokens for all patterns, and the states in which each of them starts.
+    """One automaton over tokens for all patterns, and the states in which each pattern starts.
 
     Raises:
-        ValueError: names the pattern that is none, or needs too much.
+        errors.UserError: names a pattern that is not a regular expression, or patterns that need too many states.
     """
     return _compile(tuple(dict.fromkeys(patterns)), tokenizer, graph)
 
 
-@functools.lru_cache(maxsize=16)  # What checks a pattern and what draws with it compile the same.
+@functools.lru_cache(maxsize=16)  # Checking a pattern and drawing with it compile the same automaton.
 def _compile(
     patterns: tuple[str, ...], tokenizer: tokenizers.Tokenizer, graph: graphs.Graph
 ) -> tuple[constraints.Automaton, dict[str, Starts]]:
@@ -84,7 +88,7 @@ def _compile(
     has_own = at_start != texts
     alphabet = "".join(sorted(set().union(*texts, *at_start)))
     characters = [regexes.compile(pattern, alphabet) for pattern in patterns]
-    # Of each token: its class under each pattern, and the state to which it leads as the first of a text.
+    # For each pattern and token: the token's class, and the state to which it leads as the first of a text.
     classes, firsts = np.zeros((2, len(patterns), graph.num_states), np.int32)
     tables = []
     for row, first, automaton in zip(classes, firsts, characters, strict=True):
@@ -97,14 +101,15 @@ def _compile(
     classes, firsts = np.split(distinct, 2)
     num_states = 1 + sum(len(table) - 1 + has_own for table in tables)
     if num_states * distinct.shape[1] > _MAX_TABLE:
-        raise ValueError(
+        raise errors.UserError(
             f"the patterns {', '.join(map(repr, patterns))} need {num_states} states by {distinct.shape[1]} kinds of "
-            f"tokens, more than {_MAX_TABLE}: write fewer alternatives, or give fewer patterns at once"
+            f"tokens, more than {_MAX_TABLE}",
+            remedy="write fewer alternatives, or give fewer patterns at once",
         )
     blocks, accepting, initial = [np.zeros((1, distinct.shape[1]), np.int32)], [np.zeros(1, bool)], {}
     offset = 0
     for pattern, automaton, table, kinds, first in zip(patterns, characters, tables, classes, firsts, strict=True):
-        # All share the dead state.
+        # All patterns share the dead state.
         shift = lambda states, offset=offset: np.where(states == regexes.DEAD, states, states + offset)
         blocks.append(shift(table[1:, kinds]))
         accepting.append(automaton.is_accepting[1:])
@@ -126,7 +131,7 @@ def _compile(
 def place(
     gaps: Sequence[Gap], length: int, automaton: constraints.Automaton, initial: dict[str, Starts]
 ) -> constraints.Places:
-    """The gaps of one sequence of a length, as arrays [L]."""
+    """Positions of the gaps of one sequence with L = `length` tokens, as arrays [L]."""
     start = np.full(length, -1, np.int32)
     is_last, is_constrained = np.zeros(length, bool), np.zeros(length, bool)
     for gap in gaps:
@@ -137,17 +142,21 @@ def place(
 
 
 def kinds(gaps: Iterable[Gap]) -> dict[tuple[Any, ...], Gap]:
-    """A gap of each kind: those of one kind can all be filled, or none."""
+    """One gap of each kind. Gaps of one kind can either all be filled, or none of them."""
     return {(gap.start == 0, gap.length, gap.pattern): gap for gap in gaps}
 
 
 def check(gap: Gap, automaton: constraints.Automaton, initial: dict[str, Starts]) -> None:
-    """Raises ValueError, with the nearest lengths that do, where no text of as many tokens as a gap has matches."""
+    """Checks that some text of `gap.length` tokens matches the gap's pattern.
+
+    Raises:
+        errors.UserError: names the nearest lengths at which a text matches, where none of this length does.
+    """
     reached = np.array([_starts_in(gap, initial)])
     seen = np.zeros(len(automaton.next_state), bool)
     shorter, longer = [], []
     number = 0
-    # A text that is longer and goes on to match can do so without passing a state twice.
+    # If longer texts match, the shortest of them passes no state twice after the gap's length.
     while len(reached) and not longer and number <= gap.length + seen.sum():
         seen[reached] = True
         number += 1
@@ -161,7 +170,7 @@ def check(gap: Gap, automaton: constraints.Automaton, initial: dict[str, Starts]
             else:
                 longer = [number]
     known = " or ".join(map(str, shorter + longer))
-    raise ValueError(
+    raise errors.UserError(
         f"the gap {{{gap.length}:{gap.pattern}}} cannot be filled: no text of {gap.length} tokens matches, "
         + (f"texts of {known} do" if known else "and none of any other number")
     )
@@ -174,12 +183,12 @@ def _starts_in(gap: Gap, initial: dict[str, Starts]) -> int:
 def _tokens(
     automaton: regexes.CharacterAutomaton, texts: tuple[str, ...]
 ) -> tuple[Int[np.ndarray, " V"], Int[np.ndarray, "S C"]]:
-    """The class of every token, and the state after each class from every state; class 0 is what is never allowed."""
+    """The class of every token, and the state after each class from every state. Class 0 is never allowed."""
     states = np.arange(len(automaton.next_state), dtype=np.int32)
     dead = np.full_like(states, regexes.DEAD)
     columns, numbers = [dead], {dead.tobytes(): 0}
     after, found = {"": states}, {"": 0}
-    # Written as classes, few texts are different.
+    # With its characters replaced by their classes, a text is one of few.
     as_classes = str.maketrans({char: chr(k) for char, k in automaton.class_of.items()})
     classes = np.zeros(len(texts), np.int32)
     for id_, text in enumerate(texts):

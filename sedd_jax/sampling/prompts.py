@@ -1,4 +1,4 @@
-"""Texts for a file of prompts, one JSON object a line, each kept as soon as it is finished."""
+"""Draws texts for a file of prompts, one JSON object per line; each text is saved as soon as it is finished."""
 
 import json
 import pathlib
@@ -16,16 +16,16 @@ from sedd_jax.runtime import errors, processes, storage, terminals
 from sedd_jax.sampling import generate, patterns, refill, templates
 
 _FIELDS = ("template", "prefix", "suffix")
-# What of a sample is drawn, not asked for.
+# Fields of a sample that are known only once it is drawn.
 _DRAWN = ("text", "tokens", "nfe")
 
 
 class Prompt(NamedTuple):
-    """What is known of a text.
+    """What is known of one text.
 
     Attributes:
-        fields: as it was given; None where it was on the command line.
-        template: the same as tokens.
+        fields: the prompt as the file has it; None for a prompt from the command line.
+        template: the same prompt as tokens.
     """
 
     fields: dict[str, str] | None
@@ -33,10 +33,12 @@ class Prompt(NamedTuple):
 
 
 def read(run: runs.Run, path: pathlib.Path) -> list[Prompt]:
-    """Reads {"template": "..."}, or {"prefix": "...", "suffix": "..."} with either alone, from each line of a file.
+    """Reads a prompt from each line of a file.
+
+    A line is {"template": "..."}, or an object with "prefix", "suffix" or both.
 
     Raises:
-        errors.UserError: names the line that is something else, or that this run cannot fill.
+        errors.UserError: names the line that is not a prompt, or that this run cannot fill.
     """
     refuse = lambda problem, remedy: errors.UserError(problem, field="prompts", value=path, remedy=remedy)
     if not path.is_file():
@@ -52,7 +54,7 @@ def read(run: runs.Run, path: pathlib.Path) -> list[Prompt]:
         try:
             prompt = _parse(run, line)
             kinds = patterns.kinds(prompt.template.gaps).keys()
-            # Lists repeat patterns, and each takes a while.
+            # Compiling a pattern takes a while, and many lines have the same one.
             if not kinds <= checked:
                 templates.compile_patterns(run, [prompt.template])
                 checked |= kinds
@@ -90,22 +92,25 @@ def sample(
     watch: terminals.Watch | None = None,
     **settings: Any,
 ) -> list[generate.Sample]:
-    """Draws a text for each line of a file, or as many as `num_samples` for one prompt, from a checkpoint of a run.
+    """Draws a text for each line of a file, or `num_samples` texts for one prompt, from a checkpoint of a run.
 
     Args:
         workdir: the run directory.
-        asked: the file, see `read`, or the one prompt.
+        asked: the file of prompts, see `read`; or one prompt.
         ends: where texts end.
-        out: .jsonl to which each text is added once it is finished; "" for none. What the same command has drawn of a
-            file of prompts before it was stopped is kept, and only the rest drawn.
-        step: the checkpoint; the newest if None.
-        seed: of everything random.
+        out: .jsonl file to which each text is appended as soon as it is finished; "" for none. If the same command was
+            stopped before, the texts that it has drawn for a file of prompts are kept, and only the others are drawn.
+        step: training step of the checkpoint; the newest if None.
+        seed: seed of all random numbers.
         watch: see `refill.draw`.
-        **settings: fields of `config.SamplingConfig` that differ from the run's; of a file of prompts `num_samples` are
-            in work at once.
+        **settings: fields of `config.SamplingConfig` that differ from the run's. For a file of prompts, `num_samples`
+            is the number of slots: texts drawn at the same time.
 
     Returns:
         Texts in the order of the prompts.
+
+    Raises:
+        errors.UserError: where the run, a prompt or a setting cannot be used, or `out` holds other results.
     """
     run, is_file = runs.load(workdir), isinstance(asked, pathlib.Path)
     changed = run.sampling(**settings)
@@ -121,7 +126,7 @@ def sample(
     results = pathlib.Path(out) if out else None
     done = _finished(results, expected, keep=is_file)
     left = [index for index in range(len(wanted)) if index not in done]
-    # What is left takes the slots that others had, and must not be drawn as they were.
+    # The texts that are left take the slots of finished ones, so they must not get the same random numbers.
     own = seed if not done else int(np.random.SeedSequence([seed, len(done)]).generate_state(1)[0])
     with opened.on_devices():
         texts = [wanted[index].template for index in left]
@@ -139,7 +144,7 @@ def sample(
 def _described(
     run: runs.Run, settings: configs.SamplingConfig, prompt: Prompt, index: int, *, fit: bool, **how: Any
 ) -> dict[str, Any]:
-    """What is known of a sample before it is drawn."""
+    """The fields of a `generate.Sample` that are known before it is drawn."""
     exists = slice(prompt.template.length if fit else None)
     circumstances = generate.circumstances(run, settings, int((~prompt.template.is_given[exists]).sum()))
     return circumstances | how | {"fit": fit, "index": index, "prompt": prompt.fields}
@@ -148,9 +153,9 @@ def _described(
 def _finished(
     path: pathlib.Path | None, expected: Sequence[dict[str, Any]], *, keep: bool
 ) -> dict[int, generate.Sample]:
-    """Samples that are in a file of results, by their index; makes it ready for more.
+    """Finished samples in a file of results, by index. Prepares the file for more.
 
-    Every process learns which they are, though only the first reads the file.
+    Only the first process reads the file. The others learn the indices and get samples without a text.
     """
     if path is None:
         return {}
@@ -165,7 +170,7 @@ def _finished(
 
 def _read_results(path: pathlib.Path, expected: Sequence[dict[str, Any]], *, keep: bool) -> dict[int, generate.Sample]:
     content = path.read_bytes() if keep and path.exists() else b""
-    # A line without an end was being written when the command was stopped.
+    # A last line without a line end was being written when the command was stopped.
     end = content.rfind(b"\n") + 1
     found = {}
     for number, line in enumerate(content[:end].split(b"\n")[:-1], start=1):

@@ -1,6 +1,7 @@
-"""Texts for a list of templates by continuous batching: a finished slot takes the next template (`trajectories`).
+"""Draws texts for a list of templates by continuous batching: a finished slot takes the next template.
 
-The same seed, list and number of slots draw the same texts; that of a template alone also depends on its neighbours.
+`trajectories` runs the slots. The same seed, list and number of slots draw the same texts. The text of one template
+also depends on the other templates of the list.
 """
 
 import functools
@@ -19,12 +20,12 @@ from sedd_jax.diffusion import steps
 from sedd_jax.runtime import errors, terminals
 from sedd_jax.sampling import constraints, generate, templates, trajectories
 
-# Sequences that need not be as long as the model's are padded to this, doubled as often as it takes: few programs, and
-# lengths that every kernel of attention takes.
+# Sequences shorter than the model's length are padded to this number of tokens, doubled until they fit. So few programs
+# are compiled, and every attention kernel supports the lengths.
 SHORTEST = 128
 
 
-# Iterations that never pass between two finished texts.
+# More iterations than ever pass before a text is finished.
 FOREVER = 1 << 30
 
 
@@ -32,9 +33,9 @@ class Drawn(NamedTuple):
     """A finished sequence.
 
     Attributes:
-        index: of its template.
-        tokens: of the text.
-        nfe: evaluations that it took part in.
+        index: index of its template in the list.
+        tokens: tokens of the text.
+        nfe: network evaluations (NFE) that it took part in.
     """
 
     index: int
@@ -43,7 +44,7 @@ class Drawn(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A template as the devices get it, see `trajectories.Sequences`."""
+    """One template of the list, as the devices get it; see `trajectories.Sequences`."""
 
     index: int
     tokens: Int[np.ndarray, "L"]
@@ -53,7 +54,7 @@ class Row(NamedTuple):
     places: constraints.Places | None = None
 
 
-# (owners of the slots, which are finished, tokens, iterations taken) -> nothing.
+# (template in each slot, which slots are finished, their tokens, iterations taken by each) -> nothing.
 TellFn = Callable[[Sequence[Row | None], Any, Any, Any], None]
 
 
@@ -61,9 +62,9 @@ class Ends(NamedTuple):
     """Where texts end.
 
     Attributes:
-        fit: whether a sequence ends with its template, instead of going on to the model's length with tokens that are
-            not shown. The model was trained on its full length only.
-        stop_at_eos: whether a text ends before the first end of text that is drawn.
+        fit: whether a sequence ends with its template. Otherwise it goes on to the model's length, with tokens that are
+            not shown: the model was trained on its full length only.
+        stop_at_eos: whether a text is cut before the first end-of-text token that is drawn.
     """
 
     fit: bool = False
@@ -82,18 +83,18 @@ def draw(
     ends: Ends = NO_ENDS,
     watch: terminals.Watch | None = None,
 ) -> Iterator[Drawn]:
-    """Draws a text for each template, in the order in which they are finished.
+    """Draws a text for each template; yields them in the order in which they are finished.
 
-    An autoregressive run takes whole batches, and what follows a text does not concern it.
+    An autoregressive run draws whole batches instead, and ignores `ends.fit`: tokens after a text cannot change it.
 
     Args:
         opened: the run.
-        asked: what is known of each text.
-        settings: how, and in `num_samples` how many at once.
-        seed: of everything random.
+        asked: templates of the texts.
+        settings: how they are drawn; `num_samples` is the number of slots.
+        seed: seed of all random numbers.
         ends: where texts end.
-        watch: called some 64 times and when texts are finished, as `generate.generate` does; steps are those of all
-            texts together.
+        watch: called about 64 times, and when texts are finished, with the arguments that `generate.generate` states;
+            its steps are iterations, summed over all texts.
 
     Raises:
         errors.UserError: where the tokenizer has no end of text to stop at, or a pattern cannot be matched.
@@ -131,21 +132,24 @@ def drive(
     stride: int = FOREVER,
     tell: TellFn = lambda *_: None,
 ) -> Iterator[tuple[Row, Int[np.ndarray, "L"], int]]:
-    """Takes rows of one length through the slots of a batch; each with its tokens and iterations once it is finished.
+    """Runs templates of one padded length through the slots of a batch.
 
     Args:
-        programs: of `trajectories.make_programs`.
-        inputs: the first argument of `advance_fn`.
-        key: of everything random.
+        programs: compiled programs, see `trajectories.make_programs`.
+        inputs: first argument of `advance_fn`.
+        key: random key.
         rows: the templates.
-        num_slots: slots.
-        stride: iterations after which to tell of them, even if nothing is finished.
-        tell: called with what the slots hold, which of that is finished, its tokens, and the iterations of each.
+        num_slots: number of slots.
+        stride: iterations between two calls of `tell`, if no text is finished before.
+        tell: called with the template in each slot, which slots are finished, their tokens, and their iterations.
+
+    Yields:
+        Each template, its tokens [L], and the iterations that it took, as soon as it is finished.
     """
     key_put, key_iterations = jax.random.split(key)
     length, waiting, iteration = len(rows[0].tokens), iter(rows), jnp.int32(0)
     nobody = trajectories.nobody((num_slots, length), has_patterns=rows[0].places is not None)
-    # Nothing of these keys stays: all slots are free.
+    # These keys do not matter: all slots are empty, and `put_fn` draws anew.
     slots = programs.begin_fn(jax.random.key(0), jax.random.key(1), nobody)
     owners: list[Row | None] = [None] * num_slots
     is_free = np.ones(num_slots, bool)
@@ -164,7 +168,7 @@ def drive(
 
 
 def padded_length(length: int, model_length: int) -> int:
-    """The length to which a sequence is padded: `SHORTEST` doubled as often as it takes, at most the model's."""
+    """The number of tokens to which a sequence is padded: `SHORTEST` doubled until it fits, at most the model's."""
     padded = SHORTEST
     while padded < length:
         padded *= 2
@@ -182,7 +186,7 @@ def _row(
     tokens, is_given, padded = template.tokens, template.is_given, len(template.tokens)
     if fit:
         padded = padded_length(template.length, run.config.data.length)
-        # Padding is known, so nothing fills it; which token it is does not matter.
+        # Padding counts as known, so it is not filled. Its token ids do not matter.
         tokens, is_given = tokens[:padded], is_given[:padded] | (np.arange(padded) >= template.length)
     places = None
     if patterns is not None:
@@ -192,7 +196,7 @@ def _row(
 
 
 def _stack(owners: Sequence[Row | None], length: int) -> trajectories.Sequences:
-    """What is put into the slots: the rows that own them."""
+    """The templates as one batch with a sequence for each slot; a slot without a template is empty."""
     nothing = np.zeros(length, bool)
     nowhere = constraints.Places(np.full(length, -1, np.int32), nothing, nothing)
     nobody = Row(-1, np.zeros(length, np.int32), ~nothing, 0, 0)
@@ -213,16 +217,16 @@ def _stack(owners: Sequence[Row | None], length: int) -> trajectories.Sequences:
 
 
 def _shown(row: Row, tokens: Int[np.ndarray, "L"], eos_id: int | None) -> Int[np.ndarray, "n"]:
-    """The tokens that are asked for, up to the first end of text that is drawn."""
+    """The tokens of the text: those that are wanted, up to the first end-of-text token that was drawn."""
     ends = np.flatnonzero((tokens == eos_id) & ~row.is_given)
     return tokens[: min(row.length, *ends[:1])] if len(ends) else tokens[: row.length]
 
 
 def eos_id_of(run: runs.Run) -> int:
-    """The end of text of a run's tokenizer.
+    """Id of the end-of-text token of a run's tokenizer.
 
     Raises:
-        errors.UserError: where it has none.
+        errors.UserError: where the tokenizer has none.
     """
     eos_id = run.tokenizer.eos_id
     if eos_id is None:
@@ -234,7 +238,10 @@ def eos_id_of(run: runs.Run) -> int:
 
 
 def _teller(run: runs.Run, rows: Sequence[Row], repeats: int, watch: terminals.Watch) -> TellFn:
-    """Tells a watcher of the steps of all rows; one that is finished early has taken all of its own."""
+    """A `TellFn` that reports iterations, summed over all templates, to `watch`.
+
+    A template that is finished early counts with all iterations that it could have taken.
+    """
     of_row = lambda row: row.num_steps * repeats + 1
     total, before = sum(map(of_row, rows)), 0
 

@@ -1,7 +1,8 @@
-"""Regular expressions to automata over the characters of an alphabet, with the meaning that Python's `re` gives them.
+"""Compiles regular expressions to automata over an alphabet, with the meaning that Python's `re` gives them.
 
-`re` itself parses them and says which characters each class holds; what is left is the textbook: an automaton with
-free moves (Thompson 1968), one over its sets of states, and the least one of these (Moore 1956).
+`re` itself parses a pattern and says which characters each character class holds. The rest is the textbook: a
+nondeterministic automaton with empty transitions (Thompson 1968), the deterministic automaton over its sets of states,
+and the smallest equivalent one (Moore 1956).
 """
 
 import collections
@@ -14,28 +15,32 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from sedd_jax.runtime import errors
+
 DEAD = 0  # The state from which no text matches.
 _MAX_STATES = 5000
+# What patterns may not hold, by the parser's name, and what to write instead.
 _REFUSED = {
-    "AT": "an anchor or a boundary: leave it out, since a pattern always matches the whole",
-    "ASSERT": "a look at what surrounds it: write out what may stand there",
-    "ASSERT_NOT": "a look at what surrounds it: write out what may stand there",
-    "GROUPREF": "a reference to a group: write the alternatives out",
-    "GROUPREF_EXISTS": "a reference to a group: write the alternatives out",
-    "ATOMIC_GROUP": "an atomic group: write (?:...) instead of (?>...)",
-    "POSSESSIVE_REPEAT": "a possessive quantifier: leave its second + out",
+    "AT": ("an anchor or a boundary", "leave it out, since a pattern always matches the whole"),
+    "ASSERT": ("a look at what surrounds it", "write out what may stand there"),
+    "ASSERT_NOT": ("a look at what surrounds it", "write out what may stand there"),
+    "GROUPREF": ("a reference to a group", "write the alternatives out"),
+    "GROUPREF_EXISTS": ("a reference to a group", "write the alternatives out"),
+    "ATOMIC_GROUP": ("an atomic group", "write (?:...) instead of (?>...)"),
+    "POSSESSIVE_REPEAT": ("a possessive quantifier", "leave its second + out"),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class CharacterAutomaton:
-    """Reads a text character by character; the least automaton of its pattern.
+    """The smallest automaton of a pattern; it reads a text character by character.
 
     Attributes:
-        class_of: which of K classes each character of the alphabet has: those that no part of the pattern tells apart.
-        next_state: the state after a character of each class; `DEAD` stays so.
-        is_accepting: where a text may end.
-        initial: where it starts.
+        class_of: which of K classes each character of the alphabet has. A class holds characters that no part of the
+            pattern tells apart.
+        next_state: the state after a character of each class; `DEAD` leads only to itself.
+        is_accepting: in which states a text may end.
+        initial: the state in which a text starts.
     """
 
     class_of: dict[str, int]
@@ -46,14 +51,20 @@ class CharacterAutomaton:
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class _FreeMoves:
-    """An automaton with free moves: for every state, where it may go freely, and where with a character of a leaf."""
+    """A nondeterministic automaton with empty transitions.
+
+    Attributes:
+        pattern: the pattern, for error messages.
+        free: states that each state reaches without reading a character.
+        moves: (leaf, state) pairs: states that each state reaches with a character that matches the leaf (`_leaf`).
+    """
 
     pattern: str
     free: list[list[int]] = dataclasses.field(default_factory=list)
     moves: list[list[tuple[str, int]]] = dataclasses.field(default_factory=list)
 
     def state(self, *before: int) -> int:
-        """A new state, reached freely from those before."""
+        """Adds a state, reached from those given without reading a character; returns its number."""
         if len(self.free) == _MAX_STATES:
             raise _too_large(self.pattern)
         self.free.append([])
@@ -64,19 +75,20 @@ class _FreeMoves:
 
 
 def compile(pattern: str, alphabet: str) -> CharacterAutomaton:
-    """The least automaton that accepts the texts over an alphabet that `re.fullmatch` accepts.
+    """The smallest automaton that accepts the same texts over an alphabet as `re.fullmatch`.
 
     Raises:
-        ValueError: where the pattern is none, depends on more than the text it matches, or needs too many states.
+        errors.UserError: where the pattern is not a regular expression, depends on more than the text that it matches
+            (anchors, lookaround, group references), or needs too many states.
     """
     automaton = _FreeMoves(pattern=pattern)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", FutureWarning)  # "Possible nested set": to be escaped
+            warnings.simplefilter("error", FutureWarning)  # "Possible nested set": must be escaped.
             tree = _parser.parse(pattern)
         end = _append(automaton, tree, automaton.state(), tree.state.flags)
     except (re.error, OverflowError, RecursionError, FutureWarning) as error:
-        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
+        raise errors.UserError(f"the pattern {pattern!r} is no regular expression: {error}") from error
     leaves = sorted({leaf for moves in automaton.moves for leaf, _ in moves})
     members = [set(re.findall(leaf, alphabet)) for leaf in leaves]
     signatures = [tuple(i for i, chars in enumerate(members) if char in chars) for char in alphabet]
@@ -94,7 +106,7 @@ def compile(pattern: str, alphabet: str) -> CharacterAutomaton:
 
 
 def _append(automaton: _FreeMoves, nodes: Any, state: int, flags: int) -> int:
-    """Appends what `re` has parsed to a state; where that ends."""
+    """Adds the nodes that `re` has parsed after a state; returns the state in which they end."""
     for op, value in nodes:
         name = str(op)
         if name in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
@@ -110,16 +122,15 @@ def _append(automaton: _FreeMoves, nodes: Any, state: int, flags: int) -> int:
         elif name in ("MAX_REPEAT", "MIN_REPEAT"):
             state = _repeat(automaton, value, state, flags)
         else:
-            raise ValueError(
-                f"the pattern {automaton.pattern!r} holds {_REFUSED.get(name, f'{name}, which is not known here')}"
-            )
+            what, remedy = _REFUSED.get(name, (f"{name}, which is not known here", ""))
+            raise errors.UserError(f"the pattern {automaton.pattern!r} holds {what}", remedy=remedy)
     return state
 
 
 def _repeat(automaton: _FreeMoves, value: Any, state: int, flags: int) -> int:
     least, most, part = value
     for _ in range(least):
-        # A state of its own, so that even of nothing there are not too many.
+        # Each repetition adds a state, so that the limit on states also stops repetitions of nothing.
         state = _append(automaton, part, automaton.state(state), flags)
     if most == _parser.MAXREPEAT:
         state = automaton.state(state)
@@ -132,7 +143,7 @@ def _repeat(automaton: _FreeMoves, value: Any, state: int, flags: int) -> int:
 
 
 def _leaf(name: str, value: Any, flags: int) -> str:
-    """A regular expression for one character, flags included."""
+    """A regular expression that matches the same single character as a parsed node, flags included."""
     char = "\\U{:08x}".format
     if name == "ANY":
         body = "."
@@ -155,7 +166,10 @@ def _leaf(name: str, value: Any, flags: int) -> str:
 def _determinize(
     automaton: _FreeMoves, end: int, classes: dict[str, list[int]], num_classes: int
 ) -> tuple[Int[np.ndarray, "S K"], Bool[np.ndarray, "S"]]:
-    """The automaton over sets of states, each a number whose bits they are; the empty one is `DEAD`, the start is 1."""
+    """The deterministic automaton over sets of states; the empty set is `DEAD`, the start is state 1.
+
+    A set is a whole number with a bit for each of its states.
+    """
     reached: dict[int, int] = {}
 
     def closure(state: int) -> int:
@@ -193,7 +207,10 @@ def _determinize(
 
 
 def _minimize(next_state: Int[np.ndarray, "S K"], is_accepting: Bool[np.ndarray, "S"]) -> Int[np.ndarray, " S"]:
-    """Which of the states that no text tells apart each state is; numbered by their first, so `DEAD` stays."""
+    """Groups states that no text tells apart; returns each state's group.
+
+    Groups are numbered in the order of their first states, so `DEAD` stays 0.
+    """
     group, count = is_accepting.astype(np.int32), 0
     while True:
         seen: dict[bytes, int] = {}
@@ -204,7 +221,8 @@ def _minimize(next_state: Int[np.ndarray, "S K"], is_accepting: Bool[np.ndarray,
         count = len(seen)
 
 
-def _too_large(pattern: str) -> ValueError:
-    return ValueError(
-        f"the pattern {pattern!r} needs more than {_MAX_STATES} states: write smaller counts, or fewer alternatives"
+def _too_large(pattern: str) -> errors.UserError:
+    return errors.UserError(
+        f"the pattern {pattern!r} needs more than {_MAX_STATES} states",
+        remedy="write smaller counts, or fewer alternatives",
     )

@@ -1,6 +1,7 @@
-"""Text longer than the model: block after block, each drawn after the end of what there is (semi-autoregressive).
+"""Draws texts longer than the model's length, block after block (semi-autoregressive).
 
-The model sees windows of its own length only, so a text is coherent as far as its last tokens carry.
+Each block continues the text so far. The model sees only a window of its own length, so what came before the window
+does not influence a block.
 """
 
 from typing import Any
@@ -26,7 +27,10 @@ def sample(
     watch: terminals.Watch | None = None,
     **settings: Any,
 ) -> list[generate.Sample]:
-    """`generate.generate` of texts that are longer than the model; `num_tokens` and `block` are those of `draw`."""
+    """Draws texts longer than the model's length from a checkpoint of a run.
+
+    `num_tokens` and `block` are those of `draw`; the other arguments and the errors are those of `generate.generate`.
+    """
     run = runs.load(workdir)
     changed = run.sampling(**settings)
     template = templates.read(run, written)
@@ -37,7 +41,12 @@ def sample(
 
 
 def check(run: runs.Run, template: templates.Template, num_tokens: int, block: int | None) -> None:
-    """Raises errors.UserError where the first window is all there is or not whole, or a block leaves nothing to see."""
+    """Checks the sizes of a long text.
+
+    Raises:
+        errors.UserError: where the text fits in one window, the template does not fill the first window, or a block
+            leaves no room for tokens before it.
+    """
     length = run.config.data.length
     if num_tokens <= length:
         raise errors.UserError(
@@ -66,16 +75,19 @@ def draw(
     seed: int,
     watch: terminals.Watch | None = None,
 ) -> list[generate.Sample]:
-    """Draws texts that begin as `generate.draw_samples` draws them, and go on.
+    """Draws texts whose first window is that of `generate.draw_samples`, and continues them.
 
     Args:
         opened: the run.
-        template: what is known of the first window, which is drawn whole.
-        settings: how many, and how each window is drawn.
+        template: what is known of the first window, which is drawn as a whole.
+        settings: number of texts, and how each window is drawn.
         num_tokens: tokens of a text.
-        block: tokens that each further window adds after those it sees; half of the model's length if None.
-        seed: of everything random.
-        watch: see `generate.generate`; of each window.
+        block: tokens that each further window adds after those that it sees; half of the model's length if None.
+        seed: seed of all random numbers.
+        watch: see `generate.generate`; steps are those of each window.
+
+    Raises:
+        errors.UserError: as `generate.draw_samples` does.
     """
     run, length = opened.run, opened.run.config.data.length
     block = length // 2 if block is None else block
@@ -110,5 +122,5 @@ def draw(
 
 
 def _seeds(seed: int, number: int) -> list[int]:
-    """A seed for each window; the first is drawn as `generate.draw_samples` draws it."""
+    """A seed for each window; the first is `seed` itself, so that its window is that of `generate.draw_samples`."""
     return [seed, *np.random.SeedSequence(seed).generate_state(number - 1).tolist()]

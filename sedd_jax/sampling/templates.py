@@ -1,4 +1,4 @@
-"""What is known of a text beforehand: a template with gaps, a prefix, a suffix."""
+"""Templates: what is known of a text before it is drawn, as text with gaps, or as a prefix and a suffix."""
 
 import dataclasses
 import re
@@ -13,22 +13,22 @@ from sedd_jax import runs
 from sedd_jax.runtime import errors
 from sedd_jax.sampling import constraints, patterns
 
-# A pattern may hold braces of its own, escaped or as in [0-9]{2}.
+# A pattern may itself hold braces: escaped, or in pairs as in [0-9]{2}.
 _GAP = re.compile(r"\{\{|\}\}|\{(\d+)(?::((?:[^{}\\]|\\.|\{[^{}]*\})*))?\}|\{[^{}]*\}?|\}", re.DOTALL)
-# Known tokens, or how many are to be filled, with what their text is to match.
+# Known tokens; or a gap: its number of tokens, and the pattern that its text must match (None for any text).
 Part = Int[np.ndarray, "..."] | tuple[int, str | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Template:
-    """Known tokens and gaps, padded with one last gap to the length the model was trained on.
+    """Known tokens and gaps, padded with one last gap to the length L that the model was trained on.
 
     Attributes:
-        tokens: known tokens, 0 in gaps.
-        is_given: where they are known.
-        length: tokens that are shown; what follows is generated too, since the model knows only its full length, and
-            cut.
-        gaps: those whose text is to match a pattern.
+        tokens: known tokens; 0 in gaps.
+        is_given: where tokens are known.
+        length: number of tokens that are shown. The rest is drawn too, since the model knows only its full length, and
+            then cut.
+        gaps: the gaps whose text must match a pattern.
     """
 
     tokens: Int[np.ndarray, "L"]
@@ -38,7 +38,7 @@ class Template:
 
 
 class Written(NamedTuple):
-    """What is known of a text as a user writes it: a template, or a prefix and a suffix, or nothing."""
+    """What a user writes of a text: a template, or a prefix and a suffix, or nothing."""
 
     template: str = ""
     prefix: str = ""
@@ -46,10 +46,10 @@ class Written(NamedTuple):
 
 
 def read(run: runs.Run, written: Written) -> Template:
-    """What is known, by `around` or by `parse`.
+    """The template that a user has written: by `around` if there is a prefix or a suffix, else by `parse`.
 
     Raises:
-        errors.UserError: as they do, and where both are asked for.
+        errors.UserError: as these do; and where a template is combined with a prefix or a suffix.
     """
     template, prefix, suffix = written
     if template and (prefix or suffix):
@@ -62,13 +62,14 @@ def read(run: runs.Run, written: Written) -> Template:
 
 
 def parse(run: runs.Run, template: str) -> Template:
-    """Reads "Hi, my name is {32} and": {n} is a gap of n tokens, {{ and }} are braces; "" is one gap of full length.
+    """Reads a template such as "Hi, my name is {32} and".
 
-    {n:REGEX} is a gap whose text matches a regular expression, see `patterns`.
+    {n} is a gap of n tokens, and {n:REGEX} one whose text must match a regular expression (see `patterns`). {{ and }}
+    are braces. "" is one gap of the model's length.
 
     Raises:
-        errors.UserError: where a brace is neither, the template is longer than the model, or text is not in its
-            vocabulary.
+        errors.UserError: where a brace has another form, the template is longer than the model, or the vocabulary lacks
+            a part of the text.
     """
     parts: list[Part] = []
     text, position = "", 0
@@ -83,6 +84,12 @@ def parse(run: runs.Run, template: str) -> Template:
                 field="template",
                 remedy="a gap is {n} with n tokens to fill, or {n:REGEX}, a brace itself is {{ or }}",
             )
+        elif len(match.group(1)) > 9:
+            raise errors.UserError(
+                f"has a gap whose length has {len(match.group(1))} digits, at position {match.start()}",
+                field="template",
+                remedy=f"the model's length is {run.config.data.length}",
+            )
         else:
             parts += [_encode(run, text), (int(match.group(1)), match.group(2))]
             text = ""
@@ -93,16 +100,16 @@ def parse(run: runs.Run, template: str) -> Template:
 def _encode(run: runs.Run, text: str) -> Int[np.ndarray, "n"]:
     try:
         return run.tokenizer.encode(text)
-    except ValueError as error:
+    except errors.UserError as error:
         shown = text if len(text) <= 40 else text[:40] + "…"
-        raise errors.UserError(f"in the text {shown!r}, {error}") from error
+        raise errors.UserError(f"in the text {shown!r}, {error.worded(errors.name)}") from error
 
 
 def around(run: runs.Run, prefix: str, suffix: str) -> Template:
-    """Text at the start and at the end of the model's full length, one gap between.
+    """A template of the model's length: text at its start and its end, and one gap between them.
 
     Raises:
-        errors.UserError: where both together leave no gap, or are outside the vocabulary.
+        errors.UserError: where prefix and suffix leave no gap, or the vocabulary lacks a part of them.
     """
     start, end = _encode(run, prefix), _encode(run, suffix)
     gap = run.config.data.length - len(start) - len(end)
@@ -116,10 +123,10 @@ def around(run: runs.Run, prefix: str, suffix: str) -> Template:
 
 
 def assemble(run: runs.Run, parts: list[Part], shown: int | None = None) -> Template:
-    """Known tokens and gaps one after another; `shown` tokens of them, or all.
+    """The template of known tokens and gaps, one after the other; its `length` is `shown`, or that of all parts.
 
     Raises:
-        errors.UserError: where they are longer than the model.
+        errors.UserError: where the parts are longer than the model.
     """
     length = run.config.data.length
     sizes = [part[0] if isinstance(part, tuple) else len(part) for part in parts]
@@ -141,10 +148,11 @@ def assemble(run: runs.Run, parts: list[Part], shown: int | None = None) -> Temp
 
 
 def compile_patterns(run: runs.Run, templates: Sequence[Template]) -> constraints.Patterns | None:
-    """The patterns of a batch of templates; None where there are none.
+    """Compiles the patterns of a batch of templates; None if there are none.
 
     Raises:
-        errors.UserError: where one is none or cannot be matched, or the run does not fill gaps mask by mask.
+        errors.UserError: where a pattern is not a regular expression or cannot be matched, or the run has no masks to
+            fill (uniform graph, autoregressive baseline).
     """
     gaps = [gap for template in templates for gap in template.gaps]
     if not gaps:

@@ -1,11 +1,11 @@
-"""The one engine of sampling: a batch whose sequences are at steps of their own.
+"""The sampling engine: a batch of sequences, each of which may be at a different step.
 
-For lists of prompts this is continuous batching: a slot whose sequence is finished takes the next one, so none waits.
-A plain batch is the case where all sequences are at the same step. Draws of different slots and iterations are
-independent, so a sequence has the distribution that it has in a batch of its own.
+For lists of prompts this is continuous batching: a slot whose sequence is finished takes the next one, so no slot
+waits. In a plain batch all sequences are at the same step. Draws of different slots and iterations are independent, so
+a sequence has the same distribution as in a batch of its own.
 
-An iteration is a step of every sequence, or its repetition by a corrector. The iteration after a sequence's last step
-denoises it.
+In one iteration every sequence takes a step, or a corrector step that repeats it. The iteration after a sequence's last
+step denoises it.
 """
 
 import functools
@@ -24,16 +24,17 @@ from sedd_jax.sampling import constraints, draws
 
 
 class Rules(NamedTuple):
-    """How all sequences are filled; compiled programs are functions of it.
+    """How all sequences are filled. Programs are compiled for each value of it.
 
     Attributes:
         process: the forward process.
-        sampler: how it is reversed.
+        sampler: how the forward process is reversed.
         control: how the distribution of each token is changed.
         draw: precision of the sampling noise, a name in `score_draws.DRAWS`.
-        eos_id: the end of text whose drawing finishes a sequence; None where none does.
-        pads: whether nobody attends to what follows a sequence's own length.
-        is_together: whether all sequences are at the same step, and `finish` takes their last evaluation.
+        eos_id: id of the end-of-text token; a sequence is finished once it has drawn one and has no mask before it.
+            None if no token ends a sequence.
+        pads: whether attention ignores what follows a sequence's own length.
+        is_together: whether all sequences are at the same step; then `finish` makes their last evaluation.
     """
 
     process: forward.Process
@@ -46,19 +47,19 @@ class Rules(NamedTuple):
 
     @property
     def repeats(self) -> int:
-        """Iterations of a step."""
+        """Iterations per step: the step, and its corrector steps."""
         return 1 + self.sampler.corrector_steps
 
 
 class Sequences(NamedTuple):
-    """Sequences to be filled.
+    """Sequences to be filled, one for each of the B slots.
 
     Attributes:
-        given: known tokens; what is behind a sequence's end counts as known where it must not be filled.
-        lengths: tokens of each sequence that are asked for.
-        num_steps: steps of each before its last evaluation.
-        is_busy: whether there is a sequence in the slot.
-        places: of gaps with patterns; None where no sequence has any.
+        given: known tokens. Positions after a sequence's end count as known where they must not be filled.
+        lengths: number of tokens of each sequence that are wanted.
+        num_steps: steps of each sequence before its last evaluation.
+        is_busy: whether the slot has a sequence.
+        places: positions of gaps with patterns; None if no sequence has any.
     """
 
     given: steps.Given
@@ -69,10 +70,10 @@ class Sequences(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The sequences in work, each in its slot; attributes as in `Sequences`.
+    """The sequences that are being filled, each in its slot; attributes as in `Sequences`, and one more.
 
     Attributes:
-        batch: their states, as samplers see them.
+        batch: the sequences as samplers see them: known tokens, states, iterations and steps.
     """
 
     batch: steps.Batch
@@ -82,13 +83,13 @@ class Slots(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """What runs on the devices.
+    """Compiled functions that run on the devices.
 
     Attributes:
-        begin_fn: (key of the limit, key of plans, sequences) -> slots, as `begin`.
-        put_fn: (key, slots, which are new, sequences) -> slots, as `put`.
-        advance_fn: ((parameters, patterns' automaton), key, slots, start, stop) -> as `advance`.
-        finish_fn: (the same two, key, key of the last evaluation, slots) -> clean tokens.
+        begin_fn: (key_limit, key_plan, sequences) -> slots; see `begin`.
+        put_fn: (key, slots, is_new, sequences) -> slots; see `put`.
+        advance_fn: ((parameters, automaton of the patterns), key, slots, start, stop) -> see `advance`.
+        finish_fn: ((parameters, automaton), key, key of the last evaluation, slots) -> clean tokens.
     """
 
     begin_fn: Callable[..., Slots]
@@ -98,7 +99,7 @@ class Programs(NamedTuple):
 
 
 def nobody(shape: tuple[int, int], *, has_patterns: bool = False) -> Sequences:
-    """No sequence in any slot; `has_patterns` says whether there will be gaps with patterns."""
+    """Empty slots, [B, L] = `shape`; `has_patterns` says whether later sequences may have gaps with patterns."""
     none, tokens = jnp.zeros(shape[0], jnp.int32), jnp.zeros(shape, jnp.int32)
     places = constraints.Places(tokens - 1, tokens > 0, tokens > 0) if has_patterns else None
     given = steps.Given(tokens, jnp.ones(shape, bool))
@@ -106,13 +107,13 @@ def nobody(shape: tuple[int, int], *, has_patterns: bool = False) -> Sequences:
 
 
 def begin(key_limit: Key[Array, ""], key_plan: Key[Array, ""], rules: Rules, sequences: Sequences) -> Slots:
-    """Sequences at the start of their trajectories.
+    """Puts sequences at the start of their trajectories.
 
     Args:
-        key_limit: of what they start with.
-        key_plan: of what the sampler draws beforehand.
-        rules: how they are filled.
-        sequences: what is known of them.
+        key_limit: key of the tokens that they start with.
+        key_plan: key of what the sampler draws beforehand.
+        rules: how sequences are filled.
+        sequences: what is known of each.
     """
     given = sequences.given
     xt = given.clamp(rules.process.graph.sample_limit(key_limit, given.tokens.shape))
@@ -123,7 +124,7 @@ def begin(key_limit: Key[Array, ""], key_plan: Key[Array, ""], rules: Rules, seq
 
 
 def put(key: Key[Array, ""], rules: Rules, slots: Slots, is_new: Bool[Array, "B"], sequences: Sequences) -> Slots:
-    """Puts other sequences, at the start of their trajectories, or none, into the slots where `is_new`."""
+    """Puts new sequences, at the start of their trajectories, into the slots where `is_new`; or empties these slots."""
     key_limit, key_plan = jax.random.split(key)
     new = begin(key_limit, key_plan, rules, sequences)
     return jax.tree.map(lambda new, old: steps.where(is_new, new, old), new, slots)
@@ -139,14 +140,14 @@ def advance(
 ) -> tuple[Int[Array, ""], Slots, Bool[Array, "B"]]:
     """Takes iterations until a sequence is finished, all slots are empty, or iteration `stop` is next.
 
-    Sequences that are together go on to `stop`, or until their sampler has nothing left to do.
+    With `rules.is_together`, iterations go on to `stop`, or until the sampler has nothing left to do.
 
     Args:
-        key: of all iterations, each of which folds its number in, so that any split into calls gives the same tokens.
+        key: key of all iterations. Each folds in its number, so any split into calls gives the same tokens.
         rules: how sequences are filled.
-        draws_fn: the network for the sequences in work.
-        slots: the sequences in work.
-        start: number of the first iteration; traced, as `stop` is: one compilation serves every number of steps.
+        draws_fn: slots -> the network, as the sampler calls it.
+        slots: the sequences that are being filled.
+        start: number of the first iteration. It is traced, as `stop` is, so one compilation serves any number of steps.
         stop: number of the iteration to stop before.
 
     Returns:
@@ -178,17 +179,21 @@ def _has_work(rules: Rules, slots: Slots) -> Bool[Array, ""]:
 
 
 def _is_unfilled(rules: Rules, slots: Slots) -> Bool[Array, "B L"]:
-    """Where a mask is left to a sampler that ends with them, or all of a sequence that a corrector has begun with."""
+    """Positions that a sampler with `ends_with_masks` still has to fill: masks.
+
+    While a sequence is between a step and the last of its corrector steps, all its positions count.
+    """
     batch = slots.batch
     is_mask = ~batch.given.is_given & rules.process.graph.is_noise(batch.xt)
     return is_mask | (batch.iteration % rules.repeats > 0)[:, None]
 
 
 def is_finished(rules: Rules, slots: Slots) -> Bool[Array, "B"]:
-    """Whether nothing that is asked for can change any more: the last step is taken, or no mask is left.
+    """Which sequences are finished: their last evaluation is made, or no wanted token can change any more.
 
-    Masks behind what is asked for, or behind a drawn end of text, do not count, since a token that is drawn stays.
-    Where corrector steps draw it again, and without a mask, only the last step and the lack of gaps count.
+    On a graph with a mask and without corrector steps, a drawn token stays. So a sequence is finished once no mask is
+    left; masks after the wanted tokens, or after a drawn end of text, do not count. In all other cases a sequence is
+    finished early only if it has no gap, or if the sampler `ends_with_masks` and none is left.
     """
     batch, graph = slots.batch, rules.process.graph
     may_move = ~batch.given.is_given
@@ -205,7 +210,7 @@ def is_finished(rules: Rules, slots: Slots) -> Bool[Array, "B"]:
 
 @functools.lru_cache(maxsize=32)
 def make_programs(network: networks.NetworkConfig, rules: Rules) -> Programs:
-    """The programs of a network, compiled once for each number of slots and length."""
+    """The programs of a network; each compiles once for each number of slots and each length."""
 
     def draws_of(inputs: tuple[networks.Params, constraints.Automaton | None], slots: Slots) -> steps.Draws:
         params, automaton = inputs
@@ -218,7 +223,7 @@ def make_programs(network: networks.NetworkConfig, rules: Rules) -> Programs:
             else constraints.Patterns(automaton, slots.places),
             control=rules.control,
             draw=rules.draw,
-            # A slot that is empty, or waits to be emptied, has no tokens, but attention needs one.
+            # An empty slot, or one that is about to be emptied, has no tokens, but attention needs one.
             lengths=jnp.maximum(slots.lengths, 1) if rules.pads else None,
         )
         return own.draws
@@ -228,7 +233,7 @@ def make_programs(network: networks.NetworkConfig, rules: Rules) -> Programs:
             rules.sampler.finish(key, key_last, draws_of(inputs, slots), rules.process, slots.batch)
         )
 
-    # Every process holds all of it, and all decide alike.
+    # Results are replicated, so that all processes see the same slots and decide alike.
     whole = functools.partial(jax.tree.map, sharding.replicate)
     return Programs(
         begin_fn=jax.jit(lambda key_limit, key_plan, sequences: whole(begin(key_limit, key_plan, rules, sequences))),

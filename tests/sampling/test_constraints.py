@@ -1,4 +1,4 @@
-"""Gaps with a pattern are drawn from their joint law, whatever is known and however unlikely a match is."""
+"""Gaps with a pattern are drawn from their joint distribution, whatever is known and however unlikely a match is."""
 
 import itertools
 import re
@@ -17,7 +17,7 @@ LETTERS = "abcd"
 TOKENIZER = alphabets.Characters(alphabet=LETTERS)
 GRAPH = graphs.Absorbing(vocab_size=4, mask_id=4)
 NUM_DRAWS = 20_000
-# Of two gaps, the first two rows of a batch; the third has one gap only, as long as all.
+# Gaps of the three sequences of a batch. The first two have two gaps each, the third has one gap of full length.
 ROWS = (
     (patterns.Gap(1, 3, "a*(b|cc)"), patterns.Gap(5, 2, "(ab|ba|[cd]d)+")),
     (patterns.Gap(0, 2, "(ab|ba|[cd]d)+"), patterns.Gap(2, 3, "a*(b|cc)")),
@@ -41,7 +41,7 @@ def _stack(rows, automaton, initial, length=LENGTH) -> constraints.Places:
 
 
 def _draws(choose, automaton, places, log_weights, num_draws=NUM_DRAWS, seed=0) -> np.ndarray:
-    """Many draws of each row, [num_draws, B, L]; they are rows of one batch."""
+    """Many draws of each sequence, [num_draws, B, L], all made in one batch."""
     tile = lambda x: jnp.repeat(jnp.asarray(x), num_draws, axis=0)
     classes = choose(jax.random.key(seed), tile(log_weights), automaton, jax.tree.map(tile, places))
     return np.asarray(classes).reshape(len(log_weights), num_draws, -1).swapaxes(0, 1)
@@ -70,7 +70,7 @@ def _law(gap: patterns.Gap, automaton, log_weights) -> dict[tuple[int, ...], flo
 
 
 def _assert_follows(draws, gaps, automaton, log_weights) -> None:
-    """Gaps of a row are independent of each other, so the law of both is the product."""
+    """Gaps of a sequence are independent of each other, so their joint distribution is the product."""
     laws = [_law(gap, automaton, log_weights) for gap in gaps]
     outcomes = list(itertools.product(*laws))
     number = {sum(parts, ()): n for n, parts in enumerate(outcomes)}
@@ -84,7 +84,7 @@ def _assert_follows(draws, gaps, automaton, log_weights) -> None:
 
 
 def test_classes_follow_their_joint_law(compiled, choose):
-    """Two gaps in a row, gaps that touch, rows with patterns of their own."""
+    """Two gaps in a sequence, adjacent gaps, and different patterns in each sequence."""
     automaton, initial = compiled
     log_weights = 2 * np.random.default_rng(0).normal(size=(3, LENGTH, automaton.num_classes)).astype(np.float32)
     draws = _draws(choose, automaton, _stack(ROWS, automaton, initial), log_weights)
@@ -93,7 +93,7 @@ def test_classes_follow_their_joint_law(compiled, choose):
 
 
 def test_known_tokens_are_kept_and_the_rest_follows(compiled, choose):
-    """One known token inside of each gap; what a row knows elsewhere is nothing to it."""
+    """One token of each gap is known. Known tokens outside of a gap do not influence it."""
     automaton, initial = compiled
     log_weights = np.random.default_rng(1).normal(size=(3, LENGTH, automaton.num_classes)).astype(np.float32)
     xt = np.array([TOKENIZER.encode(text) for text in ("dacabdd", "baadaaa", "aaaadaa")])
@@ -110,7 +110,7 @@ def test_known_tokens_are_kept_and_the_rest_follows(compiled, choose):
 
 @pytest.mark.parametrize("log_odds", [-69.0, -1e3, -3e38])
 def test_unlikely_classes_still_match(compiled, choose, log_odds):
-    """At every position the classes that the pattern asks for have next to no weight, below what float32 holds."""
+    """At every position the classes that the pattern needs have almost no weight: less than float32 can hold."""
     automaton, initial = compiled
     k = automaton.class_of[TOKENIZER.encode(LETTERS)]
     log_weights = np.zeros((3, LENGTH, automaton.num_classes), np.float32)
@@ -126,7 +126,7 @@ def test_unlikely_classes_still_match(compiled, choose, log_odds):
 
 
 def test_odds_are_right_where_all_are_small(choose):
-    """Of paths that weigh e^-1000 and less, the relative weights count."""
+    """If all paths weigh e^-1000 or less, their relative weights decide."""
     pattern = "a{5}|b{5}|c{5}"
     automaton, initial = patterns.compile([pattern], TOKENIZER, GRAPH)
     k = automaton.class_of[TOKENIZER.encode(LETTERS)]
@@ -138,7 +138,7 @@ def test_odds_are_right_where_all_are_small(choose):
 
 
 def test_a_long_gap_keeps_its_odds(choose):
-    """A thousand positions that weigh e^-1000 each: odds of e^0.06 are still seen."""
+    """With a thousand positions that weigh e^-1000 each, odds of e^0.06 still have their effect."""
     pattern = "(aa|bb)*"
     automaton, initial = patterns.compile([pattern], TOKENIZER, GRAPH)
     a, b, _, _ = automaton.class_of[TOKENIZER.encode(LETTERS)]
@@ -152,7 +152,7 @@ def test_a_long_gap_keeps_its_odds(choose):
 
 
 def test_constants_do_not_matter(compiled, choose):
-    """What every class of a position has in common changes no draw."""
+    """A constant added to all log weights of a position changes no draw."""
     automaton, initial = compiled
     places = _stack(ROWS, automaton, initial)
     log_weights = np.random.default_rng(3).integers(-64, 64, (3, LENGTH, automaton.num_classes)) / np.float32(16)
@@ -165,7 +165,7 @@ def test_constants_do_not_matter(compiled, choose):
 
 
 def test_a_gap_that_nothing_fills_has_no_classes(compiled, choose):
-    """Known tokens contradict its pattern, at its start, end, or together; other gaps are drawn all the same."""
+    """Known tokens contradict its pattern: at its start, at its end, or together. Other gaps are drawn all the same."""
     automaton, initial = compiled
     places = _stack(ROWS[:1] * 4, automaton, initial)
     xt = np.array([TOKENIZER.encode(text) for text in ("adaaaaa", "aaadaaa", "aacbaaa", "aaaaaaa")])

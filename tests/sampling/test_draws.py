@@ -21,7 +21,7 @@ LENGTH, DRAWS = 4, 4000
 
 @pytest.fixture(scope="module")
 def product(request):
-    """A network whose features are the same whatever it reads: laws of positions are independent."""
+    """A network whose features do not depend on its input, so that positions are independent."""
     tokenizer = alphabets.Characters(alphabet="abc")
     graph = graphs.Absorbing(vocab_size=3, mask_id=3)
     config = networks.NetworkConfig(num_states=4, hidden_size=8, dtype="float32")
@@ -35,7 +35,7 @@ def product(request):
 
 @pytest.mark.parametrize(("known", "is_drawn"), [("", False), ("b", False), ("b", True)])
 def test_what_is_drawn_at_once_has_the_joint_law_of_texts_that_match(product, known, is_drawn, monkeypatch):
-    """All gaps in one evaluation: the product of the positions' laws, given that the text matches."""
+    """All gaps are filled in one evaluation: from the product of the positions, given that the text matches."""
     tokenizer, graph, config, params, features = product
     monkeypatch.setattr(networks, "apply", lambda model, xt, sigma, *_: jnp.broadcast_to(features, (*xt.shape, 8)))
     pattern = "a+b|(b|c){2}a*|cab.*"

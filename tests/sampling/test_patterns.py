@@ -27,7 +27,7 @@ def _bytes(tmp_path):
 
 
 def _byte_pairs(tmp_path):
-    """All single bytes, the first of them no text, and pairs among which some are no UTF-8."""
+    """All single bytes, of which the first is not text, and pairs, of which some are not UTF-8."""
     tokens = [bytes([(0xC3 + rank) % 256]) for rank in range(256)] + [
         b"ab",
         b"abb",
@@ -50,7 +50,7 @@ def _word_pieces(tmp_path):
 
 
 def _pieces(tmp_path):
-    """As others make them: a space before the text, a mask and more of its own, bytes for what has no piece."""
+    """A model as others make it: a space before the text, special pieces such as a mask, bytes for other characters."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a b ab ba é " * 20]),
@@ -77,7 +77,7 @@ BUILDERS = {
     "pieces": _pieces,
     "learned_pieces": _learned_pieces,
 }
-# Ids that are text, and not.
+# Number of ids that are text, and of ids that are not.
 NUM_TEXTS = {
     "characters": (7, 0),
     "bytes": (128, 128),
@@ -136,7 +136,7 @@ def test_special_pieces_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("pattern", ["[ab]+", "( ?(a|b)+)+", r"( a|\.|b)*é?", "[^a]*", ".*", r"\s?a\w*", "[A<b>]+"])
 def test_accepted_is_what_matches_when_decoded(tokenizer, pattern):
-    """All sequences of up to three of some tokens: text, parts of it, and what is special."""
+    """All sequences of up to three of some tokens: texts, parts of characters, and special tokens."""
     graph = _graph(tokenizer)
     texts = patterns.token_texts(tokenizer)
     automaton, initial = patterns.compile([pattern], tokenizer, graph)
@@ -154,7 +154,7 @@ def test_accepted_is_what_matches_when_decoded(tokenizer, pattern):
             )
             found.append(bool(expected))
             assert _accepts(automaton, initial[pattern].within, ids) == bool(expected), ids
-            # A space that is dropped at the start is no text, so that it is never drawn there.
+            # A space that decoding drops at the start is not text, so it is never drawn there.
             begins = is_text and all(patterns.first_texts(tokenizer)[id_] for id_ in ids[:1])
             expected = begins and re.fullmatch(pattern, tokenizer.decode(np.array(ids, np.int32)))
             assert _accepts(automaton, initial[pattern].first, ids) == bool(expected), ids
@@ -173,12 +173,12 @@ def test_a_gap_at_the_start_of_a_text_needs_no_space(name, tmp_path):
     patterns.check(patterns.Gap(1, 1, " b"), automaton, initial)
     with pytest.raises(ValueError, match=r"\{1: b\} cannot be filled"):
         patterns.check(patterns.Gap(0, 1, " b"), automaton, initial)
-    # Who checks one gap of each kind checks both.
+    # The two gaps are of different kinds, so a check of each kind checks both.
     assert len(patterns.kinds([patterns.Gap(0, 1, " b"), patterns.Gap(1, 1, " b"), patterns.Gap(5, 1, " b")])) == 2
 
 
 def test_patterns_share_one_automaton(tmp_path):
-    """Each has states of its own, and tokens that any of them tells apart are in classes of their own."""
+    """Each pattern has its own states, and tokens that any pattern tells apart are in different classes."""
     tokenizer = _characters(tmp_path)
     several = ["[ab]+", "ac|é", "[ab]+", "c{2,3}"]
     automaton, initial = patterns.compile(several, tokenizer, _graph(tokenizer))
@@ -199,7 +199,7 @@ def test_patterns_share_one_automaton(tmp_path):
 
 
 def test_the_mask_may_be_any_state_and_is_never_allowed(tmp_path):
-    """The classes of the uniform graph, which has no mask of its own, are the same."""
+    """The uniform graph, which has no mask, has the same classes."""
     tokenizer = _word_pieces(tmp_path)
     for graph in (_graph(tokenizer), graphs.Uniform(vocab_size=tokenizer.vocab_size + 1)):
         automaton, initial = patterns.compile([".+"], tokenizer, graph)
@@ -247,7 +247,7 @@ def test_lengths_count_tokens_not_characters(tmp_path):
 
 
 def test_many_patterns_are_checked_in_little_memory(tmp_path):
-    """A list of prompts may have a pattern of its own on each line."""
+    """A list of prompts may have a different pattern on each line."""
     tokenizer = _characters(tmp_path)
     many = ["[abc]{1,60}" + "".join(word) + "[abc]*" for word in itertools.product("abc", repeat=4)]
     automaton, initial = patterns.compile(many, tokenizer, _graph(tokenizer))

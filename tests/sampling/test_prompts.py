@@ -1,4 +1,4 @@
-"""`sedd sample --prompts`: a text for every line, in order; what is finished is kept; bad lines are named."""
+"""`sedd sample --prompts`: a text for every line, in order; finished texts are kept; errors name the line."""
 
 import contextlib
 import io
@@ -49,14 +49,14 @@ def test_every_line_is_answered_in_its_order_and_a_stop_loses_nothing(arguments,
         assert one["text"].endswith(prompt.get("suffix", prompt.get("template", "").rpartition("}")[2]))
         assert len(one["text"]) == {"a = {3}": 7, "{2}1\nb = 2{1}": 10}.get(prompt.get("template"), 32)
         assert (one["seed"], one["sampler"], one["fit"], one["stop_at_eos"]) == (3, "first_hitting", False, False)
-    # The file has the same, in the order in which texts were finished: short ones overtake.
+    # The file has the same texts, in the order in which they were finished: short ones come earlier.
     out = tmp_path / "out.jsonl"
     lines = out.read_text(encoding="utf-8").splitlines()
     written = [json.loads(line) for line in lines]
     assert sorted(written, key=lambda one: one["index"]) == found
     assert [one["index"] for one in written] != list(range(12))
 
-    # Stopped after five texts, within a character of the sixth line.
+    # Stopped after five texts, in the middle of a character of the sixth line.
     out.write_bytes("\n".join([*lines[:5], '{"text": "é']).encode()[:-1])
     asked, draw = [], refill.draw
 
@@ -68,7 +68,7 @@ def test_every_line_is_answered_in_its_order_and_a_stop_loses_nothing(arguments,
     again = json.loads(call(*arguments)[1].splitlines()[-1])
     ((num_left, seed),) = asked
     assert num_left == 7
-    # Not drawn as others were before, whose places they take.
+    # They take the slots of finished texts, so they must not get the same random numbers.
     assert seed != 3
     kept = [json.loads(line)["index"] for line in lines[:5]]
     assert [again[i] for i in kept] == [found[i] for i in kept]
@@ -147,7 +147,7 @@ def test_the_command_answers_bad_input_with_one_line(code_run, argv, message):
 
 
 def test_a_seed_is_no_negative_number(code_run):
-    """NumPy's seeds, which continue a list, cannot be."""
+    """NumPy's seeds, from which a stopped list continues, cannot be negative."""
     status, out, err = call("sample", f"--workdir={code_run}", "--seed=-1")
     assert (status, out) == (2, "")
     assert "--seed=-1" in err

@@ -1,4 +1,4 @@
-"""Texts for many templates: each comes once, padding is never attended, and text ends where it should."""
+"""Texts for many templates: each is drawn once, padding is never attended to, and texts end where they should."""
 
 import dataclasses
 import re
@@ -27,7 +27,7 @@ def opened(code_run):
 
 
 def draw(opened, asked, *, seed=0, **how):
-    """(index, tokens, evaluations) in the order in which they come, and texts by index."""
+    """The finished sequences in the order in which they come, and the texts by index."""
     run = dataclasses.replace(opened.run, tokenizer=how.pop("tokenizer", opened.run.tokenizer))
     opened, watch = dataclasses.replace(opened, run=run), how.pop("watch", None)
     ends = refill.Ends(**{name: how.pop(name) for name in refill.Ends._fields if name in how})
@@ -74,7 +74,7 @@ def test_fitting_takes_evaluations_for_the_gaps_of_the_template_alone(opened):
 
 @pytest.fixture
 def network(monkeypatch):
-    """In place of the network: features that turn on all that is attended to, and the shapes it was called with."""
+    """Replaces the network: features depend on all tokens that are attended to; gives the shapes of its calls."""
     seen = []
 
     def apply(model, xt, sigma, dropout_key, lengths):
@@ -133,7 +133,7 @@ def test_templates_of_other_padded_lengths_are_batches_of_their_own(opened, netw
 
 
 class Ending(alphabets.Characters):
-    """Characters of which the first is the end of text."""
+    """Characters; the first one is the end of text."""
 
     eos_id = 0
 
@@ -150,7 +150,7 @@ def test_text_ends_before_the_first_end_that_is_drawn(opened):
     assert max(lengths) <= 22
     assert len(lengths) > 3
     assert {len(text) for text in draw(opened, asked, tokenizer=tokenizer)[1].values()} == {22}
-    # A given end ends nothing.
+    # A known end-of-text token ends no text.
     assert all(text.endswith(end) for text in stopped.values() if len(text) == 22)
 
 

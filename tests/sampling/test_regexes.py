@@ -1,4 +1,4 @@
-"""Automata over characters accept what `re.fullmatch` accepts, with as few states as can be; the rest is refused."""
+"""Automata over characters accept what `re.fullmatch` accepts, with the fewest states; other patterns are refused."""
 
 import itertools
 import re
@@ -63,11 +63,11 @@ def test_accepted_is_what_matches_as_a_whole(pattern):
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, "[^ab]*x", r"[^\s\S]"])
 def test_states_are_live_and_different(pattern):
-    """From every state but the dead one some text matches, and no two states are followed by the same texts."""
+    """From every state but the dead one some text matches, and no two states accept the same texts."""
     automaton = regexes.compile(pattern, ALPHABET)
     num_states = len(automaton.next_state)
     assert (automaton.next_state[regexes.DEAD] == regexes.DEAD).all()
-    # Round k: states that texts of at most k characters tell apart.
+    # After round k: pairs of states that some text of at most k characters tells apart.
     different = automaton.is_accepting[:, None] != automaton.is_accepting[None]
     for _ in range(num_states):
         of_next = different[automaton.next_state[:, None], automaton.next_state[None]]

@@ -1,4 +1,4 @@
-"""Texts longer than the model: what each window sees, and that its end is where the next begins."""
+"""Texts longer than the model's length: what each window sees, and that each continues the one before."""
 
 import json
 

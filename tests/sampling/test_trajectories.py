@@ -1,4 +1,4 @@
-"""Sequences at steps of their own: each has the law of a batch of its own, at no more evaluations than it needs."""
+"""Sequences at different steps: each has the distribution of a batch of its own, with no evaluation too many."""
 
 import heapq
 
@@ -24,7 +24,7 @@ DRAWS = 2000
 
 
 def exact_draws(kind, seen=None):
-    """The exact score at every sequence's own noise, drawn from as whole arrays; `seen` is told of evaluations."""
+    """Draws from the exact score, as a whole array, at every sequence's own noise; `seen` gets each evaluation's xt."""
     exact = oracles.exact_score_fn(GRAPHS[kind], P0[kind])
 
     def evaluate(xt, sigma):
@@ -57,20 +57,20 @@ def programs_of(rules, draws):
 
 
 def in_one_batch(key, rules, draws, given, num_steps):
-    """As `generate` draws: all sequences at the same step, all steps taken."""
+    """Draws as `generate` does: all sequences at the same step, and all steps taken."""
     sample = lambda key: oracles.sample(key, rules.sampler, draws, rules.process, given, num_steps)
     return np.asarray(jax.jit(sample)(key))
 
 
 def templates(length):
-    """A sequence of which nothing is known, and one whose second token is, with other numbers of steps."""
+    """A sequence without known tokens, and one whose second token is known; they have different numbers of steps."""
     nothing = refill.Row(0, np.zeros(length, np.int32), np.zeros(length, bool), length, 3)
     second = refill.Row(1, np.full(length, 1, np.int32), np.arange(length) == 1, length, 2)
     return nothing, second
 
 
 def refilled(rules, draws, num_slots=60):
-    """Both templates by turns in an irregular order, `DRAWS` of each, through few places: their tokens."""
+    """Tokens of both templates, `DRAWS` of each, drawn in a random order through few slots."""
     length = P0["absorb" if rules.process.graph.has_mask else "uniform"].ndim
     order = np.random.default_rng(0).permutation(np.repeat([0, 1], DRAWS))
     rows = [templates(length)[kind]._replace(index=i) for i, kind in enumerate(order)]
@@ -87,7 +87,7 @@ def outcomes(tokens):
 
 
 def same_law_p(one, other):
-    """p-value of two lists of outcomes under one law."""
+    """p-value of the hypothesis that two lists of outcomes have the same distribution."""
     counts = np.stack([np.bincount(x, minlength=max(one.max(), other.max()) + 1) for x in (one, other)])
     rare = counts.sum(0) < 20
     counts = np.concatenate([counts[:, ~rare], counts[:, rare].sum(1, keepdims=True)], axis=1)
@@ -121,7 +121,7 @@ def test_a_refilled_place_has_the_law_of_a_batch_of_its_own(kind, sampler, corre
 
 
 def cut(tokens, is_given, eos_id):
-    """Texts up to the first drawn end, as numbers."""
+    """Texts up to the first drawn end of text, each as a number."""
     ends = (tokens == eos_id) & ~is_given
     kept = np.where(np.cumsum(ends, axis=1) > 0, N, tokens)
     return kept @ ((N + 1) ** np.arange(tokens.shape[1]))
@@ -136,7 +136,7 @@ def test_text_before_a_drawn_end_has_the_same_law_though_what_follows_is_left_ou
         alone = in_one_batch(jax.random.key(2), rules_of("absorb", sampler), draws, given, row.num_steps)
         assert same_law_p(cut(ours, row.is_given, 1), cut(alone, row.is_given, 1)) > 1e-4
         left_out += (ours == N).any(1).mean()
-        # Where no end is drawn nothing is left out; an end that is given is none.
+        # Without a drawn end of text nothing is left out; a known one does not count.
         assert (ours[~((ours == 1) & ~row.is_given).any(1)] != N).all()
     assert left_out > 0.05
 
@@ -150,7 +150,7 @@ def rows_with_gaps(num_gaps, length, num_steps):
 
 
 def filling_draws(seen, token=0):
-    """All that may move becomes one token."""
+    """Draws that turn every position that may move into one token; `seen` gets each evaluation's sigma."""
 
     def evaluate(xt, sigma):
         jax.debug.callback(lambda sigma: seen.append(np.asarray(sigma)), sigma)
@@ -170,16 +170,16 @@ def test_first_hitting_takes_as_many_evaluations_as_gaps_and_no_place_waits():
     drawn = list(refill.drive(programs, None, jax.random.key(0), rows, num_slots))
     jax.effects_barrier()
     assert {row.index: turns for row, _, turns in drawn} == dict(enumerate(num_gaps))
-    # Whichever place is free first takes the next.
+    # The slot that is free first takes the next sequence.
     free_at = [0] * num_slots
     for gaps in num_gaps:
         heapq.heapreplace(free_at, free_at[0] + gaps)
     assert len(seen) == max(free_at)
     assert len(seen) < sum(max(num_gaps[i : i + num_slots]) for i in range(0, len(num_gaps), num_slots))
-    # Few steps fill several gaps each.
+    # With few steps, each fills several gaps.
     few = list(refill.drive(programs, None, jax.random.key(0), rows_with_gaps([9, 4, 2], 9, 2), num_slots))
     assert {row.index: turns for row, _, turns in few} == {0: 3, 1: 3, 2: 2}
-    # Two steps, both taken again, and what is left.
+    # Two steps, a corrector step after each, and the last evaluation.
     programs = programs_of(rules_of("absorb", "first_hitting", corrector_steps=1), filling_draws([]))
     ((_, _, turns),) = refill.drive(programs, None, jax.random.key(0), rows_with_gaps([4], 4, 2), 1)
     assert turns == 5
@@ -199,7 +199,7 @@ def test_the_last_evaluation_leaves_no_mask_however_small_the_score(sampler):
     drawn = list(refill.drive(programs, None, jax.random.key(0), rows, 2))
     assert {row.index: turns for row, _, turns in drawn} == {0: 2, 1: 3, 2: 5}
     assert all((tokens < N).all() for _, tokens, _ in drawn)
-    # It is at the noise of `steps.denoise` to the last digit; the other place is empty and waits there.
+    # The noise is exactly that of `steps.denoise`. The other slot is empty.
     jax.effects_barrier()
     at_end = seen[-1 if sampler == "tweedie" else -2]
     np.testing.assert_array_equal(at_end, NOISES["absorb"].sigma(jnp.float32(time_grids.T_END)))
@@ -233,13 +233,13 @@ def test_the_uniform_graph_takes_all_steps_of_what_has_gaps():
 
 
 def test_masks_behind_what_is_asked_for_are_not_waited_for():
-    """First hitting fills the positions in an order of its own, of which only those before the end count."""
+    """First hitting fills positions in a random order, and only positions before the end count."""
     rows = [row._replace(length=2) for row in rows_with_gaps([9] * 40, 9, 100)]
     programs = programs_of(rules_of("absorb", "first_hitting"), filling_draws([]))
     drawn = list(refill.drive(programs, None, jax.random.key(0), rows, 8))
     turns = np.array([turns for *_, turns in drawn])
     assert all((tokens[:2] == 0).all() for _, tokens, _ in drawn)
-    # The later of two out of nine in random order comes 6 2/3rd on average.
+    # The later of two among nine in a random order is at number 6 2/3 on average.
     assert turns.mean() == pytest.approx(20 / 3, abs=1)
     assert turns.max() == 9
 
