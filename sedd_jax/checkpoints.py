@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from sedd_jax.runtime import errors, storage
 # Saved as separate items, so that evaluation and sampling can read the moving average alone.
 _TREES = ("params", "ema_params", "opt_state")
 _ITEMS = ("progress", *_TREES)
+# Orbax warns of what is meant here: checkpoints opened read-only, and a handler of our own.
+logging.getLogger("absl").addFilter(lambda record: record.levelno > logging.WARNING or "orbax" not in record.pathname)
 # Replicas share the writing of an array only if each part is at least a MiB: every part is a program to compile.
 ocp.type_handlers.register_type_handler(
     jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20), override=True

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.data import tokenizers
@@ -31,7 +29,7 @@ class OpenRun:
         self._opened = runs.load(storage.directory(workdir)).restore(step)
 
     def __repr__(self) -> str:
-        size = sum(leaf.size for leaf in jax.tree.leaves(self.model.params))
+        size = networks.num_parameters(self.model)
         kind = self.config.graph.name
         return f"<sedd_jax run {self.workdir}, step {self.step}, {kind}, {size:,} parameters>"
 

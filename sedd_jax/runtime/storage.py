@@ -6,6 +6,7 @@ the bucket and read from it directly.
 
 import contextlib
 import hashlib
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,13 @@ _LAST = ("config.json", "header.json")  # These mark a run or prepared text as c
 _sent: dict[pathlib.Path, tuple[int, int]] = {}  # Size and time of each local file as it is in the bucket.
 
 
-def directory(name: str) -> Directory:
+def directory(name: str | os.PathLike[str]) -> Directory:
     """The directory with this name, local or gs://.
 
     Raises:
         errors.UserError: if it is in a bucket and gcsfs is not installed.
     """
+    name = os.fspath(name)
     if not name.startswith("gs://"):
         return pathlib.Path(name)
     try:

@@ -1,6 +1,7 @@
 """Progress of long work, in a terminal or a log: text being denoised, text being prepared."""
 
 import contextlib
+import contextvars
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +9,17 @@ from collections.abc import Callable, Iterator
 # Called with the steps taken, the number of steps, and a function that returns the texts so far.
 Watch = Callable[[int, int, Callable[[], list[str]]], None]
 SECONDS_BETWEEN_LINES = 30.0
+_is_shown = contextvars.ContextVar("_is_shown", default=True)
+
+
+@contextlib.contextmanager
+def shown(is_shown: bool) -> Iterator[None]:
+    """Inside it, `progress` is shown or not."""
+    before = _is_shown.set(is_shown)
+    try:
+        yield
+    finally:
+        _is_shown.reset(before)
 
 
 @contextlib.contextmanager
@@ -63,7 +75,9 @@ def progress() -> Iterator[Callable[[str, float, int], None]]:
 
     A terminal shows a bar for each part. Otherwise a line is written at most every 30 seconds.
     """
-    if sys.stderr.isatty():
+    if not _is_shown.get():
+        yield lambda name, done, tokens: None
+    elif sys.stderr.isatty():
         yield from _bars()
     else:
         yield _share_now_and_then()
