@@ -13,7 +13,7 @@ import pathlib
 import re
 from xml.sax import saxutils
 
-from sedd_jax.sampling import generate
+from sedd_jax.sampling import generate, templates
 
 TEMPLATE = (
     "Return the {6} of the {5} if it is {5}, else {4}. The {5} must be a {6} of {7}."  # 96 characters, as the model
@@ -48,7 +48,7 @@ def denoise(workdir: pathlib.Path, template: str, *, sampler: str, num_steps: in
     states = []
     (sample,) = generate.generate(
         workdir,
-        template=template,
+        templates.Written(template=template),
         sampler=sampler,
         num_steps=num_steps,
         num_samples=1,

@@ -15,18 +15,14 @@ from matplotlib import figure, ticker
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from sedd_jax import config as configs  # noqa: E402
-from sedd_jax.diffusion import noise_schedules, time_grids  # noqa: E402
+from sedd_jax.diffusion import graphs, noise_schedules, time_grids  # noqa: E402
 from tests.support import oracles  # noqa: E402
 
 N, LENGTH = 3, 3
 P0 = np.random.default_rng(0).dirichlet(np.full(N**LENGTH, 0.3)).reshape((N,) * LENGTH) * 0.95 + 0.05 / N**LENGTH
 PROBLEMS = {
-    "absorbing": (configs.make_graph(configs.GraphConfig(name="absorb"), N, None), noise_schedules.LogLinear()),
-    "uniform": (
-        configs.make_graph(configs.GraphConfig(name="uniform"), N, None),
-        noise_schedules.Geometric(sigma_max=6.0),
-    ),
+    "absorbing": (graphs.Absorbing(vocab_size=N, mask_id=N), noise_schedules.LogLinear()),
+    "uniform": (graphs.Uniform(vocab_size=N), noise_schedules.Geometric(sigma_max=6.0)),
 }
 LABELS = ("euler", "tau_leaping", "tweedie", "tweedie, cosine", "tweedie, 1 corrector", "theta_trapezoidal")
 NFES = (3, 5, 9, 17, 33, 65)
