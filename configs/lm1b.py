@@ -1,11 +1,11 @@
-"""SEDD absorb small on One Billion Words, bert-base-uncased WordPiece, packed to 128 tokens (Lou et al. 2023, section
-5.1).
+"""SEDD absorb small on One Billion Words, packed to sequences of 128 tokens (Lou et al. 2023, section 5.1).
 
     sedd train --config=configs/lm1b.py --workdir=runs/lm1b
 
-Its text: sedd prepare --data=lm1b --tokenizer=wordpiece:data/bert-base-uncased.txt --out=data/lm1b, with BERT's
-vocabulary in that file; needs pip install -e '.[wordpiece]'.
-Hardware: the paper used 8 A100 80 GB. Time: not measured here.
+The tokens are WordPiece of bert-base-uncased.
+Data: sedd prepare --data=lm1b --tokenizer=wordpiece:data/bert-base-uncased.txt --out=data/lm1b. The file holds BERT's
+vocabulary. Needs pip install -e '.[wordpiece]'.
+Hardware: the paper used 8 A100 80 GB. Time: not measured.
 Expect a test ppl_bound of at most 32.79 after 1M steps (published; 40.25 for the uniform graph).
 """
 

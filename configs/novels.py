@@ -1,12 +1,12 @@
-"""English novels in SentencePiece tokens: the three kinds of model on the same text.
+"""English novels in SentencePiece tokens, for all three kinds of model.
 
     sedd prepare --data='text:novels/{split}.txt.xz' --tokenizer=sentencepiece:2048 --out=data/novels
     sedd train --config=configs/novels.py --workdir=runs/novels_absorb
 
-The uniform graph takes --config.graph.name=uniform, the baseline --config.graph.name=autoregressive, both
---config.network.scale_by_sigma=False.
+For the uniform graph add --config.graph.name=uniform, for the baseline --config.graph.name=autoregressive. Both also
+need --config.network.scale_by_sigma=False.
 
-Hardware: anything; made for 2 CPU cores, where each takes about half an hour.
+Hardware: any; designed for 2 CPU cores, where each model trains for about half an hour.
 Expect at most 2.20 bits per character on held-out books (absorbing), at most 2.55 (uniform), and 1.69 (autoregressive).
 """
 

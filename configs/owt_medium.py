@@ -3,7 +3,8 @@
     sedd train --config=configs/owt_medium.py --workdir=runs/owt_medium
 
 Data as for owt_small.py.
-Hardware: the paper used 8 A100 80 GB; blocks are recomputed in the backward pass to fit less. Time: not measured here.
+Hardware: the paper used 8 A100 80 GB. The backward pass recomputes blocks (remat), which needs less memory. Time: not
+measured.
 Expect zero-shot ppl_bounds of the published checkpoint: LAMBADA 42.77, WikiText2 31.04, PTB 87.12, WikiText103 29.98,
 1BW 61.19.
 """

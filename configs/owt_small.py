@@ -2,9 +2,9 @@
 
     sedd train --config=configs/owt_small.py --workdir=runs/owt_small
 
-Its text: sedd prepare --data=openwebtext --tokenizer=gpt2 --out=data/openwebtext (needs pip install -e '.[hf]').
-Hardware: the paper used 8 A100 80 GB. Time: not measured here; 400k steps are 210 billion tokens.
-Expect a ppl_bound of about 24.1 on held-out OpenWebText (as MDLM's authors measured the published recipe).
+Data: sedd prepare --data=openwebtext --tokenizer=gpt2 --out=data/openwebtext (needs pip install -e '.[hf]').
+Hardware: the paper used 8 A100 80 GB. Time: not measured; 400k steps are 210 billion tokens.
+Expect a ppl_bound of about 24.1 on held-out OpenWebText (measured for the published recipe by MDLM's authors).
 """
 
 import ml_collections

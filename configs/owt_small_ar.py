@@ -1,9 +1,9 @@
-"""The autoregressive baseline of owt_small.py: 12 x 768, causal, GPT-2 tokens, the same data and optimizer.
+"""The autoregressive baseline of owt_small.py: causal, 12 x 768, GPT-2 tokens, same data and optimizer.
 
     sedd train --config=configs/owt_small_ar.py --workdir=runs/owt_small_ar
 
-Data and hardware as there. Time: not measured here.
-Expect a perplexity of about 17.5 on held-out OpenWebText (as MDLM's authors measured such a baseline).
+Data and hardware as for owt_small.py. Time: not measured.
+Expect a perplexity of about 17.5 on held-out OpenWebText (measured for such a baseline by MDLM's authors).
 """
 
 import ml_collections

@@ -3,8 +3,8 @@
     sedd train --config=configs/owt_small_uniform.py --workdir=runs/owt_small_uniform
 
 Data as for owt_small.py.
-Hardware: the paper used 8 A100 80 GB. Time: not measured here.
-Expect a ppl_bound of about 29.7 on held-out OpenWebText (as later papers measured the published recipe).
+Hardware: the paper used 8 A100 80 GB. Time: not measured.
+Expect a ppl_bound of about 29.7 on held-out OpenWebText (measured for the published recipe by later papers).
 """
 
 import ml_collections

@@ -1,9 +1,9 @@
-"""A character model of the English that every CPython carries, for a first look on any machine.
+"""A character model of the English documentation that ships with CPython, for a first look on any machine.
 
     sedd train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: anything; made for 2 CPU cores, where it takes 3 minutes.
-Expect a bound of about 3.16 bits per character on held-out text, whose bigram entropy is 3.70.
+Hardware: any; designed for 2 CPU cores, where it takes 3 minutes.
+Expect a bound of about 3.16 bits per character on held-out text. Its bigram entropy is 3.70.
 """
 
 import ml_collections

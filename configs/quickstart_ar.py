@@ -1,9 +1,9 @@
-"""The quick start's autoregressive baseline: the same network, causal, each character from those before it.
+"""The autoregressive baseline of quickstart.py: the same network, causal, predicts each character from those before.
 
     sedd train --config=configs/quickstart_ar.py --workdir=runs/quickstart_ar
 
-Hardware: anything; made for 2 CPU cores.
-Expect 2.18 bits per character on held-out text, whose bigram entropy is 3.70.
+Hardware: any; designed for 2 CPU cores.
+Expect 2.18 bits per character on held-out text. Its bigram entropy is 3.70.
 """
 
 import ml_collections

@@ -1,9 +1,9 @@
-"""The quick start under the uniform graph: every token may turn into every other. It takes longer to learn.
+"""quickstart.py with the uniform graph, in which every token may turn into every other. It learns more slowly.
 
     sedd train --config=configs/quickstart_uniform.py --workdir=runs/quickstart_uniform
 
-Hardware: anything; made for 2 CPU cores, where it takes 10 minutes.
-Expect a bound of about 3.37 bits per character on held-out text, whose bigram entropy is 3.70.
+Hardware: any; designed for 2 CPU cores, where it takes 10 minutes.
+Expect a bound of about 3.37 bits per character on held-out text. Its bigram entropy is 3.70.
 """
 
 import ml_collections

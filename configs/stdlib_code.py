@@ -1,11 +1,11 @@
-"""SEDD absorb on Python's own source: the standard library that every CPython carries, in SentencePiece tokens.
+"""SEDD absorb on Python source: the standard library that ships with CPython, in SentencePiece tokens.
 
     sedd train --config=configs/stdlib_code.py --workdir=runs/stdlib_code
     sedd eval --workdir=runs/stdlib_code --code
 
-Hardware: anything; made for 2 CPU cores, where it takes about half an hour.
-Expect a bound of about 1.90 bits per character (5.66 per token) on held-out modules. Little of what it writes parses
-yet: 0.02 ± 0.02 of 64 samples, and of 64 windows of held-out code that parse 0.33 ± 0.06 once an eighth is refilled.
+Hardware: any; designed for 2 CPU cores, where it takes about half an hour.
+Expect a bound of about 1.90 bits per character (5.66 per token) on held-out modules. Few of its samples parse: 0.02 ±
+0.02 of 64. Of 64 windows of held-out code that parse, 0.33 ± 0.06 still parse after an eighth is refilled.
 """
 
 import ml_collections

@@ -2,9 +2,9 @@
 
     sedd train --config=configs/text8.py --workdir=runs/text8
 
-Its text: sedd prepare --data=text8 --tokenizer=text8 --out=data/text8
-Hardware: the paper used 8 A100s. Time: not measured here.
-Expect at most 1.39 bits per character on test after 1M steps (published, absorbing graph; 1.47 for the uniform one).
+Data: sedd prepare --data=text8 --tokenizer=text8 --out=data/text8
+Hardware: the paper used 8 A100s. Time: not measured.
+Expect at most 1.39 bits per character on test after 1M steps (published; 1.47 for the uniform graph).
 """
 
 import ml_collections

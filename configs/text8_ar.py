@@ -1,8 +1,8 @@
-"""The autoregressive baseline of text8.py: the same network, causal, data and optimizer.
+"""The autoregressive baseline of text8.py: the same network, causal, with the same data and optimizer.
 
     sedd train --config=configs/text8_ar.py --workdir=runs/text8_ar
 
-Data and hardware as there. Time: not measured here.
+Data and hardware as for text8.py. Time: not measured.
 Expect about 1.23 bits per character on test after 1M steps (published, for a baseline of this size).
 """
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Flags of XLA's compilers for TPUs (LIBTPU_INIT_ARGS) and GPUs (XLA_FLAGS): the one place where they are set.
+# XLA compiler flags for TPUs (LIBTPU_INIT_ARGS) and GPUs (XLA_FLAGS). They are set only here.
 #
 #   source launch/accelerator_flags.sh
 #
-# Every launcher sources it. What these variables hold already comes last, so it wins. A flag that JAX or libtpu does
-# not know ends the program at its start: tests/test_launch.py starts both with these. `sedd plan` obeys them too.
+# Every launcher sources this file. Flags that are already in these variables come last, so they win. JAX and libtpu
+# refuse to start with an unknown flag; tests/test_launch.py starts both with these flags. `sedd plan` uses them, too.
 
 tpu_flags=(
-  # Sums of gradients over mesh.data run beside computation, in pieces. Gathers of weights over mesh.fsdp do so anyway.
+  # Overlaps the all-reduce of gradients over mesh.data with computation. All-gathers over mesh.fsdp overlap by default.
   --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true
 )
 gpu_flags=(
-  # Orders the step so that NCCL's collectives run beside kernels instead of between them.
+  # Schedules NCCL's collectives to overlap with kernels.
   --xla_gpu_enable_latency_hiding_scheduler=true
 )
 export LIBTPU_INIT_ARGS="${tpu_flags[*]}${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What the launchers share. They source it from the root of the checkout, once their knobs are set.
+# Functions that the launchers share. They source this file from the root of the checkout, after they set their knobs.
 
-# Ends the script with one line, which names the value and the remedy.
+# Ends the script with one line that names the value and the remedy.
 fail() {
   echo "${0##*/}: $*" >&2
   exit 2
 }
 
-# Runs a command, or where DRY_RUN=1 prints it, quoted so that it can be pasted.
+# Runs a command. With DRY_RUN=1 prints it instead, quoted so that it can be pasted.
 run() {
   if [[ $DRY_RUN == 1 ]]; then
     [[ $1 != exec ]] || shift
@@ -23,7 +23,7 @@ run() {
 [[ -f $CONFIG ]] || fail "CONFIG=$CONFIG is not a file: give one of configs/*.py"
 run cd "$PWD" || exit
 
-# Checks that a program is here, unless it is only to be printed. Arguments: the program, how to get it.
+# Checks that a program is installed, except in a dry run. Arguments: the program, how to get it.
 check_program() {
   [[ $DRY_RUN == 1 ]] || [[ -x $(command -v "$1") ]] || fail "$1 is not installed: $2"
 }
@@ -36,7 +36,7 @@ check_given() {
   done
 }
 
-# Checks that knobs are whole numbers from 1. Arguments: their names.
+# Checks that knobs are whole numbers of at least 1. Arguments: their names.
 check_count() {
   local name
   for name; do
@@ -44,7 +44,7 @@ check_count() {
   done
 }
 
-# Checks that hosts without a common disk can share WORKDIR.
+# Checks that WORKDIR is in a bucket, because the hosts share no disk.
 check_bucket() {
   [[ $WORKDIR == gs://?*/?* ]] || fail "WORKDIR=$WORKDIR must be gs://BUCKET/RUN: the hosts have no disk in common"
 }

@@ -4,14 +4,15 @@
 #   CONFIG=configs/owt_small.py WORKDIR=runs/owt_small launch/gpu_host.sh [--config.a.b=value ...]
 #   CUDA_VISIBLE_DEVICES=0,1 launch/gpu_host.sh    # on some of them
 #
-# Needed: the NVIDIA driver, and sedd with JAX for GPUs (make .venv/installed, or pip install -e '.[gpu]'). Ends with
-# sedd's status, which is 75 after SIGTERM: all is saved, and the same command goes on. DRY_RUN=1 prints the commands.
+# Needs the NVIDIA driver, and sedd with JAX for GPUs (make .venv/installed, or pip install -e '.[gpu]'). Exits with
+# sedd's status. After SIGTERM it is 75: the run is saved, and the same command resumes it. DRY_RUN=1 prints the
+# commands.
 set -euo pipefail
 
 : "${CONFIG:=configs/owt_small.py}"
 : "${WORKDIR:=runs/$(basename "$CONFIG" .py)}"
 : "${SEDD:=.venv/bin/sedd}"
-: "${JAX_PLATFORMS:=cuda}" # or JAX would train on the processor, where no GPU works
+: "${JAX_PLATFORMS:=cuda}" # without it, JAX would train on the CPU if no GPU works
 : "${DRY_RUN:=0}"
 
 cd "$(dirname "$0")/.."

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Quick start: trains on this machine, on whatever devices JAX finds, and installs sedd first where it is missing.
+# Quick start: trains on this machine with the devices that JAX finds. Installs sedd first if it is missing.
 #
 #   launch/local.sh [--config.a.b=value ...]
 #   CONFIG=configs/text8.py WORKDIR=runs/text8 launch/local.sh
 #
-# Needed: Python 3.11 or later, make. Ends with sedd's status, which is 75 after SIGTERM: all is saved, and the same
-# command goes on. DRY_RUN=1 prints the commands.
+# Needs Python 3.11 or later, and make. Exits with sedd's status. After SIGTERM it is 75: the run is saved, and the same
+# command resumes it. DRY_RUN=1 prints the commands.
 set -euo pipefail
 
 : "${CONFIG:=configs/quickstart.py}"

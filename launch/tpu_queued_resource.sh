@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice as a queued resource: asks for it, waits, sends the committed code to all its workers and trains.
-# After preemption it asks for another slice and goes on; at the end it gives the slice back.
+# A Cloud TPU slice as a queued resource: requests it, waits, sends the committed code to all workers and trains.
+# After preemption it requests another slice and resumes. At the end it deletes the slice.
 #
 #   PROJECT=my-project ZONE=us-west4-a WORKDIR=gs://my-bucket/owt_small \
 #     launch/tpu_queued_resource.sh [--config.a.b=value ...]
 #
-# Needed: git, gcloud logged in to a project with the TPU API, and for slices of many workers a key in the ssh agent
-# (ssh-add ~/.ssh/google_compute_engine). The slice's service account may write to WORKDIR. The workers have no text:
-# prepare it where it is (sedd prepare --out=gs://BUCKET/TEXT) and add --config.data.source=prepared:gs://BUCKET/TEXT.
-# This script can be stopped and started again. DRY_RUN=1 prints the commands.
+# Needs git, gcloud logged in to a project with the TPU API, and for slices of several workers a key in the ssh agent
+# (ssh-add ~/.ssh/google_compute_engine). The slice's service account needs write access to WORKDIR. The workers have no
+# text: prepare it in a bucket (sedd prepare --out=gs://BUCKET/TEXT) and add
+# --config.data.source=prepared:gs://BUCKET/TEXT. The script can be stopped and restarted. DRY_RUN=1 prints commands.
 set -euo pipefail
 
 : "${PROJECT:=}"
@@ -19,7 +19,7 @@ set -euo pipefail
 : "${CAPACITY:=spot}" # or reserved, or on-demand
 : "${CONFIG:=configs/owt_small.py}"
 : "${WORKDIR:=}"
-: "${MAX_TRIES:=100}" # slices asked for and runs started, together
+: "${MAX_TRIES:=100}" # number of requested slices plus started runs
 : "${POLL_SECONDS:=60}"
 : "${DRY_RUN:=0}"
 
@@ -38,8 +38,8 @@ check_program gcloud "install the Google Cloud CLI"
 
 where=("--project=$PROJECT" "--zone=$ZONE")
 printf -v command ' %q' .venv/bin/sedd train "--config=$CONFIG" "--workdir=$WORKDIR" "$@"
-# What each worker does. The lock makes a new run wait for the end of one whose connection was lost. uv brings a Python
-# that is new enough.
+# The command for each worker. With the lock, a new run waits for the end of one whose connection was lost. uv provides
+# a recent Python.
 worker_command="exec 9>>sedd.lock && flock 9"
 worker_command+=" && rm -rf sedd && mkdir sedd && tar -xzf sedd.tar.gz -C sedd && cd sedd"
 worker_command+=" && python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --python=3.12 .venv"
@@ -59,7 +59,7 @@ describe() {
   run gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" "--format=value(state.state)"
 }
 
-# Sends the code to all workers and trains there.
+# Sends the code to all workers and trains on them.
 train() {
   run mkdir -p runs &&
     run git archive --format=tar.gz "--output=runs/$NAME.tar.gz" HEAD &&
@@ -73,7 +73,7 @@ count_try() {
   [[ $tries -le $MAX_TRIES ]] || fail "gave up after MAX_TRIES=$MAX_TRIES: WORKDIR=$WORKDIR holds what was saved"
 }
 
-# Waits for the slice; asks for one where there is none, or where the last one failed or was preempted.
+# Waits for the slice. Requests one if there is none, or if the last one failed or was preempted.
 wait_until_active() {
   local state
   while true; do
@@ -104,7 +104,7 @@ while true; do
   status=0
   train || status=$?
   [[ $status != 0 ]] || break
-  # 75: stopped and saved. 255: the connection was lost. Anything else is an error, unless the slice is going away.
+  # 75: stopped and saved. 255: the connection was lost. Any other status is an error, unless the slice is disappearing.
   sleep "$POLL_SECONDS"
   if [[ $status != 75 && $status != 255 && $(describe) == ACTIVE ]]; then
     echo "tpu_queued_resource.sh: sedd ended with $status; the slice is still there, and this gives it back:" >&2

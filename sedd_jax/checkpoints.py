@@ -1,6 +1,7 @@
 """Checkpoints of a run. This is the only module that uses Orbax."""
 
 import contextlib
+import errno
 import functools
 import logging
 from collections.abc import Iterator
@@ -165,7 +166,8 @@ class Checkpoints:
             yield
         except Exception as error:
             why = " ".join(str(error).partition("[tensorstore_spec")[0].split())
-            raise OSError(f"a checkpoint could not be written to {self._directory} ({why[-120:]})") from error
+            message = f"a checkpoint could not be written to {self._directory} ({why[-120:]})"
+            raise OSError(errno.EIO, message) from error
 
 
 def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -1,11 +1,11 @@
-"""The strict harness: eight CPU devices, shapes checked; rank promotion, key reuse and (by pyproject) warnings fail."""
+"""A strict harness: eight CPU devices and checked shapes; rank promotion, key reuse and warnings are errors."""
 
 import os
 import shutil
 import subprocess
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compilation is most of what tests do, so it optimises less.
+# Tests spend most of their time compiling, so compilation optimises less.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
 
 import jax
@@ -19,7 +19,7 @@ jaxtyping.install_import_hook("sedd_jax", "beartype.beartype")
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 2 MiB."""
+    """A directory on a file system of 2 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
@@ -32,14 +32,14 @@ def small_disk(tmp_path):
 @pytest.fixture
 def golden():
     """Loads a recorded file by its name."""
-    from tests.support import goldens  # Not at the top: it imports sedd_jax, which the hook above must see first.
+    from tests.support import goldens  # Not at the top: it imports sedd_jax, and the hook must be installed first.
 
     return goldens.load
 
 
 @pytest.fixture(scope="session")
 def code_run(tmp_path_factory):
-    """The directory of a run of two steps, on lines of characters that are Python, its held-out text only half so."""
+    """The directory of a run of two steps. Its training text is Python; half of its held-out text does not parse."""
     directory = tmp_path_factory.mktemp("code")
     (directory / "train.txt").write_text("a = 1\nb = 22\n" * 500)
     for split in ("valid", "test"):

@@ -1,4 +1,4 @@
-"""The launchers: their shell, what they run, what they do when a run stops, manifests and their schemas, and SLURM."""
+"""The launchers: shell code, the commands they run, behaviour when a run stops, schemas of manifests, and SLURM."""
 
 import contextlib
 import getpass
@@ -22,13 +22,13 @@ from tests.support import places
 
 ROOT = places.REPOSITORY
 PATH = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
-ODD = "--config.data.source=text:it's a $HOME/*.txt"  # What a shell would change if it read it once more.
+ODD = "--config.data.source=text:it's a $HOME/*.txt"  # A shell would change this if it parsed it again.
 CLOUD = {"PROJECT": "my-project", "ZONE": "us-west4-a", "WORKDIR": "gs://my-bucket/run"}
 XPK = CLOUD | {"CLUSTER": "my-cluster", "IMAGE": "gcr.io/my-project/sedd"}
 JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "4"}
 SCRIPTS = {"local.sh": {}, "gpu_host.sh": {}, "slurm.sbatch": JOB, "tpu_queued_resource.sh": CLOUD, "xpk.sh": XPK}
 
-# Takes the place of every program that a launcher calls: notes how, and answers what the test has laid down.
+# Replaces every program that a launcher calls: records the call, and answers as the test specifies.
 FAKE = f"""#!{sys.executable} -IS
 import json, os, pathlib, sys
 place, argv = pathlib.Path(sys.argv[0]).parent, [os.path.basename(sys.argv[0]), *sys.argv[1:]]
@@ -46,11 +46,11 @@ for word, left in answers.items():
 
 
 def tool(name, how):
-    """Where a program lies; the test is skipped where it is missing."""
+    """The path of a program. Skips the test if it is not installed."""
     return shutil.which(name, path=PATH) or pytest.skip(f"{name} is not installed: {how}")
 
 
-# Saves when it gets SIGTERM, each task of a job two seconds after the one before, unless it gets another meanwhile.
+# Saves after SIGTERM, each task of a job two seconds after the previous one. A second SIGTERM ends it before that.
 SAVES = """#!/bin/bash
 trap 'trap - TERM; sleep $((2 * ${SLURM_PROCID:-0})); echo "${SLURM_PROCID:-0} has saved"; exit 75' TERM
 echo "${SLURM_PROCID:-0} has begun"
@@ -66,7 +66,7 @@ def write_program(file, text):
 
 
 class Place:
-    """A copy of the launchers beside programs that only note how they are called."""
+    """A copy of the launchers, and programs that only record how they are called."""
 
     def __init__(self, directory):
         self.root, self.bin = directory / "check out", directory / "bin"
@@ -77,7 +77,7 @@ class Place:
         self.environment = {"PATH": f"{self.bin}:/usr/bin:/bin", "SEDD": "sedd"}
 
     def bash(self, *command, answers=None, **environment):
-        """Runs bash; its exit status, output and errors, and every call it made."""
+        """Runs bash. Returns its exit status, stdout, stderr, and every call that it made."""
         (self.bin / "answers").write_text(json.dumps(answers or {}))
         (self.bin / "calls").write_text("")
         settings = {"env": self.environment | environment, "cwd": self.root, "timeout": 60}
@@ -109,7 +109,7 @@ def container():
 
 
 def worker_command(place):
-    """What tpu_queued_resource.sh runs on each worker."""
+    """The command that tpu_queued_resource.sh runs on each worker."""
     _, out, _, _ = place.launch("tpu_queued_resource.sh", DRY_RUN="1", **CLOUD)
     (command,) = [word for word in shlex.split(out) if word.startswith("--command=")]
     return command.removeprefix("--command=")
@@ -120,7 +120,7 @@ def test_shellcheck_finds_nothing(place):
     scripts = [f"launch/{path.name}" for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")]
     assert len(scripts) == 7
     subprocess.run([shellcheck, "--external-sources", *scripts], cwd=ROOT, check=True)
-    # ARGUMENTS of a manifest are many words in one knob.
+    # ARGUMENTS of a manifest holds several words.
     inside = [*container()["args"], manifest("skypilot.yaml")["setup"], manifest("skypilot.yaml")["run"]]
     for text in [*inside, worker_command(place)]:
         subprocess.run(
@@ -130,7 +130,7 @@ def test_shellcheck_finds_nothing(place):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_dry_run_runs_nothing_and_prints_what_a_run_does(place, script):
-    # A slice that is there at once, and a SLURM job that is stopped.
+    # The slice is active at once, and the SLURM job is stopped.
     answers = {"describe": [["", 1], ["ACTIVE", 0]], "train": [["", 75 if script == "slurm.sbatch" else 0]]}
     status, out, err, calls = place.launch(script, ODD, DRY_RUN="1", **SCRIPTS[script])
     assert (status, err, calls) == (0, "", [])
@@ -139,7 +139,7 @@ def test_a_dry_run_runs_nothing_and_prints_what_a_run_does(place, script):
     assert any(ODD in argv or shlex.quote(ODD) in argv[-1] or "it\\'s" in argv[-1] for argv, _ in calls)
     status, _, err, pasted = place.bash("-c", out, answers=answers, PWD="/", **SCRIPTS[script])
     assert status == 0, err
-    # A run asks for the slice's state first, and a user who pastes has seen the checks pass.
+    # The order differs: a run asks for the slice's state first.
     unique = lambda calls: sorted({json.dumps(call) for call in calls if call[0][0] != "sleep"})
     assert unique(pasted) == unique(calls)
 
@@ -245,10 +245,10 @@ def test_sigterm_reaches_sedd_and_its_status_comes_back(place, command):
 
 
 def stop(place, *arguments):
-    """What bash says whose sedd takes SIGTERM, sent to bash, as a reason to save; and its exit status."""
+    """Output lines and exit status of bash that gets SIGTERM while its sedd runs, which saves on SIGTERM."""
     write_program(place.root / ".venv/bin/sedd", SAVES)
     shutil.copy(place.root / ".venv/bin/sedd", place.bin)
-    # What a worker of a TPU slice gets, where nothing is to be installed.
+    # The archive for a worker of a TPU slice. Nothing needs to be installed there.
     write_program(place.bin / "python3", "#!/bin/sh\n")
     subprocess.run(["tar", "-czf", "sedd.tar.gz", "launch", ".venv"], cwd=place.root, check=True)
     (place.bin / "sleep").unlink()
@@ -270,7 +270,7 @@ def stop(place, *arguments):
 
 
 def steps(calls):
-    """What was done with a slice, in order."""
+    """The commands for a slice, in order."""
     words = ("create", "delete", "ssh", "sleep")
     return [word for argv, _ in calls for word in words if word in argv[:5]]
 
@@ -278,19 +278,19 @@ def steps(calls):
 @pytest.mark.parametrize(
     ("states", "statuses", "done", "status"),
     [
-        # It is there after a while, and given back at the end.
+        # It becomes active after a while, and is deleted at the end.
         (["", "WAITING_FOR_RESOURCES", "ACTIVE"], [0], "create sleep ssh delete", 0),
-        # What an earlier start of the script has asked for is used.
+        # A slice that an earlier start of the script requested is used.
         (["PROVISIONING", "ACTIVE"], [0], "sleep ssh delete", 0),
         # Stopped, saved, and the slice stays.
         (["ACTIVE", "ACTIVE"], [75, 0], "ssh sleep ssh delete", 0),
         # Preempted: gcloud loses the connection, and the slice ends.
         (["ACTIVE", "SUSPENDING", "SUSPENDED", "", "ACTIVE"], [255, 0], "ssh sleep sleep delete create ssh delete", 0),
-        # Preempted before sedd could save: another status, which the state explains.
+        # Preempted before sedd could save: another exit status, explained by the state of the slice.
         (["ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE"], [1, 0], "ssh sleep delete create ssh delete", 0),
-        # An error of the run on a slice that is well: nothing is tried again, and the slice is left.
+        # The run fails on a healthy slice: no retry, and the slice stays.
         (["ACTIVE", "ACTIVE"], [1], "ssh sleep", 1),
-        # A request that fails again and again.
+        # Every request fails.
         (
             ["FAILED", "", "FAILED", "", "FAILED", "", "FAILED", ""],
             [],
@@ -322,7 +322,7 @@ def test_code_that_cannot_be_sent_is_not_run(place):
 
 
 def test_gcloud_knows_the_commands(place, tmp_path):
-    """Without an account gcloud gets as far as to ask for one only where it knows every word."""
+    """Without an account, gcloud asks for one only if it knows every word of the command."""
     gcloud = tool("gcloud", "it is part of the Google Cloud CLI")
     _, out, _, _ = place.launch("tpu_queued_resource.sh", DRY_RUN="1", **CLOUD)
     commands = [shlex.split(line) for line in out.splitlines() if line.startswith("gcloud")]
@@ -360,7 +360,7 @@ def test_xpk_writes_a_manifest(place, tmp_path):
     calls = place.bash("-c", script)[-1]
     expected = ["--config=configs/owt_small.py", "--workdir=gs://my-bucket/run", ODD]
     assert [argv for argv, _ in calls if argv[0] == "sedd"] == [["sedd", "train", *expected]]
-    # Through the shell that xpk wraps around it.
+    # SIGTERM passes through the shell that xpk wraps around it.
     said, status = stop(place, "-c", script)
     assert "0 has saved" in said
     assert status == 75
@@ -376,7 +376,7 @@ def test_jobs_of_the_jobset_are_valid_kubernetes():
 
 
 def test_the_jobset_has_only_fields_of_its_definition():
-    """Names of jobset.x-k8s.io/v1alpha2 as its controller publishes them; values of those that are enumerations."""
+    """Checks field names of jobset.x-k8s.io/v1alpha2, and the values of fields that are enumerations."""
     jobset = manifest("jobset.yaml")
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert set(jobset) == {"apiVersion", "kind", "metadata", "spec"}
@@ -392,7 +392,7 @@ def test_the_jobset_has_only_fields_of_its_definition():
         assert set(rule["onJobFailureReasons"]) <= {"BackoffLimitExceeded", "DeadlineExceeded", "PodFailurePolicy"}
     (job,) = spec["replicatedJobs"]
     assert set(job) <= {"name", "replicas", "template"}
-    # A slice's hosts all run, and chips of hosts add up to the topology.
+    # All hosts of a slice run, and their chips add up to the topology.
     chips = int(container()["resources"]["limits"]["google.com/tpu"])
     rows, columns = map(int, jobset["metadata"]["annotations"]["sedd/topology"].split("x"))
     assert job_template()["parallelism"] == job_template()["completions"] == rows * columns // chips
@@ -403,7 +403,7 @@ def test_the_jobset_has_only_fields_of_its_definition():
     [(75, False, True), (134, False, True), (137, False, True), (1, False, False), (2, False, False), (1, True, True)],
 )
 def test_the_jobset_starts_again_what_was_stopped_and_nothing_else(exit_code, disrupted, again):
-    """The first rule that matches a pod decides; a job fails with its reason, or else because it may not try again."""
+    """The first rule that matches a pod decides. A job without a match fails because it has no retries left."""
     job = job_template()
     assert job["backoffLimit"] == 0
     reason = "BackoffLimitExceeded"
@@ -471,9 +471,9 @@ def test_skypilot_takes_the_task(tmp_path):
 
 
 class Cluster:
-    """SLURM with two nodes, each a daemon on this machine, and a partition whose jobs preempt those of the other."""
+    """SLURM with two nodes, each a daemon on this machine. Jobs of one partition preempt those of the other."""
 
-    # JAX takes the first node's name for the address where processes meet, so a node's name must be one.
+    # JAX uses the name of the first node as the coordinator's address, so a node's name must be an address.
     CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -521,7 +521,7 @@ PartitionName=urgent Nodes=127.0.0.[1-2] PriorityTier=2
         ]
 
     def call(self, *command, **environment):
-        """Output of one of SLURM's commands."""
+        """Output of a SLURM command."""
         environment = self.environment | environment
         return subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
@@ -531,17 +531,17 @@ PartitionName=urgent Nodes=127.0.0.[1-2] PriorityTier=2
         return False
 
     def submit(self, *arguments, **environment):
-        """Number of a job of one task and one GPU on each node, and the file of its output."""
+        """Submits a job with one task and one GPU per node. Returns its number and its output file."""
         shape = ("--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={self.place}/%j.txt")
         job = self.call("sbatch", "--parsable", *shape, "launch/slurm.sbatch", *arguments, **environment).strip()
         return job, self.place / f"{job}.txt"
 
     def has(self, job, *values):
-        """Whether SLURM says all of this of the job, such as JobState=RUNNING."""
+        """Whether SLURM reports all of these values for the job, such as JobState=RUNNING."""
         return set(values) <= set(self.call("scontrol", "show", "job", job).split())
 
     def close(self):
-        """Ends all jobs, then the daemons."""
+        """Ends all jobs and then the daemons."""
         with contextlib.suppress(AssertionError):
             wait_until(self.cancel_all, str, seconds=30)
         for daemon in self.daemons:
@@ -554,7 +554,7 @@ PartitionName=urgent Nodes=127.0.0.[1-2] PriorityTier=2
                 daemon.wait()
 
     def cancel_all(self):
-        """Whether there was no job any more."""
+        """Cancels all jobs. Returns whether there were none."""
         jobs = self.call("squeue", "--noheader", "--format=%i").split()
         for job in jobs:
             self.call("scancel", "--full", "--signal=KILL", job)
@@ -587,7 +587,7 @@ def cluster(tmp_path_factory):
 
 
 def write_config(directory):
-    """A config for a network that is trained in a moment, for as many steps as the file beside it says."""
+    """Writes a config for a tiny network. The number of steps is read from a file in the same directory."""
     for split in ("train", "valid", "test"):
         (directory / f"{split}.txt").write_text("the quick brown fox jumps over the lazy dog " * 100)
     (directory / "steps").write_text("1000000")
@@ -625,7 +625,7 @@ def test_slurm_a_preempted_run_saves_comes_back_and_ends(cluster, tmp_path):
     said = output.read_text()
     assert f"resumed {tmp_path / 'run'} at step {stopped}" in said
     assert f"step {last}/{last}" in said
-    # Both processes have trained: each node's task has met the other's.
+    # Both processes have trained: the tasks of the two nodes connected to each other.
     assert said.count("Rank 1 is connected to 1 peer") == 2
 
 
@@ -638,7 +638,7 @@ def test_slurm_an_error_ends_the_job_with_its_status(cluster, tmp_path):
 
 @pytest.mark.parametrize(("flag", "outcome"), [("--signal=TERM", "Restarts=1"), (None, "JobState=CANCELLED")])
 def test_slurm_tasks_that_end_one_after_the_other_all_save(cluster, tmp_path, flag, outcome):
-    """A job whose tasks were stopped comes back, one that its user has cancelled does not."""
+    """A job whose tasks were stopped is requeued. A cancelled job is not."""
     program = write_program(tmp_path / "sedd", SAVES)
     job, output = cluster.submit(SEDD=str(program), WORKDIR=str(tmp_path))
     for task in (0, 1):
@@ -648,7 +648,7 @@ def test_slurm_tasks_that_end_one_after_the_other_all_save(cluster, tmp_path, fl
     for task in (0, 1):
         wait_for_text(output, f"{task} has saved")
     if flag is None:
-        time.sleep(2)  # What would start it again comes after the tasks' end.
+        time.sleep(2)  # A requeue would come after the end of the tasks.
         assert cluster.has(job, "JobState=CANCELLED", "Restarts=0")
     else:
         cluster.call("scancel", job)

@@ -1,4 +1,4 @@
-"""A whole small run on a source of known entropy: trained, resumed, evaluated, sampled, converted, and abused."""
+"""A small run on a source of known entropy: training, resuming, evaluation, sampling, conversion, and wrong input."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from sedd_jax import config as configs
 from sedd_jax.cli import main as cli
 from sedd_jax.evaluation import perplexity
 from sedd_jax.model import networks
-from sedd_jax.runtime import processes, terminals
+from sedd_jax.runtime import errors, processes, terminals
 from sedd_jax.sampling import generate, templates
 from sedd_jax.training import train
 from tests.support import places
@@ -28,7 +28,7 @@ STEPS = 600
 
 
 def markov_chain():
-    """A transition matrix with strong structure, its stationary law, and nats per character of `LENGTH` characters."""
+    """A transition matrix with strong structure, its stationary distribution, and nats per character of a sequence."""
     matrix = np.random.default_rng(0).dirichlet(np.full(len(ALPHABET), 0.25), size=len(ALPHABET)) * 0.96 + 0.005
     stationary = np.linalg.matrix_power(matrix, 200)[0]
     first = -(stationary * np.log(stationary)).sum()
@@ -83,11 +83,11 @@ def one_device_config(partial):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """The program on one of the harness' eight devices: two cores pay for every other."""
+    """Lets the program see one of the harness' eight devices, because each further one costs time on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         first = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda *_: first)
-        # JAX runs here already, so no process can join others.
+        # JAX has started already, so this process cannot join others.
         patch.setattr(processes, "join", lambda *_: None)
         yield
 
@@ -99,7 +99,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(source, tmp_path_factory):
-    """A finished run and what it printed."""
+    """The directory of a finished run, and what the run printed."""
     workdir = tmp_path_factory.mktemp("runs") / "absorb"
     stream = io.StringIO()
     train.train(one_device_config(settings(source)), workdir, stream=stream)
@@ -121,7 +121,7 @@ def test_the_bound_comes_down_to_the_entropy_and_never_below(trained):
     result = perplexity.evaluate(workdir, split="test", settings=settings)
     for name in ("score_entropy", "cross_entropy"):
         bound, stderr = result[name]["nats_per_token"], result[name]["nats_per_token_stderr"]
-        # The average over t in [1e-3, 1] leaves out about a thousandth of the whole.
+        # The average over t in [1e-3, 1] leaves out about a thousandth of the bound.
         assert bound > entropy * 0.999 - 3 * stderr
         assert bound < entropy * 1.05 + 3 * stderr
         assert stderr < 0.02 * entropy
@@ -132,7 +132,7 @@ def test_the_bound_comes_down_to_the_entropy_and_never_below(trained):
 
 def test_a_run_directory_describes_itself(trained):
     workdir, printed = trained
-    names = {path.name for path in workdir.iterdir()} - {"evaluations"}  # Where it has been evaluated.
+    names = {path.name for path in workdir.iterdir()} - {"evaluations"}  # Other tests evaluate this run.
     assert names == {
         "config.json",
         "tokenizer.json",
@@ -155,23 +155,19 @@ def test_a_run_directory_describes_itself(trained):
 def test_samples_follow_the_chain(trained):
     matrix, _, entropy = markov_chain()
     run = runs.load(trained[0])
-    _, params = run.ema_params()
-    samples = generate.draw_samples(
-        run,
-        params,
-        templates.parse(run, ""),
-        configs.SamplingConfig(num_steps=32, num_samples=128),
-        seed=1,
-        step=STEPS,
-    )
+    opened = run.restore()
+    assert opened.step == STEPS
+    settings = configs.SamplingConfig(num_steps=32, num_samples=128)
+    with opened.on_devices():
+        samples = generate.draw_samples(opened, templates.parse(run, ""), settings, seed=1)
     ids = np.array([[ALPHABET.index(c) for c in sample.text] for sample in samples])
     surprise = -np.log(matrix[ids[:, :-1], ids[:, 1:]]).mean()
-    # Independent characters would be at more than twice the entropy.
+    # Independent characters would have more than twice the entropy.
     assert surprise < 1.3 * entropy
 
 
 def test_a_stopped_run_is_started_again_but_not_from_an_earlier_step(source, tmp_path, monkeypatch):
-    """Whoever repeats a command with --step would lose what it has done."""
+    """Repeating a command with --step would lose the steps since that checkpoint."""
     monkeypatch.setattr(train, "train", lambda *_, **__: {"step": 3})
     config = tmp_path / "config.py"
     config.write_text(f"def get_config():\n    return {settings(source, num_steps=4)!r}\n")
@@ -186,7 +182,7 @@ def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path
     train.train(config, full, stream=io.StringIO())
 
     class Terminates(io.StringIO):
-        """Ends the process when it reads of step 1."""
+        """Sends SIGTERM to the process when step 1 is reported."""
 
         def write(self, text):
             if "step 1/4" in text:
@@ -201,11 +197,11 @@ def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path
     assert train.train(config, parts, stream=stream)["step"] == 2
     assert stream.getvalue().endswith("stopped by SIGTERM at step 2, which is saved: the same command goes on\n")
     assert signal.getsignal(signal.SIGTERM) == before
-    assert closed == [False]  # So that another SIGTERM waits for the save that is under way.
+    assert closed == [False]  # A second SIGTERM waits for the save in progress.
     stream = io.StringIO()
     assert train.train(config, parts, stream=stream)["step"] == 4
     assert f"resumed {parts} at step 2" in stream.getvalue()
-    (step, params), (other_step, other) = runs.load(full).ema_params(), runs.load(parts).ema_params()
+    (step, params), (other_step, other) = (runs.load(each).params("ema_params") for each in (full, parts))
     assert step == other_step == 4
     jax.tree.map(np.testing.assert_array_equal, params, other)
 
@@ -231,7 +227,7 @@ def test_micro_batches_average_their_gradients_and_have_noise_of_their_own(sourc
         metrics = train.train(one_device_config(partial), tmp_path / str(num_micro_batches), stream=io.StringIO())
         norms[num_micro_batches] = metrics["train/grad_norm"]
         assert metrics["train/loss"] == pytest.approx(math.log(len(ALPHABET)), rel=0.1)
-    # Summed gradients would be four times as long; the same noise in every part would change nothing but rounding.
+    # Summed gradients would be four times as long. With the same noise in each part only rounding would differ.
     assert norms[4] == pytest.approx(norms[1], rel=0.3)
     assert norms[4] != pytest.approx(norms[1], rel=1e-6)
 
@@ -242,7 +238,7 @@ def test_two_devices_train_and_evaluate_like_one(trained, source, tmp_path, monk
     alone = perplexity.evaluate(trained[0], settings=perplexity.Settings(num_times=1, batch_size=64))
     two_devices = jax.local_devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: two_devices)
-    # Three samples cannot be split over two devices; they are drawn all the same.
+    # Two devices cannot share three samples evenly. Sampling works nevertheless.
     partial = settings(source, **short) | {"mesh": {"data": 2}, "sampling": {"num_samples": 3, "num_steps": 2}}
     two = train.train(one_device_config(partial), tmp_path / "two", stream=io.StringIO())
     for name in ("train/loss", "train/grad_norm", "valid/score_entropy_bits"):
@@ -370,7 +366,7 @@ def test_braces_are_written_twice(trained):
         (["--prefix=" + "a" * 20, "--suffix=" + "b" * 12], "leave no gap"),
         (["--prefix=a", "--template=b{1}"], "--template cannot be combined"),
         (["--num_steps=0"], "num_steps=0 must be at least 1"),
-        (["--sampler=analytic"], "sampler='analytic' is unknown: choose one of euler, tau_leaping, tweedie"),
+        (["--sampler=analytic"], "--sampler=analytic is unknown: choose one of tweedie, euler, tau_leaping"),
         (["--draw=sloppy"], "choose one of precise, published"),
         (["--out=/nowhere/at/all.jsonl"], "/nowhere/at"),
         (["--sead=1"], "sead"),
@@ -387,7 +383,7 @@ def test_sample_answers_bad_input_with_one_line(trained, argv, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--config.netwrk.num_layers=2"], "did you mean config.network.num_layers?"),
+        (["--config.netwrk.num_layers=2"], "did you mean --config.network.num_layers?"),
         (["--config.network.num_layers=two"], "network.num_layers"),
         (["--config.training.batch_size=7", "--config.training.num_micro_batches=2"], "config.training.batch_size=7"),
         (["--config.data.source=text:/nowhere/*.txt"], "/nowhere/*.txt"),
@@ -466,17 +462,65 @@ def test_commands_name_directories_that_are_no_runs(tmp_path):
     assert "choose one of prepare, train, eval, sample, tune-grid" in err
 
 
-def test_a_run_from_before_a_refinement_of_samplers_is_opened(code_run, tmp_path):
-    shutil.copytree(code_run, tmp_path / "run")
-    saved = json.loads((code_run / "config.json").read_text())
-    for name in configs.REFINEMENTS:
-        del saved["sampling"][name]
-    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
-    assert runs.load(tmp_path / "run").config == runs.load(code_run).config
-    del saved["sampling"]["sampler"]
-    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match=r"config\.sampling\.sampler is missing"):
-        runs.load(tmp_path / "run")
+# Fields of config.json that were added after the first format, in the order of their addition, with the value that
+# means "as before". `remat` was a boolean until it was added with the second of these.
+ADDED = (
+    {"network.attention": "auto"},
+    {"network.dropout_generator": "threefry"},
+    {"training.keep_checkpoints_every": 0},
+    {"network.normalize": False},
+    {"init_from": ""},
+    {"sampling.grid": "uniform", "sampling.corrector_steps": 0},
+    {"sampling.temperature": 1.0, "sampling.top_p": 1.0, "sampling.guidance": 1.0},
+)
+NAMED_REMAT = 2
+
+
+def copy_with(run, target, config):
+    """A copy of a run directory whose config.json holds this flat config."""
+    shutil.copytree(run, target)
+    nested = {}
+    for name, value in config.items():
+        section, _, field = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[field] = value
+    (target / "config.json").write_text(json.dumps(nested))
+    return target
+
+
+@pytest.mark.parametrize("number", range(len(ADDED)))
+@pytest.mark.parametrize(("remat", "saved_remat"), [("none", False), ("blocks", True)])
+def test_a_run_of_every_past_format_is_opened_and_draws_the_same_text(code_run, tmp_path, number, remat, saved_remat):
+    """Format `number` has the first so many of `ADDED`."""
+    full = configs.flatten(json.loads((code_run / "config.json").read_text())) | {"network.remat": remat}
+    lacking = {name: value for fields in ADDED[number:] for name, value in fields.items()}
+    assert {name: full[name] for name in lacking} == lacking
+    old = {name: value for name, value in full.items() if name not in lacking}
+    old["network.remat"] = remat if number >= NAMED_REMAT else saved_remat
+    newest, past = copy_with(code_run, tmp_path / "newest", full), copy_with(code_run, tmp_path / "past", old)
+    assert runs.load(past).config == runs.load(newest).config
+    assert runs.load(past).config.network.remat == remat
+    drawn, expected = (generate.generate(each, templates.Written(prefix="a = "), seed=3) for each in (past, newest))
+    assert [sample.text for sample in drawn] == [sample.text for sample in expected]
+    assert drawn == expected
+
+
+@pytest.mark.parametrize("name", ["network.num_layer", "sampling.topp", "samples.num_steps", "sed"])
+def test_an_unknown_field_of_a_run_is_refused_by_name(code_run, tmp_path, name):
+    full = configs.flatten(json.loads((code_run / "config.json").read_text()))
+    run = copy_with(code_run, tmp_path / "run", full | {name: 1})
+    with pytest.raises(errors.UserError, match=f"config.{name.removesuffix('.num_steps')} is not a field"):
+        runs.load(run)
+    status, out, err = call("sample", f"--workdir={run}")
+    assert (status, out) == (1, "")
+    assert "is not a field" in err
+    assert err.count("\n") == 1
+
+
+def test_an_impossible_value_of_a_run_is_refused_by_name(code_run, tmp_path):
+    full = configs.flatten(json.loads((code_run / "config.json").read_text()))
+    run = copy_with(code_run, tmp_path / "run", full | {"network.remat": "some"})
+    with pytest.raises(errors.UserError, match=r"config\.network\.remat=some is unknown: choose one of none"):
+        runs.load(run)
 
 
 def test_help_lists_every_field_with_its_default():
@@ -504,7 +548,8 @@ def test_convert_carries_a_run_to_pytorch_and_back(trained, tmp_path):
     assert status == 0, err
     assert json.loads(out.splitlines()[-1])["to"] == str(back)
     run, other = runs.load(trained[0]), runs.load(back)
-    jax.tree.map(np.testing.assert_array_equal, run.ema_params()[1], other.ema_params()[1])
+    ours, theirs = (each.params("ema_params")[1] for each in (run, other))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert other.tokenizer == run.tokenizer
     known = run.tokenizer.decode(np.array([0, 1, 2]))
     status, out, _ = call("sample", f"--workdir={back}", "--num_steps=2", "--num_samples=1", f"--template={known}{{3}}")

@@ -1,24 +1,25 @@
-"""What commands share: flags, configs given on the command line, and help."""
+"""What the commands share: flags, configs given on the command line, and help."""
 
 import dataclasses
-import importlib.util
+import functools
 import os
-import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from sedd_jax.runtime import errors
+if TYPE_CHECKING:
+    from sedd_jax import config as configs
 
-Command = Callable[[list[str]], int | None]  # From arguments to an exit status, None for success.
+Command = Callable[[list[str]], int | None]  # Takes arguments, returns an exit status (None: success).
+Define = Callable[..., object]  # Defines a flag from its name, default and help, and for numbers the limits.
 
 
 def parse_config(
     command: Command, values: flags.FlagValues, argv: list[str], *directories: str
 ) -> dict[str, Any] | None:
-    """`parse` for a command that takes a config, validated; None where help was asked for, which it prints."""
+    """`parse` for a command that takes a config, which is validated. If help was asked for, prints it: None."""
     from ml_collections import config_flags
 
     from sedd_jax import config as configs
@@ -26,9 +27,9 @@ def parse_config(
     path, partial, rest = _load_config(argv)
     merged = configs.merge(partial)
     if asks_for_help(rest):
-        print_help(command, values, ["--config=FILE  a configs/NAME.py; without one every field has the default below"])
+        print_help(command, values, ["--config=FILE  a file such as configs/NAME.py; the defaults below if not given"])
         fields = "\n".join(f"  --config.{name}={value!r}  {doc}" for name, value, doc in configs.describe(merged))
-        print(f"\nconfig fields{f' as {path} sets them' if path else ''}:\n{fields}")
+        print(f"\nconfig fields{f' with the values of {path}' if path else ''}:\n{fields}")
         return None
     for argument in rest:
         if argument.lstrip("-").startswith("config."):
@@ -36,6 +37,12 @@ def parse_config(
     config_flags.DEFINE_config_dict("config", merged, flag_values=values, sys_argv=["sedd", *rest])
     given = {name: value for name, value in parse(values, rest, *directories).items() if "." not in name}
     return given | {"config": configs.parse(given["config"])}
+
+
+def definers(values: flags.FlagValues) -> tuple[Define, Define, Define]:
+    """Functions that define a flag of `values`: a text, a whole number, and a choice of yes or no."""
+    define = lambda kind: functools.partial(kind, flag_values=values)
+    return define(flags.DEFINE_string), define(flags.DEFINE_integer), define(flags.DEFINE_bool)
 
 
 def refinements() -> tuple[str, ...]:
@@ -46,7 +53,7 @@ def refinements() -> tuple[str, ...]:
 
 
 def define_sampling(values: flags.FlagValues, *names: str) -> None:
-    """Flags that set fields of a run's sampling config; what is not given is the run's own."""
+    """Defines flags that set fields of a run's sampling config. A flag that is not given leaves the run's value."""
     from sedd_jax import config as configs
 
     define: dict[Any, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
@@ -57,24 +64,33 @@ def define_sampling(values: flags.FlagValues, *names: str) -> None:
 
 
 def define_processes(values: flags.FlagValues) -> None:
-    """Flags that say which of many processes this is."""
-    flags.DEFINE_string("coordinator_address", None, "host:port of process 0, of many", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "processes; TPU pods, SLURM and GKE tell", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "this one's number, from 0", flag_values=values)
+    """Defines the flags of a program that runs in several processes."""
+    text, number, _ = definers(values)
+    text("coordinator_address", None, "host:port of process 0; found automatically on TPU pods, SLURM and GKE")
+    number("num_processes", None, "number of processes; found automatically as above")
+    number("process_id", None, "number of this process, from 0; found automatically as above")
 
 
 def join_processes(given: dict[str, Any]) -> bool:
-    """Takes the flags of `define_processes` out and obeys them; whether this is the process whose results are kept."""
+    """Removes the flags of `define_processes` from `given` and joins the other processes.
+
+    Only the first process writes results. The standard output of the others is discarded.
+
+    Returns:
+        Whether this is the first process.
+    """
     from sedd_jax.runtime import processes
 
     processes.join(*(given.pop(name) for name in ("coordinator_address", "num_processes", "process_id")))
     if not processes.is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open.
     return processes.is_first()
 
 
-def _load_config(argv: list[str]) -> tuple[str, Any, list[str]]:
-    """Takes --config=FILE out of the arguments: its path, the fields it sets, and the other arguments."""
+def _load_config(argv: list[str]) -> tuple[str, "configs.Nested", list[str]]:
+    """The path in --config=FILE ("" if not given), the fields that the file sets, and the other arguments."""
+    from sedd_jax import config as configs
+
     path, rest = "", []
     arguments = iter(argv)
     for argument in arguments:
@@ -84,25 +100,11 @@ def _load_config(argv: list[str]) -> tuple[str, Any, list[str]]:
             path = argument.partition("=")[2]
         else:
             rest.append(argument)
-    if not path:
-        return path, {}, rest
-    if not pathlib.Path(path).is_file():
-        raise errors.UserError("is not a file", field="config", value=path, remedy="give one of configs/*.py")
-    spec = importlib.util.spec_from_file_location("sedd_config", path)
-    if spec is None or spec.loader is None:
-        raise errors.UserError("is not a Python file", field="config", value=path, remedy="give one of configs/*.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        return path, module.get_config(), rest
-    except Exception as error:
-        # The file is the user's, and so is what goes wrong in it.
-        problem = f"fails with {type(error).__name__}: {error}"
-        raise errors.UserError(problem, field="config", value=path, remedy="mend the file") from error
+    return path, configs.read_file(path) if path else {}, rest
 
 
 def parse(values: flags.FlagValues, argv: list[str], *directories: str) -> dict[str, Any]:
-    """Values of all flags by name; `directories` must be given and become paths."""
+    """Values of all flags by name. The flags in `directories` must be given; their values become paths."""
     from sedd_jax.runtime import storage
 
     remaining = values(["sedd", *argv])
@@ -117,12 +119,12 @@ def parse(values: flags.FlagValues, argv: list[str], *directories: str) -> dict[
 
 
 def asks_for_help(argv: list[str]) -> bool:
-    """Whether a command is asked what it takes."""
+    """Whether the arguments ask for help."""
     return any(argument in ("--help", "-h", "-help") for argument in argv)
 
 
 def print_help(command: Command, values: flags.FlagValues, extra: list[str] | None = None) -> None:
-    """What a command does and takes, to standard output."""
+    """Prints what a command does and its flags to standard output."""
     summary, _, example = (line.strip() for line in (command.__doc__ or "").strip().splitlines()[:3])
     print(f"{summary}\n\n  {example}\n\nflags:")
     for line in extra or []:

@@ -1,33 +1,40 @@
 """The command line, `sedd COMMAND`. Results go to stdout, everything else to stderr."""
 
+import contextlib
 import functools
 import json
 import logging as python_logging
 import pathlib
+import platform
+import shlex
 import sys
-import traceback
+from importlib import metadata
 
 from absl import flags, logging
 
 from sedd_jax.cli import arguments
 from sedd_jax.runtime import errors, hosts
 
-TRY_AGAIN = 75  # EX_TEMPFAIL: launchers start a run again that ends with it.
-PACKAGE = pathlib.Path(__file__).parent.parent
+TRY_AGAIN = 75  # EX_TEMPFAIL: launchers restart a run that exits with this status.
 
 
 def run() -> None:
     """Entry point of the console script."""
     hosts.use_huge_pages()
     hosts.keep_compiled_programs()
-    # What fails in the threads of libraries is told once, by the line of the command that fails.
+    # The command reports a failure once; threads of libraries would repeat it.
     sys.unraisablehook = lambda _: None
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     sys.exit(main(sys.argv[1:]))
 
 
 def main(argv: list[str]) -> int:
-    """Runs one command and returns its exit status: 0, 1 for a failure, 2 for wrong arguments, 75 for a stopped run."""
+    """Runs one command and returns its exit status.
+
+    The status is 0 on success, 1 for a failure, 2 for wrong arguments, 75 for a stopped run and 130 for an interrupt.
+    A failure that the user can mend is one line on stderr. Any other exception is a bug of this program: it propagates
+    with a note that asks for a report.
+    """
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(usage())
         return 0 if argv else 2
@@ -42,20 +49,21 @@ def main(argv: list[str]) -> int:
         return _fail(f"sedd {name}", f"{error}; see `sedd {name} --help`", 2)
     except errors.UserError as error:
         return _fail(f"sedd {name}", error.worded(functools.partial(_spelled, name)), 1)
-    except (ValueError, OSError, ImportError) as error:
-        # Ours say what is wrong and what to do; one from deeper down is a bug and keeps its traceback.
-        if not _raised_here(error):
-            raise
-        return _fail(f"sedd {name}", _one_line(error), 1)
     except KeyboardInterrupt:
         has = lambda flag: any(argument.startswith(flag) for argument in rest)
-        goes_on = name == "eval" or (name == "train" and not has("--step")) or has("--prompts")
-        what = ": the same command goes on from what is finished" if goes_on else ""
+        can_resume = name == "eval" or (name == "train" and not has("--step")) or has("--prompts")
+        what = ": the same command goes on from what is finished" if can_resume else ""
         return _fail(f"sedd {name}", f"interrupted{what}", 130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            # The operating system refused: the disk is full, or a file may not be read.
+            return _fail(f"sedd {name}", " ".join(errors.reason(error).split()), 1)
+        error.add_note(_request_for_report(argv))
+        raise
 
 
 def usage() -> str:
-    """What `sedd --help` prints."""
+    """The text of `sedd --help`."""
     lines = [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["sedd: score entropy discrete diffusion", "", *lines, "", "`sedd COMMAND --help` lists a command's flags."]
@@ -68,13 +76,10 @@ def train(argv: list[str]) -> int:
     sedd train --config=configs/quickstart.py --workdir=runs/quickstart [--config.a.b=value ...]
     """
     values = flags.FlagValues()
-    flags.DEFINE_string(
-        "workdir", None, "run directory, made if missing, resumed if it holds a run", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "step", None, "checkpoint to go on from, newer ones removed; else the newest", flag_values=values
-    )
-    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    text, number, choice = arguments.definers(values)
+    text("workdir", None, "run directory; created if missing, resumed if it holds a run")
+    number("step", None, "checkpoint to resume from, which removes newer ones; the newest if not given")
+    choice("json", False, "end with one line of JSON")
     arguments.define_processes(values)
     given = arguments.parse_config(train, values, argv, "workdir")
     if given is None:
@@ -88,22 +93,23 @@ def train(argv: list[str]) -> int:
         print(json.dumps(metrics))
     if metrics["step"] >= given["config"].training.num_steps:
         return 0
-    # With --step it would begin there again, and lose what it has done.
+    # The same command with --step would resume from that step again and lose the steps since.
     return TRY_AGAIN if given["step"] is None else 1
 
 
 def prepare(argv: list[str]) -> None:
-    """Tokenize a corpus once, for any number of runs, or describe one that was.
+    """Tokenize a corpus once for any number of runs, or describe prepared text.
 
     sedd prepare --data=text:books/*.txt --tokenizer=gpt2 --out=data/books | sedd prepare --describe=data/books
     """
     values = flags.FlagValues()
-    flags.DEFINE_string("data", None, "source of text, as KIND:ARGUMENT or a corpus' name", flag_values=values)
-    flags.DEFINE_string("tokenizer", None, "gpt2, characters, bytes, sentencepiece:N, ...", flag_values=values)
-    flags.DEFINE_string("out", None, "directory to make, local or gs://", flag_values=values)
-    flags.DEFINE_integer("num_workers", None, "processes; one for each core if not given", flag_values=values)
-    flags.DEFINE_string("describe", None, "directory of prepared text to describe instead", flag_values=values)
-    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    text, number, choice = arguments.definers(values)
+    text("data", None, "source of text: KIND:ARGUMENT, or the name of a corpus")
+    text("tokenizer", None, "gpt2, characters, bytes, sentencepiece:N, ...")
+    text("out", None, "directory to create, local or gs://")
+    number("num_workers", None, "number of processes; one per core if not given")
+    text("describe", None, "directory of prepared text to describe; takes no other flags")
+    choice("json", False, "end with one line of JSON")
     if arguments.asks_for_help(argv):
         arguments.print_help(prepare, values)
         return
@@ -116,7 +122,7 @@ def prepare(argv: list[str]) -> None:
         for name, value in wanted.items():
             if not value:
                 raise flags.IllegalFlagValueError(
-                    f"--{name} must be given, as --data, --tokenizer and --out, or --describe"
+                    f"--{name} must be given: give --data, --tokenizer and --out, or --describe"
                 )
         directory = storage.directory(given["out"])
         program.prepare(given["data"], given["tokenizer"], directory, num_workers=given["num_workers"])
@@ -131,7 +137,7 @@ def prepare(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """Bound the likelihood of text, measure what a run generates, or report both.
+    """Bound the likelihood of text, measure generated text, or write a report of both.
 
     sedd eval --workdir=RUN [--data=wikitext2] | --generate|--curve=steps:16,64|--infill=paper --judge=AR_RUN | --report
     """
@@ -151,7 +157,7 @@ def evaluate(argv: list[str]) -> None:
 
 
 def sample(argv: list[str]) -> None:
-    """Draw text from a run, from nothing or around given text.
+    """Sample text from a run, unconditionally or around given text.
 
     sedd sample --workdir=RUN [--num_steps=128] [--prefix=... --suffix=... | --template='Hi, I am {32}.'] [--watch]
     """
@@ -168,18 +174,19 @@ def sample(argv: list[str]) -> None:
 
 
 def tune_grid(argv: list[str]) -> None:
-    """Find the times at which a run's steps lose least likelihood, for --grid=tuned.
+    """Find the time grid at which a run's steps lose the least likelihood, for --grid=tuned.
 
     sedd tune-grid --workdir=RUN --num_steps=16
     """
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
-    flags.DEFINE_integer("num_steps", 16, "reverse steps that it is for", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint; the newest if not given", flag_values=values)
-    flags.DEFINE_integer("num_sequences", 128, "held-out sequences, half to tune, half to judge", 2, flag_values=values)
-    flags.DEFINE_integer("batch_size", 32, "sequences at once", 1, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of sequences and noise", 0, 2**32 - 1, flag_values=values)
-    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    text, number, choice = arguments.definers(values)
+    text("workdir", None, "run directory")
+    number("num_steps", 16, "reverse steps of the grid")
+    number("step", None, "step of the checkpoint; the newest if not given")
+    number("num_sequences", 128, "held-out sequences: one half to tune, the other to test", 2)
+    number("batch_size", 32, "sequences in a batch", 1)
+    number("seed", 0, "seed of the sequences and the noise", 0, 2**32 - 1)
+    choice("json", False, "end with one line of JSON")
     arguments.define_processes(values)
     if arguments.asks_for_help(argv):
         arguments.print_help(tune_grid, values)
@@ -196,16 +203,17 @@ def tune_grid(argv: list[str]) -> None:
 
 
 def serve(argv: list[str]) -> int:
-    """Open a local page to play with a run: text with gaps, samplers side by side, step by step.
+    """Serve a local web page to try a run: templates with gaps, samplers side by side, step by step.
 
     sedd serve --workdir=RUN [--step=N] [--host=127.0.0.1] [--port=8000] [--open]
     """
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint; the newest if not given", flag_values=values)
-    flags.DEFINE_string("host", "127.0.0.1", "where to listen; 0.0.0.0 lets other machines in", flag_values=values)
-    flags.DEFINE_integer("port", 8000, "the port, 0 for any that is free", flag_values=values)
-    flags.DEFINE_bool("open", False, "open the page in the browser", flag_values=values)
+    text, number, choice = arguments.definers(values)
+    text("workdir", None, "run directory")
+    number("step", None, "step of the checkpoint; the newest if not given")
+    text("host", "127.0.0.1", "address to listen on; 0.0.0.0 accepts other machines")
+    number("port", 8000, "port to listen on; 0 for any free one")
+    choice("open", False, "open the page in the browser")
     if arguments.asks_for_help(argv):
         arguments.print_help(serve, values)
         return 0
@@ -220,28 +228,21 @@ def serve(argv: list[str]) -> int:
 
 
 def convert(argv: list[str]) -> None:
-    """Carry a checkpoint between run directories, PyTorch's layouts, the Hub and StableHLO.
+    """Convert a checkpoint between run directories, PyTorch's layouts, the Hub and StableHLO.
 
     sedd convert --from=RUN|DIR|FILE.ckpt|OWNER/NAME --to=DIR [--to_format=torch|jax|stablehlo] [--weights=raw]
     """
     values = flags.FlagValues()
-    flags.DEFINE_string(
-        "from", None, "run, directory or file of PyTorch's, or OWNER/NAME of the Hub", flag_values=values
-    )
-    flags.DEFINE_string("to", None, "directory to write", flag_values=values)
-    flags.DEFINE_string(
-        "to_format", None, "torch, jax (a run) or stablehlo; the other side if not given", flag_values=values
-    )
-    flags.DEFINE_string("weights", "ema", "ema, or raw (not averaged)", flag_values=values)
-    flags.DEFINE_string("dtype", "float32", "of torch's tensors: float32, bfloat16 or float16", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint of a run; the newest if not given", flag_values=values)
-    flags.DEFINE_string(
-        "tokenizer", "", "for a source without one: gpt2:FILE, text8, ...; by default from the size", flag_values=values
-    )
-    flags.DEFINE_bool(
-        "verify", None, "compare with the network in PyTorch; if not given, where torch is", flag_values=values
-    )
-    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    text, number, choice = arguments.definers(values)
+    text("from", None, "run directory, PyTorch directory or file, or OWNER/NAME on the Hub")
+    text("to", None, "directory to create")
+    text("to_format", None, "torch, jax (a run) or stablehlo; if not given, torch for a run, else jax")
+    text("weights", "ema", "ema (the moving average), or raw")
+    text("dtype", "float32", "dtype of torch's tensors: float32, bfloat16 or float16")
+    number("step", None, "checkpoint of a run; the newest if not given")
+    text("tokenizer", "", "for a source without one: gpt2:FILE, text8, ...; by default from the vocabulary size")
+    choice("verify", None, "compare with the network in PyTorch; if not given, only if torch is installed")
+    choice("json", False, "end with one line of JSON")
     if arguments.asks_for_help(argv):
         arguments.print_help(convert, values)
         return
@@ -257,22 +258,17 @@ def convert(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    """Time a training step and a sampling step of a config, alone or beside the published program.
+    """Time a training step and a sampling step of a config, alone or against the published program.
 
     sedd bench --config=configs/owt_small.py [--config.training.batch_size=1 ...] [--reference=DIR]
     """
     values = flags.FlagValues()
-    flags.DEFINE_integer(
-        "vocab_size", None, "tokens, the mask left out; the tokenizer's if not given", flag_values=values
-    )
-    flags.DEFINE_integer("repeats", 5, "turns of each program", flag_values=values)
-    flags.DEFINE_string(
-        "reference", None, "a checkout of the published PyTorch program, timed by turns with ours", flag_values=values
-    )
-    flags.DEFINE_string(
-        "reference_python", sys.executable, "the interpreter with torch that runs it", flag_values=values
-    )
-    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    text, number, choice = arguments.definers(values)
+    number("vocab_size", None, "tokens without the mask; the tokenizer's if not given")
+    number("repeats", 5, "timings of each program")
+    text("reference", None, "checkout of the published PyTorch program, timed in alternation with ours")
+    text("reference_python", sys.executable, "Python with torch that runs the published program")
+    choice("json", False, "end with one line of JSON")
     given = arguments.parse_config(bench, values, argv)
     if given is None:
         return
@@ -286,19 +282,18 @@ def bench(argv: list[str]) -> None:
 
 
 def plan(argv: list[str]) -> None:
-    """Compile a config's step for a TPU slice that is not here: does it fit, what does it cost.
+    """Compile a config's step for a TPU slice without having one: does it fit, what does it cost.
 
     sedd plan --config=configs/owt_small.py --topology=v5e:4x4 [--sample] [--config.a.b=value ...]
     """
     hosts.compile_for_others()
     values = flags.FlagValues()
-    flags.DEFINE_string("topology", None, "generation and chips along each axis, such as v5e:4x4", flag_values=values)
-    flags.DEFINE_integer("num_slices", 1, "slices of that shape", flag_values=values)
-    flags.DEFINE_integer(
-        "vocab_size", None, "tokens, the mask left out; the tokenizer's if not given", flag_values=values
-    )
-    flags.DEFINE_bool("sample", False, "a sampling step instead of a training step", flag_values=values)
-    flags.DEFINE_bool("json", False, "end with one line of JSON", flag_values=values)
+    text, number, choice = arguments.definers(values)
+    text("topology", None, "TPU generation and chips along each axis, such as v5e:4x4")
+    number("num_slices", 1, "number of slices of that shape")
+    number("vocab_size", None, "tokens without the mask; the tokenizer's if not given")
+    choice("sample", False, "compile a sampling step instead of a training step")
+    choice("json", False, "end with one line of JSON")
     given = arguments.parse_config(plan, values, argv)
     if given is None:
         return
@@ -314,6 +309,7 @@ def plan(argv: list[str]) -> None:
 
 
 _TAKE_CONFIGS = ("train", "bench", "plan")
+_TAKE_SAMPLING = ("eval", "sample", "tune-grid")
 COMMANDS: dict[str, arguments.Command] = {
     "prepare": prepare,
     "train": train,
@@ -328,22 +324,25 @@ COMMANDS: dict[str, arguments.Command] = {
 
 
 def _spelled(command: str, field: str) -> str:
-    """An input as a command takes it; a field of a run's config stays what it is where no flag sets it."""
+    """The flag of a command that sets an input; a field of the config keeps its name if no flag sets it."""
     if not field.startswith("config.") or command in _TAKE_CONFIGS:
         return f"--{field}"
     setting = field.removeprefix("config.sampling.")
-    return field if "." in setting else f"--{setting}"
+    return f"--{setting}" if "." not in setting and command in _TAKE_SAMPLING else field
 
 
-def _raised_here(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and PACKAGE in pathlib.Path(frames[-1].filename).parents
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+def _request_for_report(argv: list[str]) -> str:
+    """The note under the traceback of a bug: what to report with it."""
+    versions = [f"Python {platform.python_version()}"]
+    for package in ("jax", "numpy", "sedd_jax"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{package} {metadata.version(package)}")
+    if commit := hosts.revision():
+        versions.append(f"commit {commit}")
+    return (
+        "This is a bug in sedd. Please report it with the traceback above, the command and the versions:\n"
+        f"  {shlex.join(['sedd', *argv])}\n  {', '.join(versions)}"
+    )
 
 
 def _fail(command: str, message: str, status: int) -> int:

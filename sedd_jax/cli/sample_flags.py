@@ -1,4 +1,4 @@
-"""`sedd sample`: its flags, and what is drawn with them."""
+"""`sedd sample`: its flags, and the samples drawn with them."""
 
 import json
 import pathlib
@@ -14,44 +14,42 @@ _SETTINGS = ("num_steps", "num_samples", "sampler", "draw")
 
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of `sedd sample`."""
-    text, choice = flags.DEFINE_string, flags.DEFINE_bool
-    text("workdir", None, "run directory", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint; the newest if not given", flag_values=values)
+    text, number, choice = arguments.definers(values)
+    text("workdir", None, "run directory")
+    number("step", None, "step of the checkpoint; the newest if not given")
     arguments.define_sampling(values, *_SETTINGS, *arguments.refinements())
-    flags.DEFINE_integer("seed", 0, "the same seed draws the same text", 0, 2**32 - 1, flag_values=values)
-    text("prefix", "", "text the samples start with", flag_values=values)
-    text("suffix", "", "text the samples end with", flag_values=values)
+    number("seed", 0, "random seed; the same seed draws the same text", 0, 2**32 - 1)
+    text("prefix", "", "text at the start of each sample")
+    text("suffix", "", "text at the end of each sample")
     text(
         "template",
         "",
-        "text with gaps: {n} is n tokens to fill, {n:REGEX} with text that matches, {{ a brace",
-        flag_values=values,
+        "text with gaps: {n} is a gap of n tokens, {n:REGEX} a gap whose text matches; {{ and }} are braces",
     )
     text(
         "prompts",
         "",
-        'file with a prompt on each line, {"template": ...} or {"prefix": ..., "suffix": ...}; num_samples at once',
-        flag_values=values,
+        'file with a prompt on each line, {"template": ...} or {"prefix": ..., "suffix": ...}; num_samples run at once',
     )
-    flags.DEFINE_integer("num_tokens", None, "of a text longer than the model, in blocks", flag_values=values)
-    flags.DEFINE_integer("block", None, "tokens in a further block; half of the model's length", flag_values=values)
-    choice("fit", False, "end at the template's end, not at the model's length", flag_values=values)
-    choice("stop_at_eos", False, "cut text at the first end of text that is drawn", flag_values=values)
-    choice("watch", False, "show the text as it is denoised", flag_values=values)
-    text("out", "", "also write text, tokens, seed, nfe and sampler to this .jsonl", flag_values=values)
-    choice("json", False, "end with one line of JSON", flag_values=values)
+    number("num_tokens", None, "length of a text longer than the model's, drawn block by block")
+    number("block", None, "tokens in each block after the first; half of the model's length if not given")
+    choice("fit", False, "end each sequence with its template, not at the model's length")
+    choice("stop_at_eos", False, "cut each text at the first end-of-text token that is drawn")
+    choice("watch", False, "show the text while it is denoised")
+    text("out", "", "also write text, tokens, seed, nfe and sampler to this .jsonl file")
+    choice("json", False, "end with one line of JSON")
     arguments.define_processes(values)
 
 
 def draw(given: dict[str, Any], *, is_first: bool) -> str:
-    """Draws what the flags ask for, and keeps it where `--out` says.
+    """Draws the samples that the flags ask for, and writes them to `--out`.
 
     Args:
-        given: values of the flags, the run directory as a path.
+        given: values of the flags; the run directory is a path.
         is_first: whether this process writes results.
 
     Returns:
-        What to print.
+        The text to print.
     """
     _check(given)
     from sedd_jax.runtime import terminals
@@ -61,7 +59,7 @@ def draw(given: dict[str, Any], *, is_first: bool) -> str:
     written = templates.Written(**{name: given[name] for name in templates.Written._fields})
     ends = refill.Ends(fit=given["fit"], stop_at_eos=given["stop_at_eos"])
     out = pathlib.Path(given["out"]) if given["out"] else None
-    # Where texts may differ in length, each is written once it is finished.
+    # These use continuous batching, which writes each text to `out` as soon as it is finished.
     is_refilled = bool(given["prompts"]) or any(ends)
     with terminals.watcher(shows_text=given["watch"]) as watch:
         common: dict[str, Any] = {"step": given["step"], "seed": given["seed"], "watch": watch, **settings}
@@ -85,7 +83,7 @@ def draw(given: dict[str, Any], *, is_first: bool) -> str:
 
 
 def _check(given: dict[str, Any]) -> None:
-    """Raises where flags do not go together, or results could not be kept."""
+    """Raises an error if flags cannot be combined, or if --out cannot be written."""
     refills = [name for name in ("prompts", "fit", "stop_at_eos") if given[name]]
     if given["num_tokens"] is not None and refills:
         raise flags.IllegalFlagValueError("--num_tokens goes without --prompts, --fit and --stop_at_eos")

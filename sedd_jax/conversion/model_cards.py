@@ -50,9 +50,7 @@ def card(run: runs.Run, origin: dict[str, Any], num_parameters: int, dtype: str,
         f"eps {noise.eps:g}" if noise.name == "loglinear" else f"sigma {noise.sigma_min:g} to {noise.sigma_max:g}"
     )
     facts = {
-        "graph": {"absorb": "absorbing: tokens turn into the mask", "uniform": "uniform: tokens turn into any token"}[
-            config.graph.name
-        ],
+        "graph": f"{config.graph.name}: {run.graph.meaning}",
         "noise": f"{noise.name}, {schedule}",
         "network": f"{network.num_layers} layers, {network.hidden_size} wide, {network.num_heads} heads, "
         f"{num_parameters:,} parameters in {dtype}",

@@ -1,7 +1,7 @@
-"""What a training step and a sampling step of a config cost here, alone or beside the published PyTorch program.
+"""Times a training step and a sampling step of a config, alone or against the published PyTorch program.
 
-Each program and each kind of step has a process of its own, so that memory is its own too. Two programs take their
-steps by turns in one run, since a machine's speed drifts; the ratio is that of neighbours in time.
+Each program and each kind of step runs in its own process, so that peak memory is measured separately. Two programs are
+timed in alternation, because a machine's speed drifts. The reported ratio compares timings next to each other.
 """
 
 import contextlib
@@ -22,58 +22,61 @@ from typing import IO, Any
 
 from sedd_jax import config as configs
 from sedd_jax.data import tokenizers
-from sedd_jax.runtime import hosts
+from sedd_jax.diffusion import samplers
+from sedd_jax.runtime import errors, hosts
 
 KINDS = ("train", "sample")
 PUBLISHED = pathlib.Path(__file__).with_name("benchmark_published.py")
-# Steps are taken until a turn is this long, so that starting and stopping the clock costs nothing beside it.
+# A timing takes enough steps to last this long, so that the overhead of the clock is negligible.
 SECONDS_PER_TURN = 1.0
 SECONDS_OF_QUIET = 0.3
 
 
 class Worker:
-    """A process that takes steps of one program when asked.
+    """A process that runs steps of one program on request.
 
     Attributes:
-        ready: what it said when it was ready: seconds to compile, versions, attention.
-        peak_bytes: most memory that its steps have used.
+        ready: its first answer: seconds to compile, versions, attention.
+        peak_bytes: peak memory of its steps.
     """
 
-    def __init__(self, process: subprocess.Popen[str], log: IO[str], job: dict[str, Any]):
-        self._process, self._log = process, log
+    def __init__(self, name: str, process: subprocess.Popen[str], log: IO[str], job: dict[str, Any]):
+        self._name, self._process, self._log = name, process, log
         self.ready = self._ask(job)
         self.peak_bytes = 0
         self._steps = 1
         self._steps = max(1, round(SECONDS_PER_TURN / self.turn()))
 
     def turn(self) -> float:
-        """Takes as many steps as make a turn; seconds of one.
+        """Seconds per step, over as many steps as `SECONDS_PER_TURN` needs.
 
-        A step before them is not timed: while a process waits, a machine takes its memory and caches away.
+        One step before them is not timed: while a process waits, it loses its memory and caches to others.
         """
         self._ask(1)
         answer = self._ask(self._steps)
         self.peak_bytes = answer["peak_bytes"]
         return answer["seconds"] / self._steps
 
-    def _ask(self, question: Any) -> dict[str, Any]:
+    def _ask(self, question: dict[str, Any] | int) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # It has ended, and its log says why.
+        with contextlib.suppress(BrokenPipeError):  # The process has ended; its log says why.
             print(json.dumps(question), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if answer:
             return json.loads(answer)
         status = self._process.wait()
         self._log.seek(0)
-        lines = self._log.read().strip().splitlines()
-        why = lines[-1] if lines else f"ended with status {status}"
-        raise ValueError(f"{self._process.args[0]}: {why}")  # pyrefly: ignore[bad-index]
+        log = self._log.read().strip()
+        if self._name == "ours" and "Traceback" in log:
+            raise RuntimeError(f"a process of the benchmark failed:\n{log}")
+        why = log.splitlines()[-1] if log else f"ended with status {status}"
+        raise errors.UserError(why, place=self._process.args[0])  # pyrefly: ignore[bad-index]
 
 
 @contextlib.contextmanager
-def _start(command: list[str], job: dict[str, Any]) -> Iterator[Worker]:
-    # Memory shall be what steps need, not what JAX takes beforehand.
+def _start(name: str, command: list[str], job: dict[str, Any]) -> Iterator[Worker]:
+    # Without preallocation, peak memory is what the steps need.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     pipe = subprocess.PIPE
     with (
@@ -81,7 +84,7 @@ def _start(command: list[str], job: dict[str, Any]) -> Iterator[Worker]:
         subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment) as process,
     ):
         try:
-            yield Worker(process, log, job)
+            yield Worker(name, process, log, job)
         finally:
             process.kill()
 
@@ -96,28 +99,29 @@ def benchmark(
 ) -> dict[str, Any]:
     """Times a training step (training.batch_size) and a sampling step (sampling.num_samples) of a config.
 
-    A sampling step is the one at t = 1/2, half of the tokens masked, as they are on average over a trajectory. Tokens
-    are random and parameters fresh: neither changes what a step costs.
+    The sampling step is the one at t = 1/2 with half of the tokens masked, the average over a trajectory. Tokens are
+    random and parameters untrained: neither changes the cost of a step.
 
     Args:
         config: a validated config.
-        vocab_size: tokens, the mask left out; the tokenizer's if None.
-        repeats: turns of each program; medians are reported.
-        reference: a checkout of the published PyTorch program, to be timed by turns with ours.
-        reference_python: the interpreter that runs it, with torch.
+        vocab_size: tokens without the mask; the tokenizer's if None.
+        repeats: timings of each program; medians are reported.
+        reference: a checkout of the published PyTorch program, timed in alternation with ours.
+        reference_python: the Python with torch that runs the published program.
 
     Returns:
-        For each kind of step and program: seconds, tokens per second, model FLOP per second (a sampling step is a third
-        of a training step), their share of the device's peak if that is known, seconds to compile, peak bytes. With a
-        reference also the ratio of tokens per second and its range over turns, and the ratio of peak bytes.
+        For each kind of step and program: seconds, tokens per second, model FLOP per second (a network evaluation of a
+        sampling step counts a third of a training step), their share of the device's peak if it is known, seconds to
+        compile, peak bytes. With a reference also the ratio of tokens per second, its range over timings, and the ratio
+        of peak bytes.
 
     Raises:
-        ValueError: where a program cannot run, with its last line.
+        errors.UserError: if a program cannot run; the message ends with the last line of its output.
     """
     vocab_size = tokenizers.vocab_size_of(config.data.tokenizer) if vocab_size is None else vocab_size
     for name, value in (("repeats", repeats), ("vocab_size", vocab_size)):
         if value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+            raise errors.UserError("must be at least 1", field=name, value=value)
     commands = {"ours": [sys.executable, "-m", "sedd_jax.performance.benchmark_ours"]}
     if reference is not None:
         _check_reference(config, reference, reference_python)
@@ -135,7 +139,7 @@ def benchmark(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as text: what was measured, a line for each kind of step and program, ratios, warnings."""
+    """The result as text: what was measured, a line per kind of step and program, ratios, and warnings."""
     network, data = result["config"]["network"], result["config"]["data"]
     lines = [
         f"{result['machine']}, {result['date']}",
@@ -176,8 +180,8 @@ def _measure(
     job = {"kind": kind, "vocab_size": vocab_size}
     jobs = {"ours": job | {"config": configs.to_dict(config)}, "published": job | _flat(config, batch_size)}
     with contextlib.ExitStack() as stack:
-        # The one that may lack something starts first.
-        started = {name: stack.enter_context(_start(commands[name], jobs[name])) for name in reversed(commands)}
+        # The published program starts first, because it may not be able to run.
+        started = {name: stack.enter_context(_start(name, commands[name], jobs[name])) for name in reversed(commands)}
         workers = {name: started[name] for name in commands}
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         busy: list[float] = []
@@ -222,24 +226,35 @@ def _measure(
 
 def _check_reference(config: configs.Config, reference: pathlib.Path, python: str) -> None:
     if shutil.which(python) is None:
-        raise ValueError(f"--reference_python={python} is no program: give a Python that has torch")
-    if not (reference / "graph_lib.py").is_file():
-        raise ValueError(
-            f"--reference={reference} has no graph_lib.py: give a checkout of "
-            "github.com/louaaron/Score-Entropy-Discrete-Diffusion"
+        raise errors.UserError(
+            "is no program", field="reference_python", value=python, remedy="give a Python that has torch"
         )
-    if config.sampling.sampler not in ("tweedie", "euler"):
-        raise ValueError(
-            f"--config.sampling.sampler={config.sampling.sampler} is not in the published program: set tweedie or euler"
+    if not (reference / "graph_lib.py").is_file():
+        raise errors.UserError(
+            "has no graph_lib.py",
+            field="reference",
+            value=reference,
+            remedy="give a checkout of github.com/louaaron/Score-Entropy-Discrete-Diffusion",
+        )
+    published = [name for name, sampler in samplers.SAMPLERS.items() if sampler.traits.published_name]
+    if config.sampling.sampler not in published:
+        raise errors.UserError(
+            "is not in the published program",
+            field="config.sampling.sampler",
+            value=config.sampling.sampler,
+            remedy=f"set {' or '.join(published)}",
         )
     if config.training.num_micro_batches != 1:
-        raise ValueError(
-            f"--config.training.num_micro_batches={config.training.num_micro_batches} cannot be compared: set it to 1"
+        raise errors.UserError(
+            "cannot be compared",
+            field="config.training.num_micro_batches",
+            value=config.training.num_micro_batches,
+            remedy="set it to 1",
         )
 
 
 def _flat(config: configs.Config, batch_size: int) -> dict[str, Any]:
-    """What the published program needs to know, by our names."""
+    """The settings that the published program needs, by our names."""
     values = configs.to_dict(config)
     return {
         **values["network"],
@@ -254,14 +269,14 @@ def _flat(config: configs.Config, batch_size: int) -> dict[str, Any]:
 
 
 def _busy_cores() -> float:
-    """Cores that other processes keep busy while the workers wait; not a number where the system does not tell."""
+    """Cores that other processes keep busy while the workers wait; NaN if the system does not report it."""
     before = _busy_ticks()
     time.sleep(SECONDS_OF_QUIET)
     return (_busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / SECONDS_OF_QUIET
 
 
 def _busy_ticks() -> float:
-    """Clock ticks that all cores have worked, idling and waiting for disks left out."""
+    """Clock ticks of work of all cores, without idle time and waits for disks; NaN if the system has no such count."""
     try:
         first = pathlib.Path("/proc/stat").read_text().partition("\n")[0]
     except OSError:

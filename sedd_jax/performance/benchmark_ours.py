@@ -1,6 +1,7 @@
-"""One side of `sedd bench`: our own steps, in a process of their own. Run by `benchmark.Worker`.
+"""Runs our own steps for `sedd bench`, as a process that `benchmark.Worker` starts.
 
-Reads a job (a line of JSON), compiles, says so, and then for every line with a number takes that many steps.
+Reads a job (a line of JSON), compiles and answers with a line of JSON. Then it reads lines with a number of steps, runs
+them and answers with their seconds and the peak memory.
 """
 
 import json
@@ -18,7 +19,7 @@ from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.diffusion import steps
 from sedd_jax.model import attentions, networks, optimizers
-from sedd_jax.runtime import accelerators, sharding
+from sedd_jax.runtime import accelerators, errors, sharding
 from sedd_jax.sampling import generate, trajectories
 from sedd_jax.training import train
 
@@ -26,7 +27,7 @@ from sedd_jax.training import train
 def main() -> None:
     channel, sys.stdout = sys.stdout, sys.stderr
     job = json.loads(sys.stdin.readline())
-    # Seconds to compile are those of a machine that has not seen the program.
+    # Without the cache, seconds to compile are those of a new program.
     jax.config.update("jax_enable_compilation_cache", False)
     config = configs.parse(job["config"])
     run = runs.unsaved(config, job["vocab_size"])
@@ -59,10 +60,10 @@ def main() -> None:
 
 
 def train_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[[], Any]]:
-    """Seconds to compile, and a function that takes one optimizer step on a batch of random tokens."""
+    """Seconds to compile, and a function that runs one optimizer step on a batch of random tokens."""
     shape = (run.config.training.batch_size, run.config.data.length)
     x0 = np.random.default_rng(0).integers(run.tokenizer.vocab_size, size=shape, dtype=np.int32)
-    # Compiled before the state is made, so that peak memory is the step's.
+    # Compiles before it makes the state, so that peak memory is the step's.
     compile_seconds, compiled = _compile(lambda: train.lower_step(run, mesh)[1])
     state = train.make_state_fn(run, optimizers.make_optimizer(run.config.optimizer), mesh)()
 
@@ -75,7 +76,7 @@ def train_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[
 
 
 def sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[[], Any]]:
-    """Seconds to compile, and a function that takes the step at t = 1/2 of a trajectory, half of the tokens noise."""
+    """Seconds to compile, and a function that runs the sampling step at t = 1/2, with half of the tokens noise."""
     settings = run.config.sampling
     create = lambda: networks.init(jax.random.key(run.config.seed), run.network)
     params = jax.jit(create, out_shardings=sharding.tree_shardings(mesh, jax.eval_shape(create)))()
@@ -102,7 +103,7 @@ def _compile(lower: Callable[[], jax.stages.Lowered]) -> tuple[float, jax.stages
 
 
 def _peak_bytes(device: jax.Device) -> int:
-    """Most memory that was in use: of the device, or of this process where the device is the CPU."""
+    """Peak memory of the device, or of this process if the device is a CPU."""
     if device.platform == "cpu":
         # Linux counts in KiB, macOS in bytes.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -112,5 +113,5 @@ def _peak_bytes(device: jax.Device) -> int:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
+    except (errors.UserError, jax.errors.JaxRuntimeError) as error:
         sys.exit(" ".join(str(error).split()))

@@ -1,8 +1,9 @@
-"""One side of `sedd bench --reference=DIR`: steps of the published PyTorch program, from a user's own checkout of it.
+"""Runs steps of the published PyTorch program, from a user's checkout DIR of it, for `sedd bench --reference=DIR`.
 
     python benchmark_published.py DIR
 
-Run by an interpreter that has torch; imports nothing of ours. Talks to `benchmark.Worker` as `benchmark_ours` does.
+The interpreter needs torch; nothing of sedd_jax is imported. The protocol with `benchmark.Worker` is that of
+`benchmark_ours`.
 """
 
 import json
@@ -14,7 +15,7 @@ import types
 
 def main() -> None:
     channel, sys.stdout = sys.stdout, sys.stderr
-    # Its modules have names that ours have too, and Python put this file's directory first.
+    # Some modules of the two programs share names, and Python puts this file's directory first.
     sys.path[0] = sys.argv[1]
     job = json.loads(sys.stdin.readline())
     attention = stand_in_for_flash_attention()
@@ -25,7 +26,7 @@ def main() -> None:
     if job["dtype"] != want:
         sys.exit(f"the published program computes in {want} on {device}: set --config.network.dtype={want}")
     torch.manual_seed(0)
-    # Matrix products that autocast leaves in float32 are exact here, as they are in ours.
+    # Matrix products that autocast leaves in float32 do not use TF32, as in our program.
     torch.backends.cuda.matmul.allow_tf32 = False
     step = {"train": train_step, "sample": sampling_step}[job["kind"]](job, device)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def stand_in_for_flash_attention() -> str:
-    """Lets the program import flash_attn where it is not installed; says which attention runs."""
+    """Provides a substitute for flash_attn if that is not installed; returns the name of the attention that runs."""
     try:
         import flash_attn
 
@@ -60,7 +61,7 @@ def stand_in_for_flash_attention() -> str:
         pass
 
     def attend(qkv, cu_seqlens, max_seqlen, dropout_p=0.0, causal=False):
-        """[B L, 3, H, K] to [B L, H, K]; the benchmark's sequences are all of one length."""
+        """Attention from [B L, 3, H, K] to [B L, H, K]. All sequences of the benchmark have the same length."""
         import torch
 
         heads = qkv.shape[2]
@@ -77,7 +78,7 @@ def stand_in_for_flash_attention() -> str:
 
 
 def make_model(job, device):
-    """The network, the graph and the noise schedule of a job, by the program's own names."""
+    """The published program's config, network, graph and noise schedule for a job."""
     import graph_lib
     import noise_lib
     from model import SEDD
@@ -113,7 +114,7 @@ def make_model(job, device):
 
 
 def train_step(job, device):
-    """A function that takes one optimizer step, as run_train.py does on one device."""
+    """A function that runs one optimizer step, as run_train.py does on one device."""
     import losses
     import torch
     from model.ema import ExponentialMovingAverage
@@ -133,7 +134,7 @@ def train_step(job, device):
 
 
 def sampling_step(job, device):
-    """A function that takes the step at t = 1/2 of a trajectory, half of the tokens noise, as sampling.py does."""
+    """A function that runs the sampling step at t = 1/2, with half of the tokens noise, as sampling.py does."""
     import sampling
     import torch
     from model import utils

@@ -1,4 +1,4 @@
-"""What the devices of a compiled program tell each other, read from its text (HLO)."""
+"""Collective operations of a compiled program, read from its text (HLO)."""
 
 import math
 import re
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 _INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
-# Between slices the host sends and receives, for a transfer of one of these kinds.
+# Between slices, hosts send and receive. The transfer type names the kind of collective.
 _BETWEEN_SLICES = re.compile(r'= \((.*?), u32\[\].*? send\(.*_xla_megascale_transfer_type="(\w+)"')
-# A sum of which each device keeps its part may be written as a fusion of an all-reduce with a slice.
+# A reduce-scatter may be compiled to a fusion of an all-reduce with a slice.
 _SCATTER = re.compile(r"= (.*?) fusion\(.*calls=%?(all-reduce-scatter[\w.-]*)")
 _ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 
@@ -20,10 +20,10 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`.
-        shapes: dtype and dimensions of its results on one device; of what a device gives, between slices.
-        group_size: devices that take part together, or slices.
-        times: how often a step runs it: loops around it multiplied.
-        between_slices: whether it takes the network between slices, each device with its peers there.
+        shapes: dtype and dimensions of its results on one device; between slices, those of the operands.
+        group_size: devices in a group; between slices, the number of slices.
+        times: how often a step runs it, the product of the trip counts of the loops around it.
+        between_slices: whether it uses the network between slices, where each device exchanges with its peers.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class Collective(NamedTuple):
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that each device sends in all its runs, by the algorithms that send least (rings)."""
+        """Bytes that each device sends in a step, with the algorithms that send the least (rings)."""
         size = sum(_BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in self.shapes)
         others = self.group_size - 1
         share = {
@@ -48,10 +48,14 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str, num_slices: int = 1) -> list[Collective]:
-    """The collectives of a compiled program (`Compiled.as_text()`).
+    """The collectives of a compiled program.
 
-    An operation that the compiler has cut into overlapping pieces counts once, by its channel, which an operation of
-    another kind or shape may share.
+    The compiler may split an operation into overlapping pieces with the same channel. They count once. Operations of
+    another kind or shape may share a channel and count separately.
+
+    Args:
+        hlo: text of the program, `Compiled.as_text()`.
+        num_slices: TPU slices that it runs on.
     """
     times = _times_run(hlo)
     scatters = {name: line for name, line in _lines(hlo) if name.startswith("all-reduce-scatter") and "channel" in line}
@@ -69,7 +73,7 @@ def collectives(hlo: str, num_slices: int = 1) -> list[Collective]:
         elif match := _INSTRUCTION.search(line):
             shapes = _shapes(match.group(1))
             if match.group(3) and match.group(2) != "all-reduce":
-                # The operand, the result and the counters of an operation that ends later.
+                # An asynchronous start returns the operand, the result and counters.
                 shapes = shapes[1:2]
             channel = re.search(r"channel_id=(\d+)", line)
             key = (match.group(2), shapes, channel.group(1), runs) if channel else line
@@ -83,7 +87,7 @@ def _shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def _lines(hlo: str) -> Iterator[tuple[str, str]]:
-    """Every line with the name of the computation it is in."""
+    """Every line with the name of its computation."""
     computation = ""
     for line in hlo.splitlines():
         if line.endswith("{") and (header := re.match(r"(?:ENTRY )?%?([\w.-]+) ", line)):
@@ -93,11 +97,11 @@ def _lines(hlo: str) -> Iterator[tuple[str, str]]:
 
 
 def _times_run(hlo: str) -> dict[str, int]:
-    """How often each computation runs, from the loops that call it; a loop that may end early counts once."""
+    """How often each computation runs, from the loops that call it. A loop without a known trip count counts once."""
     callers: dict[str, list[tuple[str, int]]] = {}
     bounds: dict[str, int] = {}
     loops: list[tuple[str, str, str, str]] = []
-    # What an instruction takes its first number from: a loop that was peeled does not start at 0.
+    # Maps an instruction to its first operand, to find where a loop starts: a peeled loop does not start at 0.
     sources: dict[str, str] = {}
     for computation, line in _lines(hlo):
         constant = re.search(r"= s32\[\]\S* constant\((\d+)\)", line)
@@ -124,7 +128,7 @@ def _times_run(hlo: str) -> dict[str, int]:
 
 
 def _group_size(line: str) -> int:
-    """Devices in a group, from any of the ways in which HLO writes groups."""
+    """Devices in a group, from any of the notations of HLO."""
     if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named.group(2)))
@@ -132,4 +136,4 @@ def _group_size(line: str) -> int:
         return int(counted.group(1))
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(listed.group(1).split(","))
-    return 2  # A permutation has pairs.
+    return 2  # A permutation lists pairs.

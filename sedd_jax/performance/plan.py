@@ -1,7 +1,7 @@
-"""Whether a config fits a TPU slice and what a step costs there at best, on a machine that has none.
+"""Whether a config fits a TPU slice, and the least time of a step there, on a machine without TPUs.
 
-The real training step (or sampling step) is compiled for the slice; memory and collectives are the compiler's, time is
-a floor from what one chip can do.
+The real training step (or sampling step) is compiled for the slice. Memory and collectives come from the compiled
+program. The time is a lower bound from the peak rates of a chip.
 """
 
 import math
@@ -16,13 +16,13 @@ from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.data import tokenizers
 from sedd_jax.diffusion import steps
-from sedd_jax.model import networks
+from sedd_jax.model import networks, train_state
 from sedd_jax.performance import collectives
-from sedd_jax.runtime import accelerators, hosts, sharding
+from sedd_jax.runtime import accelerators, errors, hosts, sharding
 from sedd_jax.sampling import generate, trajectories
 from sedd_jax.training import train
 
-# What libtpu knows and Google lends: axes of a slice, its chips at most, shapes to show.
+# Slices that libtpu knows and Google offers: number of axes, most chips, and shapes for messages.
 _FLAT = "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
 _DEEP = "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8 and so on"
 SLICES = {
@@ -37,27 +37,27 @@ SLICES = {
 def plan(
     config: configs.Config, *, topology: str, num_slices: int = 1, vocab_size: int | None = None, sample: bool = False
 ) -> dict[str, Any]:
-    """Compiles a config's training step for a TPU slice; where it does not fit, looks for a change that makes it fit.
+    """Compiles a config's training step for a TPU slice. If it does not fit, finds changes that make it fit.
 
     Args:
         config: a validated config.
         topology: generation and chips along each axis, such as "v5e:4x4".
-        num_slices: slices of that shape, connected by the data centre's network.
-        vocab_size: tokens, the mask left out; the tokenizer's if None.
-        sample: compile one sampling step (sampling.num_samples) instead of the training step.
+        num_slices: number of slices of that shape, connected by the data centre's network.
+        vocab_size: tokens without the mask; the tokenizer's if None.
+        sample: compile a sampling step of sampling.num_samples sequences instead of the training step.
 
     Returns:
-        Whether it fits; GiB a device by kind; collectives by kind with bytes a device sends in a step; seconds that
-        arithmetic, memory and networks need at their peaks; tokens/s (of finished samples, where sampling), utilization
-        and days of training that the slowest of them allows.
+        Whether it fits; GiB per device by kind; collectives by kind with the bytes a device sends in a step; seconds
+        that arithmetic, memory and networks need at their peak rates. From the slowest of these: tokens/s (of finished
+        samples for a sampling step), utilization, and days of training.
 
     Raises:
-        ValueError: where the slice does not exist or its devices do not divide the batch.
+        errors.UserError: if the slice does not exist, or its devices do not divide the batch.
     """
     vocab_size = tokenizers.vocab_size_of(config.data.tokenizer) if vocab_size is None else vocab_size
     for name, value in (("num_slices", num_slices), ("vocab_size", vocab_size)):
         if value < 1:
-            raise ValueError(f"--{name}={value} must be at least 1")
+            raise errors.UserError("must be at least 1", field=name, value=value)
     check_topology(topology)
     devices = make_devices(topology, num_slices)
     accelerator = accelerators.find(devices[0].device_kind)
@@ -99,7 +99,7 @@ def table(result: dict[str, Any]) -> str:
             flags = " ".join(f"--config.{name}={value}" for name, value in result["remedy"].items())
             lines.append(f"fits with {flags}")
         elif not result["sample"]:
-            lines.append("nor with everything recomputed, one sequence a device at a time, and all arrays split")
+            lines.append("nor with remat=blocks, one sequence a device and micro-batch, and all arrays sharded")
         return "\n".join(lines)
     memory = result["memory_gib"]
     lines += [f"{'GiB a device':<22}{sum(memory.values()):>8.2f} of {result['hbm_gib']:.0f}: fits"]
@@ -123,58 +123,59 @@ def table(result: dict[str, Any]) -> str:
 
 
 def check_topology(topology: str) -> None:
-    """Raises ValueError, which says what there is, where a topology names no slice: libtpu's own messages do not."""
+    """Raises errors.UserError, which lists the known slices, if a topology is none. Messages of libtpu do not."""
+    refuse = lambda problem, remedy: errors.UserError(problem, field="topology", value=topology, remedy=remedy)
     generation, _, shape = topology.partition(":")
     if generation not in SLICES:
         known = ", ".join(SLICES)
-        raise ValueError(
-            f"--topology={topology}: no such TPU; known are {known}, with chips along each axis: v5e:4x4, v5p:2x2x2"
-        )
+        raise refuse("is no such TPU", f"known are {known}, with chips along each axis: v5e:4x4, v5p:2x2x2")
     num_axes, most, examples = SLICES[generation]
     sizes = [int(size) if size.isdecimal() else 0 for size in shape.split("x")]
     is_one_chip = num_axes == 2 and sizes == [1, 1]
     is_even = not any(size % 2 for size in sizes[:2])
     if len(sizes) != num_axes or not 0 < math.prod(sizes) <= most or not (is_even or is_one_chip):
-        raise ValueError(
-            f"--topology={topology}: a {generation} slice has chips along {num_axes} axes, even along the first two, "
-            f"{most} in all at most: {generation}:{examples}"
+        raise refuse(
+            f"is no slice of a {generation}, which has chips along {num_axes} axes, even along the first two, {most} "
+            "in all at most",
+            f"{generation}:{examples}",
         )
 
 
 def make_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
-    """Devices to compile for, which are not here.
+    """Devices of a TPU slice to compile for. They need not exist here.
 
     Raises:
-        ValueError: where libtpu is missing or rejects the topology.
+        errors.UserError: if libtpu is not installed or rejects the topology.
     """
     hosts.compile_for_others()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # A program for absent devices cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)  # JAX cannot load programs for absent devices from it.
     options: dict[str, Any] = {}
     if topology.startswith("v4:"):
-        # Both cores of a chip are one device, as they are when it runs; on v5p that is the default.
+        # Both cores of a chip form one device, as they do on real chips. On v5p this is the default.
         options["chip_config_name"] = "megacore"
     if topology.endswith(":1x1"):
-        options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu expects four.
+        options["chips_per_host_bounds"] = (1, 1, 1)  # The default is four chips per host.
     try:
-        # It complains of missing what only a TPU host has.
+        # libtpu warns of everything that only a TPU host has.
         with hosts.silenced():
             slices = topologies.get_topology_desc(topology, "tpu", num_slices=num_slices, **options)
     except jax.errors.JaxRuntimeError as error:
         if "libtpu" in str(error) or "No jax plugin" in str(error):
-            raise ValueError("plan needs libtpu: pip install 'sedd_jax[tpu-plan]'") from error
-        raise ValueError(f"--topology={topology}: {str(error).partition(': ')[2] or error}") from error
+            raise errors.UserError("plan needs libtpu", remedy="pip install 'sedd_jax[tpu-plan]'") from error
+        why = str(error).partition(": ")[2] or str(error)
+        raise errors.UserError(f"is refused by libtpu ({why})", field="topology", value=topology) from error
     return list(slices.devices)
 
 
 def remedies(config: configs.Config, slice_devices: int, num_slices: int) -> Iterator[dict[str, Any]]:
-    """Fields of a training step to change, the cheapest in time first."""
+    """Changes of fields that reduce the memory of a training step, the one that costs the least time first."""
     fields: dict[str, Any] = {}
     if config.network.remat != "blocks":
         fields["network.remat"] = "blocks"
         yield dict(fields)
     training, split = config.training, config.mesh.fsdp * config.mesh.tensor
-    # The model is split within a slice, into parts that divide its arrays' sizes.
+    # FSDP stays within a slice. The number of parts must divide the sizes of the arrays.
     fsdp = math.gcd(config.network.hidden_size, config.network.cond_dim, slice_devices)
     splitting = {"mesh.data": slice_devices // fsdp * num_slices, "mesh.fsdp": fsdp}
     if split == 1:
@@ -240,8 +241,8 @@ def _lower_sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[networ
         return params, programs.advance_fn.lower(inputs, key, slots, 0, rules.repeats)
 
 
-def _by_kind(inputs: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """GiB a device of the arrays that a step starts with."""
+def _by_kind(inputs: networks.Params | train_state.TrainState, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """GiB per device of the arrays that a step starts with."""
 
     def size(tree: Any) -> float:
         shapes = jax.tree.map(
@@ -251,7 +252,7 @@ def _by_kind(inputs: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
         )
         return sum(jax.tree.leaves(shapes)) / accelerators.GIB
 
-    if not hasattr(inputs, "opt_state"):
+    if not isinstance(inputs, train_state.TrainState):
         return {"parameters": size(inputs)}
     return {
         "parameters": size(inputs.params),
@@ -268,27 +269,27 @@ def _floors(
     found: list[collectives.Collective],
     sample: bool,
 ) -> dict[str, Any]:
-    """Seconds of a step that arithmetic, memory and networks need at their peaks, and what follows from them."""
+    """Seconds of a step that arithmetic, memory and networks need at their peak rates, and speeds derived from them."""
     config, network, length = run.config, run.network, run.config.data.length
     sequences = config.sampling.num_samples if sample else config.training.batch_size
     batch_devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
-    # A batch that the devices do not divide is whole on all of them.
+    # If the devices do not divide the batch, each of them holds all of it.
     parts = mesh.shape["tensor"] * (1 if sequences % batch_devices else batch_devices)
-    # A training step is worth three evaluations.
+    # A training step counts as three network evaluations.
     share = generate.per_step(run, config.sampling) / 3 if sample else 1
     flops = sequences * length * network.flops_per_token(length) * share / parts
     head = sequences * length * 6.0 * network.hidden_size * network.num_states / parts
-    # Recomputed blocks are another forward pass, without the head.
+    # Recomputation of the blocks is another forward pass without the head.
     work = flops + (flops - head) / 3 if network.remat == "blocks" and not sample else flops
     sent = {between: sum(one.bytes_sent for one in found if one.between_slices == between) for between in (False, True)}
     seconds = {
         "arithmetic": work / accelerator.peak_flops,
-        # What a training step holds is written once and read once at least; a sampling step may only read it.
+        # A training step reads and writes its memory at least once; a sampling step may only read it.
         "memory": (1 if sample else 2) * sum(memory.values()) * accelerators.GIB / accelerator.hbm_bandwidth,
         "interconnect": sent[False] / accelerator.ici_bandwidth,
     }
     if sent[True]:
-        # Unknown for v4.
+        # The bandwidth of v4 is not published.
         seconds["between slices"] = sent[True] / accelerator.dcn_bandwidth if accelerator.dcn_bandwidth else None
     step = max(one for one in seconds.values() if one is not None)
     num_steps = generate.num_steps_of(run, config.sampling, None) if sample else 1
@@ -302,6 +303,6 @@ def _floors(
 
 
 def _one_line(message: str) -> str:
-    """The sentence of a compiler's message that holds the sizes."""
+    """The sentence of a compiler's message that states the sizes."""
     sizes = re.search(r"[^.:]*\([\d.]+[KMG]\) exceeds[^.]*\([\d.]+[KMG]\)", message)
     return " ".join((sizes.group() if sizes else message.partition("\n")[0]).split())

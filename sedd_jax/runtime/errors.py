@@ -52,6 +52,12 @@ class UserError(ValueError):
         return " ".join(_NAME.sub(lambda found: spell(found[1]), text).split())
 
 
+def reason(error: OSError) -> str:
+    """What the system refused, with the path where it names one."""
+    found = error.strerror or str(error)
+    return f"{error.filename}: {found}" if error.filename else found
+
+
 def _rebuild(kind: type[UserError], fields: dict[str, Any]) -> Any:
     error = kind(fields["problem"])
     vars(error).update(fields)

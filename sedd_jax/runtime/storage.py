@@ -5,6 +5,7 @@ the bucket and read from it directly.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
@@ -141,7 +142,7 @@ def _bucket(place: Directory) -> Iterator[Any]:
     try:
         yield fsspec.filesystem("gcs")
     except Exception as error:
-        raise OSError(f"{place}: {type(error).__name__}: {error}") from error
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(place)) from error
 
 
 def _is_last(path: str) -> tuple[bool, ...]:

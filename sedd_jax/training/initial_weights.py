@@ -1,4 +1,4 @@
-"""Training that starts from another run's weights: fine-tuning a converted checkpoint, or a model of one's own."""
+"""Initial weights from another run: fine-tuning of a converted checkpoint or of one's own model."""
 
 import dataclasses
 
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.model import train_state
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 
-# What the weights depend on; length, noise schedule and tokenizer may be others.
+# Both runs must agree on these. Length, noise schedule and tokenizer may differ.
 _SAME = (
     "network.hidden_size",
     "network.num_layers",
@@ -24,39 +24,45 @@ _OF_TOKENS = ("embedding", "head_kernel", "head_bias")
 
 
 def check(config: configs.Config) -> None:
-    """Raises ValueError where config.init_from is no run directory, or of a network of another kind or size."""
+    """Raises errors.UserError if config.init_from is no run directory, or its network differs in kind or size."""
     directory = storage.directory(config.init_from)
     if not storage.holds(directory, storage.CHECKPOINTS):
-        raise ValueError(
-            f"config.init_from={directory} is no run directory: `sedd convert --from={directory} --to=DIR` makes one "
-            "of a published model"
+        raise errors.UserError(
+            "is no run directory",
+            field="config.init_from",
+            value=directory,
+            remedy=f"`sedd convert --from={directory} --to=DIR` makes one of a published model",
         )
     source = runs.load(directory).config
     if source.graph.name != config.graph.name:
-        raise ValueError(
-            f"config.init_from={config.init_from} has config.graph.name={source.graph.name}, this run "
-            f"{config.graph.name}: what the one has learned means nothing to the other; start without init_from"
+        raise errors.UserError(
+            f"has {errors.name('config.graph.name')}={source.graph.name}, this run {config.graph.name}",
+            field="config.init_from",
+            value=config.init_from,
+            remedy="what the one has learned means nothing to the other; start without init_from",
         )
     ours, theirs = (configs.flatten(configs.to_dict(each)) for each in (config, source))
     for name in _SAME:
         if ours[name] != theirs[name]:
-            raise ValueError(
-                f"config.{name}={ours[name]} must be {theirs[name]}, as in config.init_from={config.init_from}"
+            raise errors.UserError(
+                f"must be {theirs[name]}, as in {errors.name('config.init_from')}={config.init_from}",
+                field=f"config.{name}",
+                value=ours[name],
             )
 
 
 def take(run: runs.Run, state: train_state.TrainState, mesh: jax.sharding.Mesh) -> tuple[train_state.TrainState, str]:
-    """A fresh state with the moving average of config.init_from's newest checkpoint as its weights.
+    """Puts the moving average of config.init_from's newest checkpoint into a fresh state.
 
-    Where the tokenizer is another, embedding and head stay fresh.
+    If the tokenizers differ, the embedding and the head stay fresh.
 
     Args:
         run: the run that starts.
         state: its fresh state.
-        mesh: on which both lie.
+        mesh: mesh of the state.
 
     Returns:
-        The state, and what was taken, for the user.
+        The state, and a message for the user that says which weights were taken.
     """
     source = runs.load(storage.directory(run.config.init_from))
     step, params = source.params("ema_params", mesh)

@@ -1,4 +1,4 @@
-"""loss.png: the curves of a run, drawn from its metrics.jsonl."""
+"""loss.png: plots of a run's losses, drawn from its metrics.jsonl."""
 
 import math
 import os
@@ -19,7 +19,7 @@ BOUNDS = {
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
-    """Steps and finite values of one metric, ascending; of two lines for one step the later counts."""
+    """Steps and finite values of one metric, in ascending order. If a step has two lines, the later one counts."""
     values = {record["step"]: float(record[name]) for record in records if name in record}
     points = sorted((step, value) for step, value in values.items() if math.isfinite(value))
     array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
@@ -27,7 +27,7 @@ def _series(records: list[dict[str, Any]], name: str) -> tuple[Float[np.ndarray,
 
 
 def _smooth(values: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
-    """A running mean over a fifteenth of the points, narrower at the start, where a wide one would flatten the drop."""
+    """A running mean over a fifteenth of the points. The window is narrower at the start, where losses drop fast."""
     index = np.arange(len(values))
     half = np.minimum(index // 4, len(values) // 30)
     first, end = index - half, np.minimum(index + half + 1, len(values))
@@ -36,16 +36,16 @@ def _smooth(values: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
 
 
 def _limits(values: Float[np.ndarray, " S"]) -> tuple[float, float]:
-    """Limits of a logarithmic axis around positive values, with air."""
+    """Limits of a logarithmic axis around positive values, with a margin."""
     low, high = values.min(), values.max()
-    air = max((high / low) ** 0.06, 1.02)
-    return low / air, high * air
+    margin = max((high / low) ** 0.06, 1.02)
+    return low / margin, high * margin
 
 
 def _draw(axes: Any, records: list[dict[str, Any]], train: str | None) -> Float[np.ndarray, " S"]:
-    """Draws the curves and returns the values that should set the scale.
+    """Draws the curves and returns the values that set the scale of the axis.
 
-    Not among them: the huge first values, and the noise of single training steps.
+    The huge first values and the noise of single training steps are left out of these.
     """
     settled = 0.05 * max((record["step"] for record in records), default=0)
     shown = [np.zeros(0)]
@@ -71,7 +71,13 @@ def _draw(axes: Any, records: list[dict[str, Any]], train: str | None) -> Float[
 def plot_curves(
     metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str], references: Mapping[str, float]
 ) -> None:
-    """Draws training bits and the held-out bounds over the steps; `references` are levels, {"bigram entropy": 3.4}."""
+    """Plots training bits and the held-out bounds over the steps.
+
+    Args:
+        metrics_path: the metrics.jsonl to read.
+        png_path: the picture to write.
+        references: horizontal lines by name, such as {"bigram entropy": 3.4}.
+    """
     if metric_writers.is_missing("matplotlib"):
         metric_writers.say_missing("matplotlib", "no loss.png, metrics.jsonl holds its numbers")
         return

@@ -1,8 +1,8 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard event files, the terminal, and loss.png.
+"""Writers of a run's metrics: metrics.jsonl, TensorBoard event files, and the terminal.
 
 Metrics are a flat dict of Python floats with slash names, such as {"train/loss": 3.2, "valid/score_entropy_bits": 2.9}.
-rich, tensorboardX and matplotlib are imported where they are used, because training works without them: a run then
-prints plain lines, or says in one line what it leaves out.
+rich, tensorboardX and matplotlib are imported where they are used, because training works without them. Without rich a
+run prints plain lines. Without the others it says in one line what it leaves out.
 """
 
 import contextlib
@@ -17,24 +17,33 @@ import pathlib
 import sys
 import time
 from collections.abc import Generator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-# A sample is text nobody has checked: escape sequences in it must show, not act on the terminal.
+from sedd_jax.runtime import errors
+
+# Samples may hold any characters. Escape sequences must be visible and not act on the terminal.
 VISIBLE_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @functools.cache
 def say_missing(package: str, loss: str) -> None:
-    """Tells once what a run leaves out because `package` is not installed."""
+    """Prints once what a run leaves out because `package` is not installed."""
     print(f"{package} is not installed: {loss} (pip install {package})", file=sys.stderr)
 
 
 def is_missing(package: str) -> bool:
+    """Whether a package is not installed."""
     return importlib.util.find_spec(package) is None
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without a last one that has no line end: a kill tore it, or it is being written."""
+    """The lines of a metrics file.
+
+    A last line without a line end is left out: a kill cut it off, or it is being written.
+
+    Raises:
+        errors.UserError: names a line that is not JSON.
+    """
     records = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -43,14 +52,16 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({line[:60]!r}): delete that line") from error
+                raise errors.UserError(
+                    f"{path} line {number} is not JSON ({line[:60]!r})", remedy="delete that line"
+                ) from error
     return records
 
 
 def truncate_after(path: str | os.PathLike[str], step: int) -> None:
-    """Drops the lines after `step` and a torn last line, so that a run resumed at `step` shows no step twice."""
+    """Drops the lines after `step` and an incomplete last line, so that a run resumed at `step` has no step twice."""
     kept = [record for record in read_json_lines(path) if record["step"] <= step]
-    # Replaced whole: a kill in the middle leaves the old file or the new one.
+    # The file is replaced as a whole: a kill in between leaves the old file or the new one.
     partial = f"{os.fspath(path)}.partial"
     with open(partial, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in kept)
@@ -60,8 +71,8 @@ def truncate_after(path: str | os.PathLike[str], step: int) -> None:
 class JsonLines:
     """Appends one line {"step": n, name: value, ...} per write and flushes it.
 
-    JSON has no word for non-finite numbers: they are the strings "nan", "inf" and "-inf", so that `float(value)` reads
-    every value back.
+    JSON has no non-finite numbers. They are written as the strings "nan", "inf" and "-inf", so that `float(value)`
+    reads every value back.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, start_step: int) -> None:
@@ -79,12 +90,12 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Writes scalars to an event file; a run resumed at `start_step` hides the later steps of the files before it."""
+    """Writes scalars to an event file. A run resumed at `start_step` hides later steps in earlier event files."""
 
     def __init__(self, directory: str | os.PathLike[str], *, start_step: int) -> None:
         import tensorboardX
 
-        # TensorBoard drops the steps from purge_step on, purge_step included.
+        # TensorBoard drops purge_step and all steps after it.
         purge_step = start_step + 1 if start_step > 0 else None
         self._writer = tensorboardX.SummaryWriter(logdir=os.fspath(directory), purge_step=purge_step)
 
@@ -98,7 +109,7 @@ class TensorBoard:
 
 
 class Pace:
-    """How fast steps go by, on the monotonic clock."""
+    """Measures steps per second and the time left, on the monotonic clock."""
 
     def __init__(self, *, num_steps: int, start_step: int) -> None:
         self._num_steps = num_steps
@@ -109,7 +120,7 @@ class Pace:
 
     @contextlib.contextmanager
     def pause(self) -> Generator[None, None, None]:
-        """Time spent inside does not count as training: compilation, evaluation, sampling, saving."""
+        """A context whose time does not count as training: compilation, evaluation, sampling, saving."""
         start = time.monotonic()
         try:
             yield
@@ -117,10 +128,10 @@ class Pace:
             self._paused += time.monotonic() - start
 
     def lap(self, step: int) -> tuple[float, float]:
-        """Steps per second of training since the last lap, and the seconds left until the last step.
+        """Training steps per second since the last lap, and the seconds left until the last step.
 
-        The time left counts pauses too, because those still to come will cost what the past ones did; it leaves out
-        what lies before the first lap, where the program compiles.
+        The time left includes pauses, because future pauses will take as long as past ones. It ignores the time before
+        the first lap, in which the program compiles.
         """
         now = time.monotonic()
         steps_per_second = (step - self._step) / max(now - self._time - self._paused, 1e-9)
@@ -144,9 +155,13 @@ def _short(count: float) -> str:
 
 
 class Progress:
-    """A bar on a terminal, one plain line per call elsewhere; both on `stream`, standard error unless told otherwise.
+    """A progress bar on a terminal, one plain line per call elsewhere.
 
-    `unit` is what bits are counted per: "character" or "token".
+    Args:
+        num_steps: the last step of training.
+        unit: the unit of bits per unit, "character" or "token".
+        start_step: the step at which training starts or resumes.
+        stream: where to write; standard error if None.
     """
 
     def __init__(self, *, num_steps: int, unit: str, start_step: int, stream: io.TextIOBase | None = None) -> None:
@@ -160,7 +175,7 @@ class Progress:
 
             terminal = console.Console(file=output, highlight=False)
             if not terminal.is_dumb_terminal:
-                # Whatever else the program prints to the same terminal has to pass above the bar as well.
+                # Other output of the program to the same terminal must appear above the bar, too.
                 own = self._stream is sys.stderr
                 self._live = live.Live(
                     self._bar(start_step, None, "the first step compiles"),
@@ -172,7 +187,7 @@ class Progress:
                 self._live.start(refresh=True)
 
     def _bar(self, step: int, left: datetime.timedelta | None, numbers: str) -> Any:
-        """Two lines, because one holds neither the numbers nor the bar at 60 columns."""
+        """Two lines, because at 60 columns one line is too short for the numbers and the bar."""
         from rich import console, progress_bar, table, text
 
         row = table.Table.grid(padding=(0, 1), expand=True)
@@ -185,7 +200,7 @@ class Progress:
         return console.Group(row, text.Text(numbers))
 
     def show(self, step: int, metrics: Mapping[str, float], seconds_left: float) -> None:
-        """Shows where the run stands; `metrics` are those of a training step, with "train/tokens_per_second"."""
+        """Shows the progress of the run. `metrics` are those of a training step, with "train/tokens_per_second"."""
         bits = f"bits/{self._unit} {metrics[f'train/bits_per_{self._unit}']:.3f}"
         numbers = [f"loss {metrics['train/loss']:.3f}", bits, f"{_short(metrics['train/tokens_per_second'])} tokens/s"]
         if "train/model_flop_utilization" in metrics:
@@ -197,7 +212,7 @@ class Progress:
             self._live.update(self._bar(step, left, "  ".join(numbers)), refresh=True)
 
     def say(self, text: str) -> None:
-        """Prints a text above the bar: samples as the run trains, a result, a warning."""
+        """Prints a text above the bar, such as samples, a result or a warning."""
         visible = text.translate(VISIBLE_CONTROLS)
         if self._live is None:
             print(visible, file=self._stream, flush=True)
@@ -220,7 +235,7 @@ def _describe(metrics: Mapping[str, float]) -> str:
 
 
 class NoWriter:
-    """What the training loop holds in a process whose numbers another one writes."""
+    """Writes nothing: the writer of every process but the first."""
 
     def say(self, text: str) -> None:
         pass
@@ -238,11 +253,31 @@ class NoWriter:
         pass
 
 
-class MetricWriter:
-    """What the training loop holds: writes metrics.jsonl and tensorboard/ in the run directory, and the terminal.
+class Work(NamedTuple):
+    """The work of a training step, from which speed and utilization are computed.
 
-    `flops_per_token` is the model's floating-point work per trained token, `peak_flops` what all devices together do in
-    a second at best, or None when that is not known; then no utilization is written.
+    Attributes:
+        tokens: tokens in a batch.
+        flops_per_token: floating-point operations of the model per trained token.
+        peak_flops: floating-point operations per second of all devices at their peak; None if unknown, in which case no
+            utilization is written.
+    """
+
+    tokens: int
+    flops_per_token: float
+    peak_flops: float | None
+
+
+class MetricWriter:
+    """Writes metrics to the terminal, and to metrics.jsonl and tensorboard/ in the run directory.
+
+    Args:
+        directory: the run directory.
+        num_steps: the last step of training.
+        start_step: the step at which training starts or resumes.
+        unit: the unit of bits per unit, "character" or "token".
+        work: the work of a training step.
+        stream: the terminal or another stream; standard error if None.
     """
 
     def __init__(
@@ -252,16 +287,12 @@ class MetricWriter:
         num_steps: int,
         start_step: int,
         unit: str,
-        tokens_per_step: int,
-        flops_per_token: float,
-        peak_flops: float | None,
+        work: Work,
         stream: io.TextIOBase | None = None,
     ) -> None:
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._tokens_per_step = tokens_per_step
-        self._flops_per_token = flops_per_token
-        self._peak_flops = peak_flops
+        self._work = work
         self._files: list[JsonLines | TensorBoard] = [JsonLines(directory / "metrics.jsonl", start_step=start_step)]
         if is_missing("tensorboardX"):
             say_missing("tensorboardX", "no TensorBoard files, metrics.jsonl holds the same numbers")
@@ -273,14 +304,14 @@ class MetricWriter:
         self.pause = self._pace.pause
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one step's metrics everywhere; those of a training step (with "train/loss") get its speed added."""
+        """Writes the metrics of one step everywhere. To those of a training step ("train/loss") it adds the speed."""
         metrics = dict(metrics)
         if "train/loss" in metrics:
             steps_per_second, seconds_left = self._pace.lap(step)
-            metrics["train/tokens_per_second"] = steps_per_second * self._tokens_per_step
-            if self._peak_flops is not None:
-                flops = metrics["train/tokens_per_second"] * self._flops_per_token
-                metrics["train/model_flop_utilization"] = flops / self._peak_flops
+            metrics["train/tokens_per_second"] = steps_per_second * self._work.tokens
+            if self._work.peak_flops is not None:
+                flops = metrics["train/tokens_per_second"] * self._work.flops_per_token
+                metrics["train/model_flop_utilization"] = flops / self._work.peak_flops
             self._progress.show(step, metrics, seconds_left)
         held_out = {name: value for name, value in metrics.items() if name.startswith("valid/")}
         if held_out:

@@ -1,6 +1,7 @@
-"""Training: from a config and a directory to a run that has learned."""
+"""Training: the loop, the optimizer step and its compilation."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import math
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from sedd_jax import checkpoints, runs
 from sedd_jax import config as configs
@@ -19,18 +20,39 @@ from sedd_jax.data import batches
 from sedd_jax.diffusion import losses
 from sedd_jax.evaluation import likelihoods
 from sedd_jax.model import networks, objectives, optimizers, train_state
-from sedd_jax.runtime import accelerators, processes, sharding, storage
+from sedd_jax.runtime import accelerators, errors, processes, sharding, storage
 from sedd_jax.sampling import generate, templates
 from sedd_jax.training import initial_weights, loss_curves, metric_writers
 
-# What a run writes beside checkpoints, once it is made.
+# Files that training writes in addition to checkpoints.
 _WRITTEN = ("metrics.jsonl", "loss.png", "samples/*", "tensorboard/**/*")
 Metrics = dict[str, Any]
 StepFn = Callable[[train_state.TrainState, Int[Array, "B L"]], tuple[train_state.TrainState, Metrics]]
 
 
-class NonFiniteLossError(ValueError):
-    """The loss stopped being a number."""
+class NonFiniteLossError(errors.UserError):
+    """The loss or the norm of its gradient is not finite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Session:
+    """What stays the same from the first step of a training process to its last.
+
+    Attributes:
+        run: the run.
+        mesh: the devices.
+        saved: its checkpoints.
+        writer: where metrics and messages go.
+        told_to_stop: (step just taken) -> whether SIGTERM has come.
+        again: the command that resumes the run, in words.
+    """
+
+    run: runs.Run
+    mesh: jax.sharding.Mesh
+    saved: checkpoints.Checkpoints
+    writer: metric_writers.Writer
+    told_to_stop: Callable[[int], bool]
+    again: str
 
 
 def train(
@@ -40,23 +62,23 @@ def train(
     from_step: int | None = None,
     stream: io.TextIOBase | None = None,
 ) -> dict[str, Any]:
-    """Trains until config.training.num_steps, going on from the newest checkpoint where the directory has one.
+    """Trains until config.training.num_steps. Resumes from the newest checkpoint if the directory has one.
 
-    On SIGTERM (to any of its processes) it saves the step that it is at and returns early.
+    On SIGTERM to any of its processes it saves the current step and returns early.
 
     Args:
         config: a validated config.
-        workdir: run directory, local or gs://, made if it does not exist; every process must see it.
-        from_step: the checkpoint to go on from if not the newest; newer ones are removed.
+        workdir: run directory, local or gs://, created if it does not exist. Every process must see it.
+        from_step: step of the checkpoint to resume from, which removes newer ones; the newest if None.
         stream: where progress goes; standard error if None.
 
     Returns:
         The step reached and the last value of every metric written.
 
     Raises:
-        ValueError: where config, corpus or directory do not allow a run, or the checkpoint is damaged.
-        OSError: where the directory cannot be written any more; names the newest checkpoint.
         NonFiniteLossError: names the step and the newest checkpoint.
+        errors.UserError: if the config, the corpus or the directory do not allow a run; if the checkpoint is damaged;
+            if the directory cannot be written any more, in which case it names the newest checkpoint.
     """
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
@@ -64,15 +86,18 @@ def train(
         initial_weights.check(config)
     processes.first_then_all("start", lambda: runs.start(workdir, config))
     if not storage.holds(workdir, "config.json"):
-        raise ValueError(
-            f"{workdir} is not there for {processes.describe()}: give a directory that all share, or gs://"
+        raise errors.UserError(
+            f"does not exist for {processes.describe()}",
+            field="workdir",
+            value=workdir,
+            remedy="give a directory that all processes share, or gs://",
         )
     run = runs.load(workdir)
     optimizer = optimizers.make_optimizer(config.optimizer)
     keep = {"keep": config.training.keep_checkpoints, "keep_every": config.training.keep_checkpoints_every}
     saved = checkpoints.Checkpoints(run.checkpoint_dir, **keep)
     try:
-        # Another SIGTERM must not end a save that is under way.
+        # A second SIGTERM must not end a save in progress.
         with processes.told_to_stop() as told_to_stop, contextlib.closing(saved), jax.set_mesh(mesh):
             state, step, said = initial_state(run, optimizer, mesh, saved, from_step)
             step_fn = make_step_fn(run, optimizer, mesh, state)
@@ -80,9 +105,14 @@ def train(
                 if said:
                     writer.say(said)
                 again = "the same command" if from_step is None else "the same command without --step"
-                return _loop(run, state, step, step_fn, saved, writer, mesh, told_to_stop, again)
+                session = _Session(
+                    run=run, mesh=mesh, saved=saved, writer=writer, told_to_stop=told_to_stop, again=again
+                )
+                return _loop(session, step_fn, state, step)
     except OSError as error:
-        raise OSError(f"{error}: {_newest(saved)}; make {workdir} writable, then the same command goes on") from error
+        raise errors.UserError(
+            errors.reason(error), remedy=f"{_newest(saved)}; make {workdir} writable, then the same command goes on"
+        ) from error
 
 
 def train_step(
@@ -92,10 +122,10 @@ def train_step(
     run: runs.Run,
     optimizer: optax.GradientTransformation,
 ) -> tuple[train_state.TrainState, Metrics]:
-    """One optimizer step on a batch.
+    """One optimizer step on a batch, with gradient accumulation over micro-batches.
 
-    Times are spread evenly over the whole batch; each micro-batch has noise and dropout of its own, and their gradients
-    are averaged. Loss is the mean over sequences of the bound in nats (equation 10), as published; metrics are per
+    Times are spread evenly over the whole batch. Each micro-batch has its own noise and dropout; gradients are
+    averaged. The loss is the mean over sequences of the bound in nats (equation 10), as published. Metrics are per
     token.
     """
     num_micro = run.config.training.num_micro_batches
@@ -103,7 +133,7 @@ def train_step(
     key_times, key_micro = jax.random.split(jax.random.fold_in(base_key, state.step))
     t = losses.sample_times(key_times, x0.shape[0])
 
-    def loss_fn(params: Any, key: Any, x0: Int[Array, "b L"], t: Float[Array, "b"]):
+    def loss_fn(params: networks.Params, key: Key[Array, ""], x0: Int[Array, "b L"], t: Float[Array, "b"]):
         key_noise, key_dropout = jax.random.split(key)
         model = networks.Model(run.network, params)
         bounds = objectives.sequence_bounds(key_noise, model, run.process, x0, t, key_dropout)
@@ -113,8 +143,8 @@ def train_step(
         (loss, cross_entropy), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *inputs)
         return jax.tree.map(lambda a, b: a + b / num_micro, total, (loss, cross_entropy, grads)), None
 
-    # Sequence i goes to micro-batch i % num_micro, so each has times from the whole interval and no device gives rows
-    # away.
+    # Sequence i goes to micro-batch i % num_micro: each has times from the whole interval, and sequences stay on their
+    # devices.
     deal = lambda x: jnp.moveaxis(x.reshape(-1, num_micro, *x.shape[1:]), 1, 0)
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
     parts = (jax.random.split(key_micro, num_micro), deal(x0), deal(t))
@@ -140,9 +170,17 @@ def initial_state(
     saved: checkpoints.Checkpoints,
     from_step: int | None = None,
 ) -> tuple[train_state.TrainState, int, str]:
-    """A checkpoint (the newest if None), or a fresh state, laid out on the mesh; its step, and what to tell the user.
+    """The state of a checkpoint, or a fresh one if there is none, sharded over the mesh.
 
-    With `from_step`, newer checkpoints are removed once it is read.
+    Args:
+        run: the run.
+        optimizer: its optimizer.
+        mesh: the devices.
+        saved: its checkpoints.
+        from_step: step of the checkpoint, after whose restoration newer ones are removed; the newest if None.
+
+    Returns:
+        The state, its step, and a message for the user ("" for none).
     """
     create = make_state_fn(run, optimizer, mesh)
     step = saved.find(from_step)
@@ -160,7 +198,7 @@ def initial_state(
 def make_state_fn(
     run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> Callable[[], train_state.TrainState]:
-    """A function that makes the fresh state of a run, compiled for the mesh."""
+    """A function that initialises the state of a run, compiled for the mesh."""
 
     def create() -> train_state.TrainState:
         return train_state.create(jax.random.key(run.config.seed), run.network, optimizer)
@@ -171,7 +209,7 @@ def make_state_fn(
 def make_step_fn(
     run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, state: train_state.TrainState
 ) -> StepFn:
-    """`train_step` compiled for the mesh, the state donated."""
+    """`train_step` compiled for the mesh. It donates the state."""
     shardings = sharding.tree_shardings(mesh, state)
     return jax.jit(
         functools.partial(train_step, run=run, optimizer=optimizer),
@@ -182,7 +220,7 @@ def make_step_fn(
 
 
 def lower_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[train_state.TrainState, jax.stages.Lowered]:
-    """The state's shapes, and `train_step` traced for the mesh's devices, which need not be here."""
+    """The shapes of the state, and `train_step` lowered for the mesh, whose devices need not exist here."""
     optimizer = optimizers.make_optimizer(run.config.optimizer)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(make_state_fn(run, optimizer, mesh))
@@ -191,17 +229,9 @@ def lower_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[train_state.Trai
         return state, step_fn.lower(state, x0)
 
 
-def _loop(
-    run: runs.Run,
-    state: train_state.TrainState,
-    step: int,
-    step_fn: StepFn,
-    saved: checkpoints.Checkpoints,
-    writer: metric_writers.Writer,
-    mesh: jax.sharding.Mesh,
-    told_to_stop: Callable[[int], bool],
-    again: str,
-) -> dict[str, Any]:
+def _loop(session: _Session, step_fn: StepFn, state: train_state.TrainState, step: int) -> dict[str, Any]:
+    """Trains from the state of a step on; returns what `train` does."""
+    run, saved, writer = session.run, session.saved, session.writer
     settings = run.config.training
     data = run.split("train")
     held_out = likelihoods.make_held_out(run)
@@ -214,14 +244,14 @@ def _loop(
         )
         writer.say(f"resumed {run.workdir} at step {step}{nothing}")
     while step < settings.num_steps:
-        state, metrics = step_fn(state, _batch(run, data, step, mesh))
+        state, metrics = step_fn(state, _batch(run, data, step, session.mesh))
         step += 1
         written["step"] = step
-        # The step before is read only now, when the device already has the next one to do.
+        # Metrics of the previous step are read only now, while the device computes this step.
         if pending is not None:
             _check_finite(*pending, saved)
         pending = (step, metrics)
-        stops = told_to_stop(step) and step < settings.num_steps
+        stops = session.told_to_stop(step) and step < settings.num_steps
         due = functools.partial(_is_due, step, settings.num_steps)
         if due(settings.log_every):
             _check_finite(step, metrics, saved)
@@ -237,22 +267,23 @@ def _loop(
         if due(settings.sample_every) and not stops:
             with writer.pause():
                 model = networks.Model(run.network, state.ema_params)
-                writer.say(_write_samples(runs.OpenRun(run=run, step=step, model=model, mesh=mesh)))
+                writer.say(_write_samples(runs.OpenRun(run=run, step=step, model=model, mesh=session.mesh)))
         if due(settings.checkpoint_every) or stops:
             with writer.pause():
                 _check_finite(step, metrics, saved)
                 if processes.is_first():
                     loss_curves.plot_curves(run.local / "metrics.jsonl", run.local / "loss.png", references)
-                    storage.upload(run.workdir, *_WRITTEN)  # Before the checkpoint, whose steps' metrics must be there.
+                    # Before the checkpoint: a run that resumes from it needs the metrics of the steps up to it.
+                    storage.upload(run.workdir, *_WRITTEN)
                 saved.save(step, state)
         if stops:
-            writer.say(f"stopped by SIGTERM at step {step}, which is saved: {again} goes on")
+            writer.say(f"stopped by SIGTERM at step {step}, which is saved: {session.again} goes on")
             break
     return written
 
 
 def _batch(run: runs.Run, data: batches.PackedSplit, step: int, mesh: jax.sharding.Mesh) -> Int[Array, "B L"]:
-    """The batch of a step, of which each process reads what its devices hold."""
+    """The batch of a step. Each process reads only the sequences of its own devices."""
     size = run.config.training.batch_size
     read = lambda index: data.batch(step, batch_size=size, seed=run.config.seed, rows=index[0])
     return jax.make_array_from_callback((size, data.length), sharding.batch_sharding(mesh), read)
@@ -269,15 +300,17 @@ def _make_writer(
         num_steps=config.training.num_steps,
         start_step=step,
         unit=run.tokenizer.unit,
-        tokens_per_step=config.training.batch_size * config.data.length,
-        flops_per_token=run.network.flops_per_token(config.data.length),
-        peak_flops=None if accelerator is None else accelerator.peak_flops * mesh.size,
+        work=metric_writers.Work(
+            tokens=config.training.batch_size * config.data.length,
+            flops_per_token=run.network.flops_per_token(config.data.length),
+            peak_flops=None if accelerator is None else accelerator.peak_flops * mesh.size,
+        ),
         stream=stream,
     )
 
 
 def _is_due(step: int, num_steps: int, every: int) -> bool:
-    """Whether something done every so many steps (0: never) and after the last one is to be done now."""
+    """Whether something that is done at multiples of `every` steps (0: never) and at the last step is due."""
     return every > 0 and (step % every == 0 or step == num_steps)
 
 
@@ -289,7 +322,7 @@ def _train_metrics(run: runs.Run, data: batches.PackedSplit, metrics: Metrics) -
 
 
 def _reference_entropies(run: runs.Run) -> dict[str, float]:
-    """What a table of the held-out text's own counts achieves, to be drawn beside the curves of a character model."""
+    """Unigram and bigram entropy of the held-out text in bits, to compare the losses of a character model with."""
     if run.tokenizer.unit != "character":
         return {}
     valid = run.split("valid")
@@ -310,23 +343,27 @@ def _write_samples(opened: runs.OpenRun) -> str:
 
 
 def check_batch(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError where the mesh does not divide the sequences of a micro-batch."""
+    """Raises errors.UserError if the devices do not divide the sequences of a micro-batch."""
     devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     per_micro_batch = config.training.batch_size // config.training.num_micro_batches
     if per_micro_batch % devices:
-        raise ValueError(
-            f"config.training.batch_size={config.training.batch_size} in config.training.num_micro_batches="
-            f"{config.training.num_micro_batches} leaves {per_micro_batch} sequences for {devices} devices: make it "
-            "divisible"
+        raise errors.UserError(
+            f"in {errors.name('config.training.num_micro_batches')}={config.training.num_micro_batches} leaves "
+            f"{per_micro_batch} sequences for {devices} devices",
+            field="config.training.batch_size",
+            value=config.training.batch_size,
+            remedy="make it divisible",
         )
 
 
 def _check_finite(step: int, metrics: Metrics, saved: checkpoints.Checkpoints) -> None:
+    """Raises NonFiniteLossError if the loss or the norm of its gradient is not finite."""
     for name in ("train/loss", "train/grad_norm"):
         if not np.isfinite(metrics[name]):
             saved.wait()
             raise NonFiniteLossError(
-                f"{name} is {float(metrics[name])} at step {step}: {_newest(saved)}; lower the learning rate"
+                f"{name} is {float(metrics[name])} at step {step}",
+                remedy=f"{_newest(saved)}; lower the learning rate",
             )
 
 

@@ -1,4 +1,4 @@
-"""What `sedd eval` is asked for is one thing, and flags of another are refused."""
+"""`sedd eval` measures one thing at a time, and refuses flags of another."""
 
 import pytest
 from absl import flags
@@ -31,7 +31,7 @@ def test_flags_that_do_not_belong_together_are_refused(arguments, message, capsy
 def test_every_flag_is_of_something_that_can_be_asked_for():
     values = flags.FlagValues()
     eval_flags.define(values)
-    modes = {"suite", "generate", "curve", "infill", "code", "report"}
+    asked = {"suite", "generate", "curve", "infill", "code", "report"}
     everywhere = {"workdir", "step", "json", "coordinator_address", "num_processes", "process_id"}
-    owned = {name for names in eval_flags._MODES.values() for name in names}
-    assert set(values) == modes | everywhere | owned
+    owned = {name for mode in eval_flags.modes().values() for name in mode.flags}
+    assert set(values) == asked | everywhere | owned

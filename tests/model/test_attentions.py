@@ -191,7 +191,7 @@ def test_what_cudnn_is_asked_for_never_attends_to_padding(causal, monkeypatch):
 # Other platforms need a process of their own: this one has eight CPU devices for good.
 ON_GPU = """
 import jax, numpy as np
-from sedd_jax import attentions
+from sedd_jax.model import attentions
 qkv, weights = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 256, 768), (2, 256, 256)]))
 grads = lambda implementation, dtype, **how: jax.jit(jax.value_and_grad(lambda qkv: (attentions.attend(
     qkv, 4, implementation, **how).astype("float32") * weights).sum()))(qkv.astype(dtype))[1]
@@ -206,12 +206,13 @@ for causal in (False, True):
 """
 
 FOR_TPU = """
-from sedd_jax import hosts
+from sedd_jax.runtime import hosts
 hosts.compile_for_others()
 import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from sedd_jax import attentions, sharding
+from sedd_jax.model import attentions
+from sedd_jax.runtime import sharding
 devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
 mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=2), devices)
 def loss(qkv, *lengths):

@@ -1,4 +1,4 @@
-"""`sedd bench`: our steps are timed for real, the other program by a stand-in that speaks the same protocol."""
+"""`sedd bench`: our own steps are timed for real, the published program's by a stand-in with the same protocol."""
 
 import json
 import math
@@ -10,7 +10,9 @@ import pytest
 
 from sedd_jax import config as configs
 from sedd_jax.cli import main as cli
+from sedd_jax.diffusion import samplers
 from sedd_jax.performance import benchmark
+from sedd_jax.runtime import errors
 
 TINY = configs.parse(
     configs.merge(
@@ -22,7 +24,7 @@ TINY = configs.parse(
         }
     )
 )
-# Says that a step takes half a second, and remembers the jobs it was given.
+# Reports half a second per step, and records its jobs.
 STAND_IN = """
 import json, sys
 job = json.loads(sys.stdin.readline())
@@ -35,7 +37,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """The processes that take steps have one device each, not this one's eight."""
+    """The processes that run steps have one device each, not the eight of this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS")
         yield
@@ -43,7 +45,7 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """A benchmark of `TINY` beside the stand-in, and the jobs the stand-in was given."""
+    """A benchmark of `TINY` against the stand-in, and the jobs of the stand-in."""
     checkout = tmp_path_factory.mktemp("published")
     (checkout / "graph_lib.py").touch()
     (checkout / "stand_in.py").write_text(STAND_IN)
@@ -62,7 +64,7 @@ def test_figures_fit_together(compared, kind, batch_size):
     assert measured["batch_size"] == batch_size
     assert sorted(ours["all_seconds"])[1] == ours["seconds"] > 0
     assert ours["tokens_per_second"] == pytest.approx(16 * batch_size / ours["seconds"])
-    # 12 D^2 weights, 28 columns of the head; attention 12 D L; a sampling step is a third of a training step.
+    # 12 D^2 weights, 28 columns of the head, attention 12 D L. A sampling step counts a third of a training step.
     per_token = (6 * (12 * 32**2 + 32 * 28) + 12 * 32 * 16) / (1 if kind == "train" else 3)
     assert ours["flops_per_second"] == pytest.approx(per_token * ours["tokens_per_second"])
     assert ours["utilization"] is None  # No peak is known of a CPU.
@@ -112,6 +114,18 @@ def test_a_program_that_fails_says_why(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == f"sedd bench: {sys.executable}: No module named torch\n"
 
 
+def test_a_bug_of_ours_in_a_process_keeps_its_traceback():
+    bug = "raise ValueError('a bug')"
+    command = [sys.executable, "-c", bug]
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback .*ValueError: a bug"), benchmark._start("ours", command, {}):
+        pass
+    with (
+        pytest.raises(errors.UserError, match=r"^/.*: ValueError: a bug$"),
+        benchmark._start("published", command, {}),
+    ):
+        pass
+
+
 def as_flags():
     return [f"--config.{name}={value}" for name, value in configs.flatten(configs.to_dict(TINY)).items()]
 
@@ -136,11 +150,26 @@ def test_wrong_arguments(arguments, message, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("name", "value"), [("sampling.sampler", "tau_leaping"), ("training.num_micro_batches", 2)])
-def test_what_the_published_program_lacks_is_refused(name, value, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sampling.sampler", "tau_leaping", "is not in the published program: set tweedie or euler"),
+        ("sampling.sampler", "first_hitting", "is not in the published program: set tweedie or euler"),
+        ("training.num_micro_batches", 2, "cannot be compared: set it to 1"),
+    ],
+)
+def test_what_the_published_program_lacks_is_refused(name, value, message, tmp_path, capsys):
     (tmp_path / "graph_lib.py").touch()
     assert cli.main(["bench", *as_flags(), f"--reference={tmp_path}", f"--config.{name}={value}"]) == 1
-    assert f"--config.{name}={value}" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"sedd bench: --config.{name}={value} {message}\n"
+
+
+def test_the_table_of_samplers_has_the_names_of_the_published_program():
+    text = benchmark.PUBLISHED.read_text(encoding="utf-8")
+    published = {name: sampler.traits.published_name for name, sampler in samplers.SAMPLERS.items()}
+    known = {name: theirs for name, theirs in published.items() if theirs}
+    assert known == {"tweedie": "analytic", "euler": "euler"}
+    assert f'{json.dumps(known)}[job["sampler"]]' in text
 
 
 @pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""Collectives read from programs whose communication is known."""
+"""Collectives of programs whose communication is known."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from sedd_jax.training import train
 
 
 def compiled(fn, in_specs, out_specs, *shapes):
-    """Text of fn, run by each of 8 devices on its part."""
+    """HLO of fn, which each of 8 devices runs on its shard."""
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))
     with jax.set_mesh(mesh):
         mapped = jax.jit(jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False))
@@ -31,7 +31,7 @@ ROWS = PartitionSpec("fsdp")
 @pytest.mark.parametrize(
     ("fn", "out_specs", "kind", "shape", "bytes_sent"),
     [
-        # A device has [4, 8] of [16, 8] float32: 128 of 512 bytes.
+        # A device holds [4, 8] of [16, 8] float32: 128 of 512 bytes.
         (lambda x: jax.lax.psum(x, "fsdp"), PartitionSpec(), "all-reduce", (4, 8), 2 * 128 * 3 / 4),
         (lambda x: jax.lax.all_gather(x, "fsdp", tiled=True), PartitionSpec(), "all-gather", (16, 8), 3 * 128),
         (lambda x: jax.lax.psum_scatter(x, "fsdp", tiled=True), ROWS, "reduce-scatter", (1, 8), 3 * 32),
@@ -109,7 +109,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_between_slices_and_in_a_loop_whose_first_round_was_peeled_off():
-    """As libtpu writes a step of two slices: a sum between them is cut to a device's share, sent, and gathered."""
+    """HLO as libtpu writes it for two slices: each device sends its share of a sum, and the sums are gathered."""
     found = collectives.collectives(SLICES, num_slices=4)
     assert [(one.kind, one.group_size, one.times, one.between_slices, one.bytes_sent) for one in found] == [
         ("all-reduce", 4, 3, False, 3 * 2 * 3 / 4 * 4 * 256 * 4),
@@ -123,7 +123,7 @@ def test_between_slices_and_in_a_loop_whose_first_round_was_peeled_off():
 
 @functools.cache
 def step_text(shape):
-    """A training step of a tiny network on a mesh of this shape, compiled."""
+    """HLO of a training step of a tiny network, compiled for a mesh of this shape."""
     config = configs.parse(
         configs.merge(
             {
@@ -141,7 +141,7 @@ def step_text(shape):
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
 def test_a_step_sends_nothing_of_positions_times_vocabulary(shape, capfd):
-    """Logits of a device's share of the batch would be 16 / 8 x 24 x 1024 / 2 numbers at least."""
+    """Logits of a device's share of the batch would have at least 16 / 8 x 24 x 1024 / 2 elements."""
     text = step_text(shape)
     assert "nvoluntary full rematerialization" not in capfd.readouterr().err
     found = collectives.collectives(text)
@@ -149,12 +149,12 @@ def test_a_step_sends_nothing_of_positions_times_vocabulary(shape, capfd):
     for one in found:
         for _, sizes in one.shapes:
             assert not (1024 in sizes or 512 in sizes) or len(sizes) <= 2
-            # The embedding, the head and the blocks' matrices, whole or stacked, are the largest things there are.
+            # The largest arrays are the embedding, the head, and the matrices of the blocks, single or stacked.
             assert math.prod(sizes) <= 1024 * 32, one
 
 
 def test_copies_of_the_model_exchange_their_gradients_once():
-    """A device sends 2 (8 - 1) / 8 times the 4 bytes of every parameter, and a few sums."""
+    """Each device sends 2 (8 - 1) / 8 times the 4 bytes of every parameter, and a few sums."""
     config = networks.NetworkConfig(
         num_states=1024, hidden_size=32, num_layers=2, num_heads=4, cond_dim=16, dtype="float32"
     )

@@ -1,4 +1,4 @@
-"""`sedd plan` compiles for TPUs that are not here; in a process of its own, since this one's JAX has other devices."""
+"""`sedd plan` compiles for TPUs without having one. It runs in its own process, since JAX has other devices here."""
 
 import importlib.util
 import json
@@ -12,6 +12,7 @@ import pytest
 from sedd_jax import config as configs
 from sedd_jax.cli import main as cli
 from sedd_jax.performance import plan as program
+from sedd_jax.runtime import errors
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu-plan]'"
@@ -26,7 +27,7 @@ SMALL = (
 
 
 def run_alone(*arguments):
-    """Python in a process of its own."""
+    """Runs Python in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
@@ -44,11 +45,11 @@ def test_a_step_that_fits():
     assert result["fits"]
     assert result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
     memory = result["memory_gib"]
-    # Matrices of the blocks, their modulations, embedding and head; norms, biases and sigma's embedding are the rest.
+    # Matrices of the blocks, their modulations, embedding and head. The rest is norms, biases and sigma's embedding.
     matrices = 4 * (4 * (12 * 256**2 + 6 * 128 * 256) + 2 * 8192 * 256) / 2**30
     assert matrices < memory["parameters"] == memory["moving average"] < 1.03 * matrices
     assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=1e-4)
-    # Gradients are summed over the four chips once: those of bfloat16 products in bfloat16, the others in float32.
+    # Gradients are summed over the four chips once: in bfloat16 for bfloat16 products, in float32 for the others.
     sent = sum(of["bytes_sent"] for of in result["collectives"].values())
     assert sent == pytest.approx(2 * 3 / 4 * (memory["parameters"] * 2**30 - 2 * 4 * 12 * 256**2), rel=0.01)
     flops = 64 * 256 / 4 * (6 * (4 * 12 * 256**2 + 256 * 8192) + 12 * 4 * 256 * 256)
@@ -117,7 +118,7 @@ def test_a_sampling_step_on_two_slices():
         (["--topology=v5e:4x4", "--num_slices=0"], "--num_slices=0 must be at least 1"),
         (
             ["--topology=v5e:3x5"],
-            "--topology=v5e:3x5: a v5e slice has chips along 2 axes, even along the first two, 256",
+            "--topology=v5e:3x5 is no slice of a v5e, which has chips along 2 axes, even along the first two, 256",
         ),
     ],
 )
@@ -132,7 +133,8 @@ def test_wrong_arguments(arguments, message):
     "name", ["", ":", "v5e", "v5litepod:4x4", "h100:8", "v7x:2x2x1", "v3:2x2", "V5E:4x4", "v5:2x2x2"]
 )
 def test_names_that_are_no_slice_get_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"^--topology={name}: .*(v4, v5e, v5p, v6e, tpu7x|v5e:1x1, 2x2, 2x4, 4x4)"):
+    given = f"topology={name or repr(name)}"
+    with pytest.raises(errors.UserError, match=f"^{given} is no .*(v4, v5e, v5p, v6e, tpu7x|v5e:1x1, 2x2, 2x4, 4x4)"):
         program.check_topology(name)
 
 
@@ -145,14 +147,15 @@ def test_names_that_are_no_slice_get_the_known_ones(name):
 )
 def test_shapes_that_are_no_slice_get_the_accepted_ones(generation, shapes, accepted):
     for shape in shapes:
-        with pytest.raises(ValueError, match=f"^--topology={generation}:{shape}: .* at most: {accepted}"):
+        with pytest.raises(errors.UserError, match=f"^topology={generation}:{shape} is no .* at most: {accepted}"):
             program.check_topology(f"{generation}:{shape}")
 
 
 SLICES = """
 import json, sys
 import jax
-from sedd_jax import accelerators, plan
+from sedd_jax.performance import plan
+from sedd_jax.runtime import accelerators
 
 def look(topology, num_slices):
     plan.check_topology(topology)
@@ -172,7 +175,7 @@ print(json.dumps([look(*one) for one in json.loads(sys.argv[1])]))
 
 
 def test_devices_and_their_memory_are_what_the_compiler_says():
-    """Every generation: JAX's devices, the accelerator of their kind, and the memory that a program may use."""
+    """For every generation: JAX's devices, their accelerator, and the memory that a program may use."""
     half = "TPU7x, one of two cores"
     expected = {
         ("v4:2x2x1", 1): ("TPU v4", 4),
@@ -203,7 +206,8 @@ SUM = """
 import json
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-from sedd_jax import collectives, plan, sharding
+from sedd_jax.performance import collectives, plan
+from sedd_jax.runtime import sharding
 
 mesh = sharding.make_mesh(sharding.MeshConfig(), plan.make_devices("v5e:2x2", num_slices=2))
 parts = jax.ShapeDtypeStruct((8, 2**20), "float32", sharding=NamedSharding(mesh, PartitionSpec("data")))
@@ -214,7 +218,7 @@ print(json.dumps([(one.between_slices, one.bytes_sent) for one in collectives.co
 
 
 def test_a_sum_over_two_slices_crosses_the_network_between_them_in_parts():
-    """Each of the 4 devices of a slice exchanges its quarter with its peer in the other slice."""
+    """Each of the 4 devices of a slice exchanges its quarter of the sum with its peer in the other slice."""
     done = run_alone("-c", SUM)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

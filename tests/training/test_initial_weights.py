@@ -1,4 +1,4 @@
-"""Runs that start from another run's weights: what is taken, what stays fresh, what is refused."""
+"""Runs that start from another run's weights: which are taken, which stay fresh, and which runs are refused."""
 
 import dataclasses
 import io
@@ -30,7 +30,7 @@ def fine_tune(code_run, tmp_path):
 
 
 def fresh_state(config, workdir):
-    """The state that a run of this config starts with, what is said of it, and the run."""
+    """The state that a run of this config starts with, the message about it, and the run."""
     runs.start(workdir, config)
     run = runs.load(workdir)
     mesh = sharding.make_mesh(MESH)
@@ -50,7 +50,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("length", [32, 16, 48])
 def test_weights_are_the_moving_average_at_any_length(code_run, fine_tune, tmp_path, length):
     state, said, _ = fresh_state(fine_tune(**{"data.length": length}), tmp_path / "run")
-    step, source = runs.load(code_run).ema_params(sharding.make_mesh(MESH))
+    step, source = runs.load(code_run).params("ema_params", sharding.make_mesh(MESH))
     assert_same(state.params, source)
     assert_same(state.ema_params, source)
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
@@ -61,7 +61,7 @@ def test_weights_are_the_moving_average_at_any_length(code_run, fine_tune, tmp_p
 
 def test_other_tokens_get_a_fresh_embedding_and_head(code_run, fine_tune, tmp_path):
     state, said, run = fresh_state(fine_tune(**{"data.tokenizer": "bytes"}), tmp_path / "run")
-    _, source = runs.load(code_run).ema_params(sharding.make_mesh(MESH))
+    _, source = runs.load(code_run).params("ema_params", sharding.make_mesh(MESH))
     scratch, _, _ = fresh_state(dataclasses.replace(run.config, init_from=""), tmp_path / "scratch")
     for name, leaf in state.params.items():
         of_tokens = name in ("embedding", "head_kernel", "head_bias")
@@ -70,7 +70,7 @@ def test_other_tokens_get_a_fresh_embedding_and_head(code_run, fine_tune, tmp_pa
 
 
 def test_training_goes_on_without_its_source(fine_tune, tmp_path, code_run):
-    """The source is read once; a run that resumes, or that has its weights already, does not need it."""
+    """A run reads the source once. When it resumes, it does not need it."""
     config = fine_tune(**{"training.num_steps": 3, "training.checkpoint_every": 2})
     told = io.StringIO()
     workdir = tmp_path / "run"

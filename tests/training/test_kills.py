@@ -1,6 +1,6 @@
-"""A run that is killed again and again, inside saves too, ends as the one that was never stopped.
+"""A run that is killed many times, also during saves, ends with the weights of one that was never stopped.
 
-Real processes: `sedd train` in this interpreter's stead, with compiled programs kept from one life to the next.
+Each life is a real process of `sedd train`. Processes share a cache of compiled programs.
 """
 
 import json
@@ -68,7 +68,7 @@ def uninterrupted(place):
 
 def assert_same_run(workdir, expected):
     assert small_runs.logged(workdir) == small_runs.logged(expected)
-    (step, params), (other_step, other) = runs.load(workdir).ema_params(), runs.load(expected).ema_params()
+    (step, params), (other_step, other) = (runs.load(each).params("ema_params") for each in (workdir, expected))
     assert step == other_step
     jax.tree.map(np.testing.assert_array_equal, params, other)
 
@@ -81,7 +81,7 @@ def wait_for_steps(child, number):
 
 
 def live_and_die(child, generator, workdir, how):
-    """Lets a run take a few steps, or none, and ends it at a random instant; whether a save was under way."""
+    """Ends a run at a random time, after a few steps or none. Returns whether a save was in progress."""
     wait_for_steps(child, generator.randrange(0, 5))
     time.sleep(generator.uniform(0, 0.3))
     child.send_signal(how)
@@ -97,7 +97,7 @@ def test_twenty_kills_change_nothing(place, uninterrupted):
         child = start(place, workdir)
         during_saves += live_and_die(child, generator, workdir, (signal.SIGTERM, signal.SIGKILL)[number % 2])
         endings.append(child.returncode)
-    # A run that ended before the last kill would have been left alone.
+    # A run that had finished early would have been killed fewer times.
     assert 0 not in endings
     assert endings.count(75) >= NUM_KILLS // 4
     assert endings.count(-signal.SIGKILL) == NUM_KILLS // 2
@@ -106,7 +106,7 @@ def test_twenty_kills_change_nothing(place, uninterrupted):
     assert status == 0, err
     assert f"resumed {workdir}" in err
     assert_same_run(workdir, uninterrupted)
-    # Nor has anything been left behind.
+    # No partial files are left.
     assert sorted(path.name for path in workdir.iterdir()) == sorted(path.name for path in uninterrupted.iterdir())
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["58", "60"]
     assert not [path for path in place.iterdir() if "partial" in path.name]
@@ -138,7 +138,7 @@ def test_a_full_disk_stops_the_run_and_names_the_last_good_step(place, uninterru
     newest = int(last.rpartition("the newest checkpoint is of step ")[2].partition(";")[0])
     assert 2 <= newest < 60
     assert last.endswith(f"make {workdir} writable, then the same command goes on")
-    # The lines before are the run's own.
+    # The lines before are progress of the run.
     assert all(line.startswith("step ") for line in err.splitlines()[:-1])
     subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
     status, err = train(place, workdir, **{"training.keep_checkpoints": 40})
@@ -149,7 +149,7 @@ def test_a_full_disk_stops_the_run_and_names_the_last_good_step(place, uninterru
 
 def test_a_run_in_a_bucket_survives_the_loss_of_its_machine(place, uninterrupted, tmp_path):
     with gcs_emulator.Server("bucket") as server:
-        # The machine's own copy of the run is in its cache.
+        # Each machine keeps its local copy of the run in its cache.
         first, second = (server.environment() | {"XDG_CACHE_HOME": str(tmp_path / name)} for name in ("one", "two"))
         workdir, seldom = "gs://bucket/runs/mine", {"training.checkpoint_every": 20}
         child = start(place, workdir, variables=first, **seldom)

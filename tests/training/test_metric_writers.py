@@ -1,4 +1,4 @@
-"""metric_writers: what is written reads back, survives kills and resumes, and looks right where it is shown."""
+"""metric_writers: metrics read back, survive kills and resumes, and look right on terminals and in pictures."""
 
 import io
 import json
@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sedd_jax.training import curves, metric_writers
+from sedd_jax.training import loss_curves, metric_writers
 
 TRAIN = {"train/loss": 3.21, "train/bits_per_character": 2.9}
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A monotonic clock that stands still until a test moves it."""
+    """A monotonic clock that a test advances."""
 
     class Clock:
         now = 1000.0
@@ -39,14 +39,15 @@ def say_again():
     metric_writers.say_missing.cache_clear()
 
 
+WORK = metric_writers.Work(tokens=1000, flops_per_token=6e6, peak_flops=None)
+
+
 def make_writer(directory, **changes):
     settings: dict[str, Any] = {
         "num_steps": 2000,
         "start_step": 0,
         "unit": "character",
-        "tokens_per_step": 1000,
-        "flops_per_token": 6e6,
-        "peak_flops": None,
+        "work": WORK,
         "stream": io.StringIO(),
     }
     return metric_writers.MetricWriter(directory, **{**settings, **changes})
@@ -82,7 +83,7 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_lines(path, [10, 20])
     whole = path.read_bytes()
-    # The last cut tears off the line end alone: the JSON is whole, yet the next line would be glued to it.
+    # The last cut removes only the line end: the JSON is complete, but the next line would be appended to it.
     for cut in (5, 12, 1):
         path.write_bytes(whole[:-cut])
         assert steps_of(path) == [10]
@@ -112,7 +113,7 @@ def test_non_finite_values_stay_valid_json(tmp_path):
 
 
 def read_events(directory):
-    """The events of all files in a directory, from the record framing: length, its crc, payload, its crc."""
+    """The events of all files in a directory. A record is length, its CRC, payload, its CRC."""
     from tensorboardX.proto import event_pb2
 
     event: Any = event_pb2
@@ -141,7 +142,7 @@ def test_tensorboard_events_read_back(tmp_path):
 
 def test_tensorboard_hides_the_steps_after_the_resumed_one(tmp_path):
     metric_writers.TensorBoard(tmp_path, start_step=100).close()
-    # A start mark at step 101 makes TensorBoard drop what an earlier file holds from there on.
+    # A start event at step 101 makes TensorBoard drop steps from 101 on in earlier files.
     assert [e.step for e in read_events(tmp_path) if e.session_log.status == 1] == [101]
 
 
@@ -154,7 +155,7 @@ def test_pace_counts_training_only(clock):
     clock.now += 20
     with pace.pause():
         clock.now += 20
-    # Four steps a second while it trains, two on the clock, and the clock decides when it ends.
+    # Four steps per second without pauses, two with them. The time left counts pauses.
     assert pace.lap(200) == pytest.approx((4.0, 800 / 2))
 
 
@@ -174,7 +175,8 @@ def test_a_pause_ends_with_an_error_inside(clock):
 
 def test_plain_lines(tmp_path, clock):
     stream = io.StringIO()
-    with make_writer(tmp_path, stream=stream, tokens_per_step=123, peak_flops=1e12, flops_per_token=3e7) as writer:
+    work = metric_writers.Work(tokens=123, flops_per_token=3e7, peak_flops=1e12)
+    with make_writer(tmp_path, stream=stream, work=work) as writer:
         clock.now += 1
         writer.write(100, TRAIN)
         writer.say("a sample\x1b[2J")
@@ -218,7 +220,7 @@ def test_short_counts(count, text):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A stream on a pseudo terminal of 60 columns, and a function that returns what it shows, without styles."""
+    """A stream on a pseudo terminal of 60 columns, and a function that returns its text without styles."""
     pty = pytest.importorskip("pty", reason="pseudo terminals need a POSIX system")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "60")
@@ -227,7 +229,7 @@ def terminal(monkeypatch):
     stream = os.fdopen(follower, "w", encoding="utf-8")
 
     def shown(until):
-        # What is written to a pseudo terminal arrives a little later and in pieces.
+        # Text written to a pseudo terminal arrives later and in pieces.
         text = ""
         while re.search(until, text, re.DOTALL) is None:
             assert select.select([reader], [], [], 10)[0], f"{until!r} is not in {text!r}"
@@ -242,7 +244,8 @@ def terminal(monkeypatch):
 def test_a_bar_on_a_terminal(tmp_path, clock, terminal):
     pytest.importorskip("rich", reason="the bar needs rich")
     stream, shown = terminal
-    with make_writer(tmp_path, stream=stream, peak_flops=1e12, tokens_per_step=123, flops_per_token=3e7) as writer:
+    work = metric_writers.Work(tokens=123, flops_per_token=3e7, peak_flops=1e12)
+    with make_writer(tmp_path, stream=stream, work=work) as writer:
         shown("step 0/2000 .*the first step compiles")
         clock.now += 1
         writer.write(1000, TRAIN)
@@ -295,7 +298,7 @@ def test_missing_packages_are_said_once(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         with make_writer(tmp_path) as writer:
             writer.write(100, TRAIN)
-        curves.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {})
+        loss_curves.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {})
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" is not installed")[0] for line in lines] == ["tensorboardX", "matplotlib"]
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl"]
@@ -303,21 +306,21 @@ def test_missing_packages_are_said_once(tmp_path, monkeypatch, capsys):
 
 def test_smoothing_keeps_a_level_and_the_first_value():
     values = np.concatenate([[16.0], np.full(299, 2.0)])
-    smooth = curves._smooth(values)
+    smooth = loss_curves._smooth(values)
     assert smooth[0] == 16.0
-    np.testing.assert_allclose(smooth[1:], 2.0)  # one huge first loss lifts nothing after it
+    np.testing.assert_allclose(smooth[1:], 2.0)  # A huge first loss does not raise the values after it.
     noise = np.random.default_rng(0).normal(size=3000)
-    assert curves._smooth(noise)[150:-150].std() < 0.15
+    assert loss_curves._smooth(noise)[150:-150].std() < 0.15
 
 
 def test_of_two_lines_for_a_step_the_later_counts():
     records = [{"step": 2, "a": 1.0}, {"step": 1, "a": "nan"}, {"step": 0, "b": 5.0}, {"step": 2, "a": 3.0}]
-    steps, values = curves._series(records, "a")
+    steps, values = loss_curves._series(records, "a")
     assert (steps.tolist(), values.tolist()) == ([2.0], [3.0])
 
 
 def pixels_of(path, color):
-    """Rows and columns of the pixels close to a color, [n, 2], and the size of the picture."""
+    """Rows and columns [n, 2] of the pixels close to a color, and the size of the picture."""
     from matplotlib import colors, image
 
     picture = image.imread(path)[..., :3]
@@ -334,21 +337,21 @@ def test_the_picture_shows_each_curve_where_it_belongs(tmp_path):
             error = {"valid/score_entropy_bits_stderr": 0.2}
             lines.write(step, {"valid/score_entropy_bits": 4.0, "valid/cross_entropy_bits": 3.5, **error})
     lines.close()
-    curves.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {"bigram entropy": 5.0})
+    loss_curves.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {"bigram entropy": 5.0})
     assert sorted(os.listdir(tmp_path)) == ["loss.png", "metrics.jsonl"]
     heights, extents = [], []
-    curve_colors = [curves.REFERENCE_COLOR, *(color for _, color in curves.BOUNDS.values())]
-    for color in [*curve_colors, curves.SMOOTH_COLOR]:
+    curve_colors = [loss_curves.REFERENCE_COLOR, *(color for _, color in loss_curves.BOUNDS.values())]
+    for color in [*curve_colors, loss_curves.SMOOTH_COLOR]:
         found, (height, width) = pixels_of(tmp_path / "loss.png", color)
         assert (height, width) == (900, 1350)
         axes = found[(found[:, 0] < 0.79 * height) & (found[:, 1] > 0.3 * width)]
         assert len(axes) > 500
         heights.append(np.median(axes[:, 0]) / height)
         extents.append(np.ptp(axes[:, 0]))
-    # From the top: the reference at 5, the bounds at 4 and 3.5, training at 3; the first loss, 409, sets no scale.
+    # From the top: the reference at 5, the bounds at 4 and 3.5, training at 3. The first loss, 409, is off the scale.
     assert heights == sorted(heights)
     assert heights[-1] - heights[0] > 0.4
-    # Only the first bound has an error, 0.2 bits to either side: taller than a dot of ten pixels.
+    # Only the first bound has an error bar, of 0.2 bits on each side: it is taller than a dot of ten pixels.
     assert extents[1] > 60
     assert extents[2] < 20
 
@@ -364,9 +367,9 @@ def test_the_picture_shows_each_curve_where_it_belongs(tmp_path):
 def test_a_picture_of_no_point_or_one(tmp_path, text, note):
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
     (tmp_path / "metrics.jsonl").write_text(text)
-    curves.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {})
-    written, (height, width) = pixels_of(tmp_path / "loss.png", curves.REFERENCE_COLOR)
+    loss_curves.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {})
+    written, (height, width) = pixels_of(tmp_path / "loss.png", loss_curves.REFERENCE_COLOR)
     middle = np.abs(written - np.asarray([height, width]) / 2).max(axis=-1) < 150
     assert bool(middle.any()) == note
-    dot, _ = pixels_of(tmp_path / "loss.png", curves.SMOOTH_COLOR)
+    dot, _ = pixels_of(tmp_path / "loss.png", loss_curves.SMOOTH_COLOR)
     assert (np.count_nonzero(dot[:, 0] < 0.79 * height) > 50) == (not note)

@@ -1,0 +1,116 @@
+"""The edge of the command line: what becomes one line, what shows a traceback, and the exit statuses."""
+
+import errno
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+
+from sedd_jax.cli import main as cli
+from sedd_jax.runtime import errors
+from sedd_jax.training import train
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """(command, error, arguments) -> exit status and stderr of the command, which raises this error."""
+
+    def call(command, error, *arguments):
+        def raise_error(argv):
+            raise error
+
+        monkeypatch.setitem(cli.COMMANDS, command, raise_error)
+        status = cli.main([command, *arguments])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return status, err
+
+    return call
+
+
+def test_a_user_error_is_one_line_with_inputs_spelled_as_flags(fails):
+    error = errors.UserError("is wrong", field="judge", value="a b", remedy=f"set {errors.name('samplers')}")
+    assert fails("eval", error) == (1, "sedd eval: --judge='a b' is wrong: set --samplers\n")
+    error = train.NonFiniteLossError("train/loss is nan at step 4", remedy="lower the learning rate")
+    assert fails("train", error) == (1, "sedd train: train/loss is nan at step 4: lower the learning rate\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "field", "spelled"),
+    [
+        ("train", "config.sampling.top_p", "--config.sampling.top_p"),
+        ("bench", "config.training.batch_size", "--config.training.batch_size"),
+        ("sample", "config.sampling.top_p", "--top_p"),
+        ("tune-grid", "config.sampling.num_steps", "--num_steps"),
+        ("sample", "config.graph.name", "config.graph.name"),
+        ("serve", "config.sampling.top_p", "config.sampling.top_p"),
+        ("serve", "port", "--port"),
+    ],
+)
+def test_a_field_of_the_config_is_a_flag_where_the_command_has_one(fails, command, field, spelled):
+    assert fails(command, errors.UserError("is wrong", field=field)) == (1, f"sedd {command}: {spelled} is wrong\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), "/runs/a: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "/etc/key"), "/etc/key: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(fails, error, message):
+    assert fails("eval", error) == (1, f"sedd eval: {message}\n")
+
+
+def test_wrong_flags_have_their_own_status(fails):
+    status, err = fails("eval", flags.IllegalFlagValueError("--generate goes without --code"))
+    assert (status, err) == (2, "sedd eval: --generate goes without --code; see `sedd eval --help`\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "resumes"),
+    [
+        ("train", ["--workdir=a"], True),
+        ("train", ["--workdir=a", "--step=3"], False),
+        ("eval", [], True),
+        ("sample", ["--prompts=a.jsonl"], True),
+        ("sample", [], False),
+    ],
+)
+def test_an_interrupt_says_whether_the_same_command_goes_on(fails, command, arguments, resumes):
+    status, err = fails(command, KeyboardInterrupt(), *arguments)
+    assert status == 130
+    rest = ": the same command goes on from what is finished" if resumes else ""
+    assert err == f"sedd {command}: interrupted{rest}\n"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("negative"), ImportError("no name"), OSError("no number"), KeyError("a"), RuntimeError("b")]
+)
+def test_any_other_exception_is_a_bug_that_asks_for_a_report(fails, error):
+    with pytest.raises(type(error)) as caught:
+        fails("eval", error, "--workdir=my run")
+    assert caught.value is error
+    (note,) = error.__notes__
+    assert "This is a bug in sedd. Please report it" in note
+    assert "sedd eval '--workdir=my run'" in note
+    assert f"numpy {np.__version__}" in note
+
+
+def test_a_bug_in_a_command_shows_its_traceback_and_the_request():
+    """A ValueError of NumPy, not of ours, in a process of its own."""
+    code = (
+        "import sys; import numpy; from sedd_jax.cli import main as cli; "
+        "cli.COMMANDS['eval'] = lambda argv: numpy.zeros(-1); sys.argv = ['sedd', 'eval', '--workdir=a']; cli.run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("Traceback (most recent call last):\n")
+    traceback, _, note = done.stderr.partition("ValueError: negative dimensions are not allowed\n")
+    assert "in <lambda>" in traceback
+    assert note.startswith("This is a bug in sedd. Please report it with the traceback above, the command")
+    assert "  sedd eval --workdir=a\n" in note
