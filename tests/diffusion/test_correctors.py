@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
+from sedd_jax.diffusion import correctors, forward, graphs, noise_schedules, samplers, steps, time_grids
 from tests.support import oracles
 
 N = 3
@@ -78,8 +78,8 @@ def test_given_tokens_are_never_taken_back(name):
 
     draws = oracles.dense_draws(lambda xt, _: jnp.full((*xt.shape, N + 1), 1.0), graph)
     draws = draws._replace(draw_fn=recorded(draws.draw_fn), leap_fn=recorded(draws.leap_fn))
-    process, masks = forward.Process(graph, NOISE), jnp.full((50, 3), N)
-    oracles.take_steps(jax.random.key(0), sampler, draws, process, given, masks, 0, 2, 2)
+    process, start = forward.Process(graph, NOISE), given.clamp(jnp.full((50, 3), N))
+    oracles.take_steps(jax.random.key(0), sampler, draws, process, given, start, 0, 2, 2)
     jax.effects_barrier()
     evaluations = sampler.traits.evaluations
     assert len(seen) == 2 * 4 * evaluations
@@ -88,6 +88,22 @@ def test_given_tokens_are_never_taken_back(name):
         assert not is_movable[:, 0].any()
     num_masks = [(xt == N).sum() for xt, _ in seen]
     assert num_masks[5 * evaluations] > 0  # What the step had filled was taken back.
+
+
+def test_any_of_the_filled_positions_are_masked_again():
+    num_rows, is_filled = 6000, jnp.array([[True, False, True, True, False]])
+    xt = jnp.tile(jnp.array([[0, N, 1, 2, 2]]), (num_rows, 1))
+    masked = lambda count: np.asarray(
+        correctors.mask_again(
+            jax.random.key(0), N, xt, jnp.tile(is_filled, (num_rows, 1)), jnp.full(num_rows, count, jnp.int32)
+        )
+    )
+    np.testing.assert_array_equal(masked(0), xt)
+    np.testing.assert_array_equal(masked(7), jnp.where(is_filled, N, xt))
+    pairs = (masked(2) == N)[:, [0, 2, 3]]
+    assert (pairs.sum(1) == 2).all()
+    assert oracles.chi_square_p(np.bincount(pairs.argmin(1)), np.full(3, 1 / 3)) > 1e-4
+    np.testing.assert_array_equal(np.where(masked(2) == N, xt, masked(2)), xt)
 
 
 def test_corrector_steps_of_first_hitting_are_gibbs_steps():
@@ -138,7 +154,8 @@ def test_first_hitting_takes_each_evaluation_again():
     process, sampler = forward.Process(GRAPHS["absorb"], NOISE), samplers.make("first_hitting", corrector_steps=1)
     draws = oracles.dense_draws(lambda xt, _: xt, process.graph)._replace(draw_fn=recorded)
     given = steps.Given(jnp.zeros((2, 8), jnp.int32), jnp.arange(8)[None] >= jnp.array([[8], [3]]))
-    xt = oracles.take_steps(jax.random.key(0), sampler, draws, process, given, jnp.full((2, 8), N), 0, 3, 3)
+    start = given.clamp(jnp.full((2, 8), N))
+    xt = oracles.take_steps(jax.random.key(0), sampler, draws, process, given, start, 0, 3, 3)
     jax.effects_barrier()
     assert ((xt == N).sum(1) == jnp.array([2, 0])).all()
     np.testing.assert_array_equal([masks for masks, _ in seen], [[8, 3], [8, 3], [6, 2], [6, 2], [4, 1], [4, 1]])

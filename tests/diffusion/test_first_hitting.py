@@ -10,20 +10,22 @@ import scipy.stats
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import first_hitting, graphs, noise_schedules
+from sedd_jax.diffusion import first_hitting, forward, graphs, noise_schedules, samplers, steps
+from sedd_jax.model import networks
 from sedd_jax.runtime import sharding
-from sedd_jax.sampling import generate, refill, templates
+from sedd_jax.sampling import generate, refill, templates, trajectories
 from tests.support import oracles
 
 N = 3
 GRAPH = graphs.Absorbing(vocab_size=N, mask_id=N)
 P0 = np.random.default_rng(0).dirichlet(np.full(N**3, 0.3)).reshape(N, N, N) * 0.95 + 0.05 / N**3
 NOISES = {"loglinear": noise_schedules.LogLinear(), "geometric": noise_schedules.Geometric()}
-DRAWS = 20_000
+NUM_DRAWS = 20_000
+SAMPLER = samplers.SAMPLERS["first_hitting"]
 
 
-def move_fn(key, xt, sigma, is_movable, jump_fn):
-    """Draws tokens by the exact conditional law, which no noise changes."""
+def score_fn(xt, _):
+    """The exact conditional law of tokens, which no noise changes but for a factor."""
     joint = jnp.asarray(P0, jnp.float32)
     marginals = jnp.zeros((N + 1,) * 3)
     for known in np.ndindex(2, 2, 2):
@@ -34,17 +36,16 @@ def move_fn(key, xt, sigma, is_movable, jump_fn):
     for position in range(3):
         candidates = jnp.tile(xt[:, None], (1, N + 1, 1)).at[:, :, position].set(jnp.arange(N + 1)[None])
         weights.append(marginals[tuple(jnp.moveaxis(candidates, -1, 0))].at[:, N].set(0.0))
-    score = jnp.stack(weights, axis=1)
-    return oracles.dense_move(lambda *_: score)(key, xt, sigma, is_movable, jump_fn)
+    return jnp.stack(weights, axis=1)
 
 
-def sample(key, noise, given, num_steps, move_fn=move_fn):
-    """The two calls of `generate`, which give one key to both."""
-    steps = jax.jit(
-        lambda key, xt: first_hitting.reverse_steps(key, move_fn, GRAPH, noise, given, xt, 0, num_steps, num_steps)
-    )
-    finish = jax.jit(lambda key, xt: first_hitting.finish(key, move_fn, GRAPH, noise, given, xt))
-    return finish(key, steps(key, given.clamp(jnp.full(given.tokens.shape, N))))
+DRAWS = oracles.dense_draws(score_fn, GRAPH)
+
+
+def sample(key, noise, given, num_steps, draws=DRAWS):
+    """All steps and the last evaluation, as `generate` has them."""
+    process = forward.Process(GRAPH, noise)
+    return jax.jit(lambda key: oracles.sample(key, SAMPLER, draws, process, given, num_steps))(key)
 
 
 def counts(tokens):
@@ -54,7 +55,7 @@ def counts(tokens):
 @pytest.mark.parametrize("num_steps", [2, 3, 9])
 @pytest.mark.parametrize("noise", sorted(NOISES))
 def test_one_evaluation_a_token_is_exact(noise, num_steps):
-    given = steps.nothing_given((DRAWS, 3))
+    given = steps.nothing_given((NUM_DRAWS, 3))
     drawn = sample(jax.random.key(num_steps), NOISES[noise], given, num_steps)
     assert oracles.chi_square_p(counts(drawn), P0.ravel()) > 1e-4
 
@@ -66,15 +67,15 @@ def test_two_tokens_an_evaluation_have_the_law_of_independent_pairs():
         second, third = (i for i in range(3) if i != first)
         own = P0.sum((second, third), keepdims=True)
         law += P0.sum(second, keepdims=True) * P0.sum(third, keepdims=True) / own / 3
-    given = steps.nothing_given((DRAWS, 3))
+    given = steps.nothing_given((NUM_DRAWS, 3))
     drawn = sample(jax.random.key(0), NOISES["loglinear"], given, 1)
     assert oracles.chi_square_p(counts(drawn), law.ravel()) > 1e-4
     assert oracles.chi_square_p(counts(drawn), P0.ravel()) < 1e-6
 
 
 def test_infilling_follows_the_conditional_law_and_keeps_what_is_given():
-    is_given = jnp.tile(jnp.array([[False, True, False]]), (DRAWS, 1))
-    given = steps.Given(jnp.full((DRAWS, 3), 1), is_given)
+    is_given = jnp.tile(jnp.array([[False, True, False]]), (NUM_DRAWS, 1))
+    given = steps.Given(jnp.full((NUM_DRAWS, 3), 1), is_given)
     drawn = np.asarray(sample(jax.random.key(1), NOISES["loglinear"], given, 1))
     assert (drawn[:, 1] == 1).all()
     law = P0[:, 1] / P0[:, 1].sum()
@@ -87,12 +88,12 @@ def test_every_sequence_has_a_clock_of_the_known_law(noise, num_given):
     """Of n masks left at m, the next goes at m u^(1/n): the powers of ratios are uniform, and independent."""
     seen = []
 
-    def recorded(key, xt, sigma, is_movable, jump_fn):
-        jax.debug.callback(lambda *x: seen.append([np.asarray(part) for part in x]), sigma, xt, is_movable)
-        return move_fn(key, xt, sigma, is_movable, jump_fn)
+    def recorded(key, evaluation, xt, is_movable, jump_fn):
+        jax.debug.callback(lambda *x: seen.append([np.asarray(part) for part in x]), evaluation.sigma, xt, is_movable)
+        return DRAWS.draw_fn(key, evaluation, xt, is_movable, jump_fn)
 
     given = steps.Given(jnp.ones((4000, 3), jnp.int32), jnp.tile(jnp.arange(3)[None] < num_given, (4000, 1)))
-    sample(jax.random.key(2), NOISES[noise], given, 2 - num_given, recorded)
+    sample(jax.random.key(2), NOISES[noise], given, 2 - num_given, DRAWS._replace(draw_fn=recorded))
     jax.effects_barrier()
     assert len(seen) == 3 - num_given
     before = np.full(4000, -np.expm1(-float(NOISES[noise].sigma(jnp.float32(1.0)))))
@@ -113,20 +114,21 @@ def test_every_sequence_has_a_clock_of_the_known_law(noise, num_given):
 def test_gaps_of_each_sequence_are_filled_in_even_shares_and_nothing_is_evaluated_in_vain():
     seen = []
 
-    def recorded(key, xt, sigma, is_movable, jump_fn):
+    def recorded(key, evaluation, xt, is_movable, jump_fn):
         jax.debug.callback(lambda x: seen.append(np.asarray(x).sum(1)), is_movable)
         return jnp.where(is_movable, 0, xt)
 
+    draws = oracles.dense_draws(lambda xt, _: xt, GRAPH)._replace(draw_fn=recorded)
     length = 12
     num_gaps = np.array([12, 5, 1, 0])
     given = steps.Given(jnp.zeros((4, length), jnp.int32), jnp.arange(length)[None] >= num_gaps[:, None])
-    out = sample(jax.random.key(3), NOISES["loglinear"], given, 3, recorded)
+    out = sample(jax.random.key(3), NOISES["loglinear"], given, 3, draws)
     assert (np.asarray(out) == 0).all()
     np.testing.assert_array_equal(seen, [[3, 1, 1, 0], [3, 1, 0, 0], [3, 1, 0, 0], [3, 2, 0, 0]])
     seen.clear()
     short = steps.Given(given.tokens[1:], given.is_given[1:])
-    sample(jax.random.key(3), NOISES["loglinear"], short, 100, recorded)
-    assert len(seen) == 6  # One for each of five gaps, and `finish`, which `generate` counts among them.
+    sample(jax.random.key(3), NOISES["loglinear"], short, 100, draws)
+    assert len(seen) == 6  # One for each of five gaps, and the last evaluation, which `generate` counts among them.
 
 
 @pytest.fixture
@@ -137,25 +139,24 @@ def settings(code_run):
 
 def test_a_run_is_sampled_with_as_many_evaluations_as_gaps(settings):
     run, sampling = settings
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    _, params = run.ema_params(mesh)
+    opened = run.restore()
     for text, nfe in (("a = {5}\n", 32 - 5), ("", 32)):
         template = templates.parse(run, text)
-        with jax.set_mesh(mesh):
-            drawn = generate.draw_samples(run, params, template, sampling, seed=0, step=0)
+        with opened.on_devices():
+            drawn = generate.draw_samples(opened, template, sampling, seed=0)
         assert {sample.nfe for sample in drawn} == {nfe}
         assert {sample.sampler for sample in drawn} == {"first_hitting"}
         for one in drawn:
             assert run.graph.mask_id not in one.tokens
             assert one.text.startswith(text.partition("{")[0])
     few = dataclasses.replace(sampling, num_steps=3)
-    with jax.set_mesh(mesh):
-        assert generate.draw_samples(run, params, template, few, seed=0, step=0)[0].nfe == 4
+    with opened.on_devices():
+        assert generate.draw_samples(opened, template, few, seed=0)[0].nfe == 4
 
 
 @pytest.mark.parametrize(("gap", "num_steps"), [(0, 100), (1, 100), (5, 3), (32, 20)])
 def test_as_many_evaluations_are_taken_as_are_said(settings, gap, num_steps, monkeypatch):
-    """Of refilled places, which count what they take, as of batches, which know it beforehand."""
+    """Of refilled slots, which count what they take, as of batches, which know it beforehand."""
     run, sampling = settings
     sampling = dataclasses.replace(sampling, num_steps=num_steps)
     template = templates.parse(run, "a" * (32 - gap) + f"{{{gap}}}")
@@ -166,28 +167,26 @@ def test_as_many_evaluations_are_taken_as_are_said(settings, gap, num_steps, mon
         return fill(*args)
 
     monkeypatch.setattr(first_hitting, "_fill", counted)
-    generate._make_sampling_fns.cache_clear()
+    trajectories.make_programs.cache_clear()
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    _, params = run.ema_params(mesh)
-    with jax.set_mesh(mesh):
-        (said,) = {one.nfe for one in generate.draw_samples(run, params, template, sampling, seed=0, step=0)}
+    step, params = run.params("ema_params", mesh)
+    opened = runs.OpenRun(run=run, step=step, model=networks.Model(run.network, params), mesh=mesh)
+    with opened.on_devices():
+        (said,) = {one.nfe for one in generate.draw_samples(opened, template, sampling, seed=0)}
         jax.effects_barrier()
         assert len(fills) == said == max(1, min(num_steps + 1, gap))
-        refilled = list(refill.draw(run, params, [template] * 3, sampling, seed=0))
+        refilled = list(refill.draw(opened, [template] * 3, sampling, seed=0))
     assert {one.nfe for one in refilled} == {min(num_steps + 1, gap)}
-    generate._make_sampling_fns.cache_clear()
+    trajectories.make_programs.cache_clear()
 
 
 def test_watching_changes_nothing(settings):
     run, sampling = settings
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    _, params = run.ema_params(mesh)
-    shown = []
-    template = templates.parse(run, "")
-    with jax.set_mesh(mesh):
-        alone = generate.draw_samples(run, params, template, sampling, seed=0, step=0)
+    opened, template, shown = run.restore(), templates.parse(run, ""), []
+    with opened.on_devices():
+        alone = generate.draw_samples(opened, template, sampling, seed=0)
         watched = generate.draw_samples(
-            run, params, template, sampling, seed=0, step=0, watch=lambda *state: shown.append(state[:2])
+            opened, template, sampling, seed=0, watch=lambda *state: shown.append(state[:2])
         )
     assert [one.tokens for one in alone] == [one.tokens for one in watched]
     assert shown[-1] == (32, 32)

@@ -302,18 +302,18 @@ def test_given_tokens_never_change(generator):
 @pytest.mark.parametrize(("kind", "name"), SAMPLED)
 def test_the_network_always_sees_given_tokens_clean(kind, name):
     process, sampler = PROCESSES[kind], samplers.SAMPLERS[name]
-    tokens = jnp.tile(jnp.array([[1, 4, 2]]), (8, 1))
-    given = steps.Given(tokens, jnp.tile(jnp.array([[True, False, True]]), (8, 1)))
+    tokens = jnp.tile(jnp.array([[1, 4, 2, 3]]), (8, 1))
+    given = steps.Given(tokens, jnp.tile(jnp.array([[True, False, True, False]]), (8, 1)))
     seen = []
 
     def score_fn(xt, sigma):
         jax.debug.callback(lambda xt: seen.append(np.asarray(xt)), xt)
         return jnp.where(xt[..., None] == jnp.arange(process.graph.num_states)[None, None], 1.0, 0.5)
 
-    num_steps = sampler.num_steps(4, 1)
+    num_steps = sampler.num_steps(4, 2)
     oracles.sample(jax.random.key(0), sampler, oracles.dense_draws(score_fn, process.graph), process, given, num_steps)
     jax.effects_barrier()
-    assert len(seen) == {"first_hitting": 1, "theta_trapezoidal": 9}.get(name, 5)
+    assert len(seen) == {"first_hitting": 2, "theta_trapezoidal": 9}.get(name, 5)
     assert len(seen) == sampler.traits.evaluations * num_steps + 1
     for xt in seen:
         np.testing.assert_array_equal(xt[given.is_given], tokens[given.is_given])

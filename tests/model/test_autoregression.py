@@ -11,44 +11,48 @@ import numpy as np
 import pytest
 
 from sedd_jax.cli import main as cli
-from sedd_jax.diffusion import graphs, steps
+from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps
 from sedd_jax.evaluation import perplexity
-from sedd_jax.model import autoregression, networks, score_draws, score_heads
+from sedd_jax.model import autoregression, controls, networks, score_heads
+from sedd_jax.sampling import draws
 from tests.support import oracles
 
 GRAPH = graphs.Absorbing(vocab_size=3, mask_id=3)
+PROCESS = forward.Process(GRAPH, noise_schedules.LogLinear())
+SAMPLER = autoregression.LeftToRight(length=4)
 CONFIG = networks.NetworkConfig(
     num_states=4, hidden_size=16, num_layers=2, num_heads=2, scale_by_sigma=False, dtype="float32", causal=True
 )
 
 
 @pytest.fixture(scope="module")
-def params():
-    """Parameters of which none is 0, so that everything matters."""
+def model():
+    """A network of whose parameters none is 0, so that everything matters."""
     fresh = networks.init(jax.random.key(0), CONFIG)
     leaves, structure = jax.tree.flatten(fresh)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(
+    params = jax.tree.unflatten(
         structure, [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
     )
+    return networks.Model(CONFIG, params)
 
 
 @pytest.fixture(scope="module")
 def log_likelihood():
-    return jax.jit(lambda params, x: autoregression.log_likelihood(networks.Model(CONFIG, params), x, GRAPH))
+    return jax.jit(lambda model, x: autoregression.log_likelihood(model, x, GRAPH))
 
 
 SEQUENCES = jnp.asarray(list(itertools.product(range(3), repeat=4)), jnp.int32)
 
 
-def test_probabilities_of_all_sequences_add_up_to_one(params, log_likelihood):
-    found = log_likelihood(params, SEQUENCES)
+def test_probabilities_of_all_sequences_add_up_to_one(model, log_likelihood):
+    found = log_likelihood(model, SEQUENCES)
     assert float(jnp.exp(found.sum(-1)).sum()) == pytest.approx(1, abs=1e-5)
     assert float(jnp.std(found)) > 0.1
 
 
-def test_a_token_depends_on_those_before_alone(params, log_likelihood):
-    found = np.asarray(log_likelihood(params, SEQUENCES)).reshape(3, 3, 3, 3, 4)
+def test_a_token_depends_on_those_before_alone(model, log_likelihood):
+    found = np.asarray(log_likelihood(model, SEQUENCES)).reshape(3, 3, 3, 3, 4)
     for position in range(4):
         later = tuple(range(position + 1, 4))
         assert np.ptp(found[..., position], axis=later).max(initial=0) < 1e-6 if later else True
@@ -56,32 +60,29 @@ def test_a_token_depends_on_those_before_alone(params, log_likelihood):
         assert not earlier or np.ptp(found[..., position], axis=earlier).max() > 1e-2
 
 
-def test_likelihood_is_the_softmax_over_tokens_without_the_mask(params, log_likelihood):
+def test_likelihood_is_the_softmax_over_tokens_without_the_mask(model, log_likelihood):
     x = SEQUENCES[:5]
     inputs = jnp.concatenate([jnp.full((5, 1), 3, jnp.int32), x[:, :-1]], axis=1)
-    z = score_heads.logits(params, networks.apply(networks.Model(CONFIG, params), inputs, jnp.zeros(5)))[..., :3]
+    z = score_heads.logits(model.params, networks.apply(model, inputs, jnp.zeros(5)))[..., :3]
     expected = jnp.take_along_axis(jax.nn.log_softmax(z), x[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(log_likelihood(params, x), expected, atol=1e-5)
+    np.testing.assert_allclose(log_likelihood(model, x), expected, atol=1e-5)
 
 
-def _draw(params, key, given, x):
-    def draw_fn(key, inputs, masks, sigma, is_next, jump_fn):
-        features = networks.apply(networks.Model(CONFIG, params), inputs, sigma)
-        return score_draws.draw(key, CONFIG, params, features, masks, sigma, is_next, jump_fn)
-
-    return autoregression.draw(key, draw_fn, GRAPH, given, x, 0, x.shape[1])
+def _draw(model, key, given):
+    own = draws.NetworkDraws(model, GRAPH, given, None, controls.Control(), "precise")
+    return oracles.sample(key, SAMPLER, own.draws, PROCESS, given, SAMPLER.num_steps(9, 2))
 
 
-def test_samples_follow_the_likelihood_and_keep_what_is_given(params, log_likelihood):
+def test_samples_follow_the_likelihood_and_keep_what_is_given(model, log_likelihood):
+    assert isinstance(SAMPLER, samplers.Sampler)
     num = 20_000
     nothing = steps.Given(jnp.zeros((num, 4), jnp.int32), jnp.zeros((num, 4), bool))
-    start = jnp.full((num, 4), 3, jnp.int32)
     draw = jax.jit(_draw)
-    law = np.exp(np.asarray(log_likelihood(params, SEQUENCES).sum(-1), np.float64))
-    codes = np.asarray(draw(params, jax.random.key(2), nothing, start)) @ [27, 9, 3, 1]
+    law = np.exp(np.asarray(log_likelihood(model, SEQUENCES).sum(-1), np.float64))
+    codes = np.asarray(draw(model, jax.random.key(2), nothing)) @ [27, 9, 3, 1]
     assert oracles.chi_square_p(np.bincount(codes, minlength=81), law / law.sum()) > 1e-3
     first = steps.Given(jnp.full((num, 4), 2, jnp.int32), jnp.broadcast_to(jnp.arange(4) < 2, (num, 4)))
-    drawn = np.asarray(draw(params, jax.random.key(3), first, start))
+    drawn = np.asarray(draw(model, jax.random.key(3), first))
     assert (drawn[:, :2] == 2).all()
     given = law.reshape(3, 3, 9)[2, 2]
     assert oracles.chi_square_p(np.bincount(drawn[:, 2:] @ [3, 1], minlength=9), given / given.sum()) > 1e-3

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import graphs, scores
+from sedd_jax.diffusion import graphs, scores, steps
 from sedd_jax.model import controls, networks, score_draws, score_heads, tiles
 from sedd_jax.runtime import sharding
 from tests.support import oracles
@@ -30,9 +30,8 @@ CONTROLS = {
 def problem(kind):
     """A network's head, features of three positions in each sequence, and states of them; the middle one stays."""
     graph = GRAPHS[kind]
-    scaled = kind == "absorb"
     config = networks.NetworkConfig(
-        num_states=graph.num_states, hidden_size=WIDTH, scale_by_sigma=scaled, dtype="float32"
+        num_states=graph.num_states, hidden_size=WIDTH, scale_by_sigma=graph.scales_by_sigma, dtype="float32"
     )
     keys = jax.random.split(jax.random.key(0), 4)
     params = {
@@ -40,9 +39,9 @@ def problem(kind):
         "head_bias": 0.5 * jax.random.normal(keys[1], (config.padded_states,)),
     }
     features, without = (jnp.tile(jax.random.normal(key, (1, 3, WIDTH)), (BATCH, 1, 1)) for key in keys[2:])
-    masked = 103 if scaled else 5
-    xt = jnp.tile(jnp.array([[masked, masked, 7 if kind == "uniform" else masked]]), (BATCH, 1))
-    return graph, config, params, features, without, xt
+    masked = 103 if graph.has_mask else 5
+    xt = jnp.tile(jnp.array([[masked, masked, masked if graph.has_mask else 7]]), (BATCH, 1))
+    return graph, networks.Model(config, params), features, without, xt
 
 
 def nucleus(token, top_p):
@@ -84,7 +83,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "name", "restricted"), CASES)
 def test_draws_follow_the_law_written_out(kind, name, restricted, monkeypatch):
     monkeypatch.setattr(tiles, "chunk_size", lambda num_positions, most: 500)
-    graph, config, params, features, without, xt = problem(kind)
+    graph, model, features, without, xt = problem(kind)
     control, sigma = CONTROLS[name], jnp.full(BATCH, 0.7)
     monkeypatch.setattr(score_draws, "DRAWN_ROWS", 800)
     jump_fn = lambda total: scores.Jump(stay=total / 2, slope=1 + 0 * total)
@@ -95,24 +94,10 @@ def test_draws_follow_the_law_written_out(kind, name, restricted, monkeypatch):
     classes = jnp.tile(jnp.array([[1, 0, -1]]), (BATCH, 1))
     unguided = without if control.guidance != 1 else None
     options = (class_of, classes) if restricted else ()
-    drawn = jax.jit(
-        lambda key: score_draws.draw(
-            key,
-            config,
-            params,
-            features,
-            xt,
-            sigma,
-            is_movable,
-            jump_fn,
-            controls.choice(control, unguided, *options),
-        )
-    )
+    evaluation, how = steps.Evaluation(features, sigma), controls.choice(control, unguided, *options)
+    drawn = jax.jit(lambda key: score_draws.draw(key, model, evaluation, xt, is_movable, jump_fn, how))
     tokens = np.concatenate([drawn(key) for key in jax.random.split(jax.random.key(1), 20)])
-    log_scores = [
-        np.float64(score_heads.log_score(networks.Model(config, params), f[:1], xt[:1], sigma[:1])[0])
-        for f in (features, without)
-    ]
+    log_scores = [np.float64(score_heads.log_score(model, f[:1], xt[:1], sigma[:1])[0]) for f in (features, without)]
     assert (tokens[:, 1] == xt[0, 1]).all()
     for position, only in ((0, 1), (2, -1)):
         allowed = np.asarray(class_of) == only if restricted and only >= 0 else np.ones(graph.num_states, bool)
@@ -151,18 +136,16 @@ def test_at_the_least_that_is_allowed_only_the_likeliest_token_is_left(control):
 
 def test_what_is_allowed_is_drawn_however_unlikely_it_is(monkeypatch):
     monkeypatch.setattr(score_draws, "DRAWN_ROWS", 1200)
-    graph, config, params, features, _, xt = problem("absorb")
-    params = params | {"head_bias": params["head_bias"].at[17].set(-400.0)}
+    graph, model, features, _, xt = problem("absorb")
+    model = model.replace(params=model.params | {"head_bias": model.params["head_bias"].at[17].set(-400.0)})
     classes = jnp.zeros_like(xt)
     class_of = jnp.where(jnp.arange(graph.num_states) == 17, 0, 1)
     for control in (controls.Control(), CONTROLS["both"]):
         tokens = score_draws.draw(
             jax.random.key(0),
-            config,
-            params,
-            features,
+            model,
+            steps.Evaluation(features, jnp.full(BATCH, 0.7)),
             xt,
-            jnp.full(BATCH, 0.7),
             jnp.ones(xt.shape, bool),
             lambda total: graph.denoise_jump(total, xt, jnp.full(BATCH, 0.7)),
             controls.choice(control, None, class_of, classes),
@@ -171,13 +154,13 @@ def test_what_is_allowed_is_drawn_however_unlikely_it_is(monkeypatch):
 
 
 def test_shares_of_classes_are_those_of_their_tokens():
-    graph, config, params, features, without, xt = problem("absorb")
+    graph, model, features, without, xt = problem("absorb")
     class_of, is_needed = jnp.arange(graph.num_states) % 5, jnp.ones(xt.shape, bool).at[:, 1].set(False)
     control = controls.Control(temperature=0.7, guidance=1.5)
     found = jax.jit(
-        lambda: controls.class_log_weights(control, config, params, features, without, class_of, 6, xt, is_needed)
+        lambda: controls.class_log_weights(control, model, features, without, (class_of, 6), xt, is_needed)
     )()
-    z = [np.float64(score_heads.logits(params, f[0])[:, : graph.num_states]) for f in (features, without)]
+    z = [np.float64(score_heads.logits(model.params, f[0])[:, : graph.num_states]) for f in (features, without)]
     for position in (0, 2):
         guided = np.exp((z[1] + 1.5 * (z[0] - z[1]))[position] / 0.7)
         guided[103] = 0
@@ -189,17 +172,18 @@ def test_shares_of_classes_are_those_of_their_tokens():
 
 def test_a_mesh_changes_nothing(monkeypatch):
     monkeypatch.setattr(score_draws, "DRAWN_ROWS", 200)
-    graph, config, params, features, without, xt = problem("absorb")
+    graph, model, features, without, xt = problem("absorb")
     sigma, class_of = jnp.full(BATCH, 0.7), jnp.arange(VOCAB + 1) % 3
     classes = jnp.tile(jnp.arange(3)[None], (BATCH, 1))
 
-    def draw(params, features, without, xt, classes):
+    def draw(model, features, without, xt, classes):
         law = lambda total: graph.tweedie_jump(total, xt, sigma / 2)
         movable = jnp.ones(xt.shape, bool)
         how = controls.choice(CONTROLS["guided"], without, class_of, classes)
-        return score_draws.draw(jax.random.key(2), config, params, features, xt, sigma, movable, law, how)
+        evaluation = steps.Evaluation(features, sigma)
+        return score_draws.draw(jax.random.key(2), model, evaluation, xt, movable, law, how)
 
-    arrays = (params, features, without, xt, classes)
+    arrays = (model, features, without, xt, classes)
     alone = jax.jit(draw)(*arrays)
     with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))):
         together = jax.jit(draw)(*arrays)

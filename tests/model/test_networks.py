@@ -72,30 +72,38 @@ def test_recorded(entry):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Weights of `TINY` with nothing zero, tokens and noise levels."""
+    """`TINY` with weights none of which is zero, tokens and noise levels."""
     shapes = jax.eval_shape(lambda: networks.init(jax.random.key(0), TINY))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape, scale=0.3), leaf.dtype), shapes)
     xt = jnp.asarray(rng.integers(0, TINY.num_states, (4, 10)), jnp.int32)
-    return params, xt, jnp.array([0.01, 0.3, 1.0, 5.0])
+    return networks.Model(TINY, params), xt, jnp.array([0.01, 0.3, 1.0, 5.0])
 
 
-def value_and_gradient(config, params, xt, sigma, dropout_key=None):
-    """Features and the gradient of a fixed combination of them."""
+def changed(model, **fields):
+    """The same weights in a network of another config."""
+    return model.replace(config=dataclasses.replace(model.config, **fields))
 
-    def combine(params):
-        features = networks.apply(networks.Model(config, params), xt, sigma, dropout_key)
-        return (
-            features * jnp.cos(jnp.arange(features.size, dtype=jnp.float32)).reshape(features.shape)
-        ).sum(), features
 
-    gradient, features = jax.jit(jax.grad(combine, has_aux=True))(params)
-    return features, gradient
+def combined(features):
+    """A fixed combination of features."""
+    return (features * jnp.cos(jnp.arange(features.size, dtype=jnp.float32)).reshape(features.shape)).sum()
+
+
+def value_and_gradient(model, xt, sigma, dropout_key=None):
+    """Features, and the gradient of a combination of them in the parameters."""
+
+    def combine(model):
+        features = networks.apply(model, xt, sigma, dropout_key)
+        return combined(features), features
+
+    gradient, features = jax.jit(jax.grad(combine, has_aux=True))(model)
+    return features, gradient.params
 
 
 @pytest.fixture(scope="module")
 def reference(tiny):
-    return value_and_gradient(TINY, *tiny)
+    return value_and_gradient(*tiny)
 
 
 def assert_close(ours, expected, tolerance=1e-4):
@@ -107,17 +115,17 @@ def assert_close(ours, expected, tolerance=1e-4):
 @pytest.mark.parametrize("remat", ["none", "blocks"])
 def test_remat_changes_nothing(tiny, reference, remat):
     assert TINY.remat == "elementwise"
-    assert_close(value_and_gradient(dataclasses.replace(TINY, remat=remat), *tiny), reference)
+    model, xt, sigma = tiny
+    assert_close(value_and_gradient(changed(model, remat=remat), xt, sigma), reference)
 
 
 def test_remat_keeps_less(tiny):
     """What one block hands from the forward to the backward pass, in numbers per token."""
-    params, xt, sigma = tiny
+    model, xt, sigma = tiny
 
     def kept(remat):
-        config = dataclasses.replace(TINY, remat=remat)
-        monitored = lambda params: networks.apply(networks.Model(config, params), xt, sigma).sum()
-        backward = jax.eval_shape(lambda params: jax.vjp(monitored, params)[1], params)
+        monitored = lambda model: networks.apply(model, xt, sigma).sum()
+        backward = jax.eval_shape(lambda model: jax.vjp(monitored, model)[1], changed(model, remat=remat))
         per_layer = [leaf for leaf in jax.tree.leaves(backward) if leaf.shape[:2] == (TINY.num_layers, len(xt))]
         return sum(leaf.size for leaf in per_layer) / (TINY.num_layers * xt.size * TINY.hidden_size)
 
@@ -129,74 +137,61 @@ def test_remat_keeps_less(tiny):
 
 
 def test_rolled_scan_equals_unrolled(tiny, reference, monkeypatch):
-    config = dataclasses.replace(TINY, remat="none")
-    assert networks._scan_unroll(config) == TINY.num_layers
+    model, xt, sigma = tiny
+    model = changed(model, remat="none")
+    assert networks._scan_unroll(model.config) == TINY.num_layers
     monkeypatch.setattr(networks, "_scan_unroll", lambda config: 1)
-    assert_close(value_and_gradient(config, *tiny), reference)
+    assert_close(value_and_gradient(model, xt, sigma), reference)
 
 
 def test_bfloat16_is_close(tiny, reference):
-    params, xt, sigma = tiny
-    config = dataclasses.replace(TINY, dtype="bfloat16")
-    features = jax.jit(lambda params: networks.apply(networks.Model(config, params), xt, sigma))(params)
+    model, xt, sigma = tiny
+    features = jax.jit(networks.apply)(changed(model, dtype="bfloat16"), xt, sigma)
     assert features.dtype == jnp.bfloat16
     error = np.abs(np.float32(features) - reference[0])
     assert 0 < error.mean() < 0.02 * np.abs(reference[0]).mean()
 
 
 def test_padding_of_the_embedding_is_never_read(tiny, reference):
-    params, xt, sigma = tiny
-    padded = params | {"embedding": params["embedding"].at[TINY.num_states :].set(1e9)}
-    features, gradient = value_and_gradient(TINY, padded, xt, sigma)
+    model, xt, sigma = tiny
+    padded = {"embedding": model.params["embedding"].at[TINY.num_states :].set(1e9)}
+    features, gradient = value_and_gradient(model.replace(params=model.params | padded), xt, sigma)
     np.testing.assert_array_equal(features, reference[0])
     assert not gradient["embedding"][TINY.num_states :].any()
 
 
 def test_sequences_do_not_mix(tiny, reference):
-    params, xt, sigma = tiny
-    features = jax.jit(lambda params: networks.apply(networks.Model(TINY, params), xt[1:2], sigma[1:2]))(params)
+    model, xt, sigma = tiny
+    features = jax.jit(networks.apply)(model, xt[1:2], sigma[1:2])
     np.testing.assert_allclose(features[0], reference[0][1], atol=1e-4)
 
 
 def test_padded_sequences_give_what_they_give_alone(tiny):
     """Features and gradients of sequences cut to their lengths; what the padding is does not matter."""
-    params, xt, sigma = tiny
-    lengths = {0: 10, 1: 3}
+    model, xt, sigma = tiny
+    lengths = [10, 3]
 
-    def combined(features):
+    def of_tokens(features):
         """A fixed combination of the features of tokens, sequence by sequence, and they themselves."""
-        cut = [row[:n] for row, n in zip(features, lengths.values(), strict=True)]
-        return sum(
-            (row * jnp.cos(jnp.arange(row.size, dtype=jnp.float32)).reshape(row.shape)).sum() for row in cut
-        ), cut
+        cut = [row[:n] for row, n in zip(features, lengths, strict=True)]
+        return sum(map(combined, cut)), cut
 
-    def padded(params):
-        return combined(
-            networks.apply(networks.Model(TINY, params), xt[:2], sigma[:2], None, jnp.array(list(lengths.values())))
-        )
+    def padded(model):
+        return of_tokens(networks.apply(model, xt[:2], sigma[:2], None, jnp.array(lengths)))
 
-    def alone(params):
-        return combined(
-            [
-                networks.apply(networks.Model(TINY, params), xt[i : i + 1, :n], sigma[i : i + 1])[0]
-                for i, n in lengths.items()
-            ]
-        )
+    def alone(model):
+        return of_tokens([networks.apply(model, xt[i : i + 1, :n], sigma[i : i + 1])[0] for i, n in enumerate(lengths)])
 
-    ours, expected = (jax.jit(jax.grad(fn, has_aux=True))(params) for fn in (padded, alone))
+    ours, expected = (jax.jit(jax.grad(fn, has_aux=True))(model) for fn in (padded, alone))
     assert_close(ours, expected)
 
 
 def test_padding_of_the_splash_kernel_is_that_of_plain_products(tiny, monkeypatch):
-    params, _, sigma = tiny
+    model, _, sigma = tiny
     xt, lengths = jax.random.randint(jax.random.key(0), (4, 128), 0, TINY.num_states), jnp.array([128, 90, 1, 17])
     monkeypatch.setitem(attentions.ATTENTIONS, "splash", functools.partial(attentions.splash, interpret=True))
     features = {
-        name: jax.jit(
-            lambda params, name=name: networks.apply(
-                networks.Model(dataclasses.replace(TINY, attention=name), params), xt, sigma, None, lengths
-            )
-        )(params)
+        name: jax.jit(lambda model: networks.apply(model, xt, sigma, None, lengths))(changed(model, attention=name))
         for name in ("splash", "plain")
     }
     is_token = jnp.arange(128)[None] < lengths[:, None]
@@ -223,13 +218,11 @@ def test_fresh_network_scores_every_token_alike(fresh):
 
 
 def test_dropout_is_off_without_a_key_and_random_with_one(tiny, reference):
-    params, xt, sigma = tiny
-    config = dataclasses.replace(TINY, dropout=0.1)
-    apply = jax.jit(lambda key: networks.apply(networks.Model(config, params), xt, sigma, key))
-    without_key = jax.jit(lambda params: networks.apply(networks.Model(config, params), xt, sigma))(params)
-    np.testing.assert_array_equal(
-        without_key, jax.jit(lambda params: networks.apply(networks.Model(TINY, params), xt, sigma))(params)
-    )
+    model, xt, sigma = tiny
+    dropping = changed(model, dropout=0.1)
+    apply = jax.jit(lambda key: networks.apply(dropping, xt, sigma, key))
+    without_key = jax.jit(networks.apply)(dropping, xt, sigma)
+    np.testing.assert_array_equal(without_key, jax.jit(networks.apply)(model, xt, sigma))
     one, same, other = apply(jax.random.key(1)), apply(jax.random.key(1)), apply(jax.random.key(2))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.01
@@ -244,9 +237,9 @@ def test_dropout_has_its_rate_and_keeps_the_mean():
 
 
 def test_cheap_generator_drops_as_often(tiny, reference):
-    params, xt, sigma = tiny
-    config = dataclasses.replace(TINY, dropout=0.1, dropout_generator="rbg")
-    apply = jax.jit(lambda key: networks.apply(networks.Model(config, params), xt, sigma, key))
+    model, xt, sigma = tiny
+    dropping = changed(model, dropout=0.1, dropout_generator="rbg")
+    apply = jax.jit(lambda key: networks.apply(dropping, xt, sigma, key))
     one, same, other = apply(jax.random.key(1)), apply(jax.random.key(1)), apply(jax.random.key(2))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.01
@@ -261,10 +254,8 @@ def test_layers_and_branches_drop_independently(fresh, monkeypatch):
     monkeypatch.setattr(networks, "_dropout", lambda key, rate, x: original(key, rate, jnp.ones_like(x)))
     gates = fresh["blocks"]["modulation"] | {"bias": jnp.ones_like(fresh["blocks"]["modulation"]["bias"])}
     params = fresh | {"embedding": 0 * fresh["embedding"], "blocks": fresh["blocks"] | {"modulation": gates}}
-    config, xt = dataclasses.replace(TINY, dropout=0.5), jnp.zeros((1, 32), jnp.int32)
-    features = jax.jit(lambda key: networks.apply(networks.Model(config, params), xt, jnp.ones((1,)), key))(
-        jax.random.key(5)
-    )
+    model, xt = networks.Model(dataclasses.replace(TINY, dropout=0.5), params), jnp.zeros((1, 32), jnp.int32)
+    features = jax.jit(lambda key: networks.apply(model, xt, jnp.ones((1,)), key))(jax.random.key(5))
     # 0 to 6 of the branches; were layers, or the branches of a layer, dropped together, at most 4 counts would occur.
     assert max(len(np.unique(np.round(row, 3))) for row in np.asarray(features[0])) > 5
 

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import graphs, noise_schedules, samplers
+from sedd_jax.diffusion import forward, graphs, noise_schedules, steps
 from sedd_jax.model import networks, score_draws, score_heads, tiles
 from sedd_jax.runtime import sharding
 from tests.support import oracles
 
 WIDTH, VOCAB, BATCH = 16, 300, 400
+JUMPS = {"euler": steps.euler, "tau_leaping": steps.tau_leaping, "tweedie": steps.tweedie}
 NOISE = noise_schedules.Geometric(sigma_max=4.0)
 GRAPHS = {
     "absorb": graphs.Absorbing(vocab_size=VOCAB, mask_id=VOCAB),
@@ -30,10 +31,13 @@ def small_tiles(monkeypatch):
 
 
 def problem(graph: graphs.Graph, normalized: bool = False):
-    """A head, features that are the same for every sequence, tokens and noise levels."""
-    scaled = isinstance(graph, graphs.Absorbing)
+    """A network's head, features that are the same for every sequence, and tokens."""
     config = networks.NetworkConfig(
-        num_states=graph.num_states, hidden_size=WIDTH, scale_by_sigma=scaled, normalize=normalized, dtype="float32"
+        num_states=graph.num_states,
+        hidden_size=WIDTH,
+        scale_by_sigma=graph.scales_by_sigma,
+        normalize=normalized,
+        dtype="float32",
     )
     keys = jax.random.split(jax.random.key(0), 3)
     params = {
@@ -41,35 +45,35 @@ def problem(graph: graphs.Graph, normalized: bool = False):
         "head_bias": 0.5 * jax.random.normal(keys[1], (config.padded_states,)),
     }
     features = jnp.tile(jax.random.normal(keys[2], (1, 3, WIDTH)), (BATCH, 1, 1))
-    masked = graph.mask_id if isinstance(graph, graphs.Absorbing) else 5
+    masked = graph.mask_id if graph.has_mask else 5
     xt = jnp.tile(jnp.array([[masked, masked, 7]]), (BATCH, 1))
-    return config, params, features, xt
+    return networks.Model(config, params), features, xt
 
 
 @pytest.mark.parametrize("draw", sorted(score_draws.DRAWS))
-@pytest.mark.parametrize("sampler", [*sorted(samplers.SAMPLERS), "denoise"])
+@pytest.mark.parametrize("jump", [*sorted(JUMPS), "denoise"])
 @pytest.mark.parametrize("name", sorted(GRAPHS))
-def test_draws_follow_the_weights_of_the_whole_array(name, sampler, draw):
+def test_draws_follow_the_weights_of_the_whole_array(name, jump, draw):
     graph = GRAPHS[name]
-    config, params, features, xt = problem(graph, name == "normalised")
+    model, features, xt = problem(graph, name == "normalised")
     if name == "normalised":
-        params["head_bias"] += 120.0  # whose exponential float32 does not hold
+        model.params["head_bias"] += 120.0  # whose exponential float32 does not hold
     t = jnp.full(BATCH, 0.8)
     sigma = NOISE.sigma(t)
     is_movable = graph.is_noise(xt).at[:, 1].set(False)
 
     def jump_fn(sigma, xt, t, total):
-        if sampler == "denoise":
+        if jump == "denoise":
             return graph.denoise_jump(total, xt, sigma)
-        return samplers.SAMPLERS[sampler](graph, NOISE, total, xt, t, jnp.full_like(t, 0.2))
+        return JUMPS[jump](forward.Process(graph, NOISE), total, xt, t, jnp.full_like(t, 0.2))
 
     @jax.jit
     def drawn(key):
         law = functools.partial(jump_fn, sigma, xt, t)
-        return score_draws.DRAWS[draw](key, config, params, features, xt, sigma, is_movable, law)
+        return score_draws.DRAWS[draw](key, model, steps.Evaluation(features, sigma), xt, is_movable, law)
 
     tokens = np.concatenate([drawn(key) for key in jax.random.split(jax.random.key(1), 25)])
-    score = jnp.exp(score_heads.log_score(networks.Model(config, params), features[:1], xt[:1], sigma[:1]))
+    score = jnp.exp(score_heads.log_score(model, features[:1], xt[:1], sigma[:1]))
     weights = oracles.jump_weights(functools.partial(jump_fn, sigma[:1], xt[:1], t[:1]), score, xt[:1])
     laws = np.maximum(np.float64(weights[0]), 0)
     for position, movable in enumerate(is_movable[0]):
@@ -83,15 +87,15 @@ def test_draws_follow_the_weights_of_the_whole_array(name, sampler, draw):
 def test_a_block_and_its_state_are_right_at_tiny_odds():
     """A state with odds of 1e-8 in a block of its own kind: both draws are as precise as `categoricals.draw`."""
     graph = GRAPHS["absorb"]
-    config, params, features, xt = problem(graph)
-    logits = jnp.full(config.padded_states, -jnp.inf).at[0].set(0.0).at[170:300].set(jnp.log(2e-5))
-    params = {"head_kernel": jnp.zeros_like(params["head_kernel"]), "head_bias": logits}
-    sigma = jnp.full(BATCH, jnp.log1p(1 / VOCAB))
+    model, features, xt = problem(graph)
+    logits = jnp.full(model.config.padded_states, -jnp.inf).at[0].set(0.0).at[170:300].set(jnp.log(2e-5))
+    model = model.replace(params={"head_kernel": jnp.zeros_like(model.params["head_kernel"]), "head_bias": logits})
+    evaluation = steps.Evaluation(features, jnp.full(BATCH, jnp.log1p(1 / VOCAB)))
 
     @jax.jit
     def rare(key):
-        law = lambda total: graph.denoise_jump(total, xt, sigma)
-        tokens = score_draws.draw(key, config, params, features, xt, sigma, graph.is_noise(xt), law)
+        law = lambda total: graph.denoise_jump(total, xt, evaluation.sigma)
+        tokens = score_draws.draw(key, model, evaluation, xt, graph.is_noise(xt), law)
         return ((tokens[:, :2] >= 170) & (tokens[:, :2] < 300)).sum()
 
     count = int(jax.jit(lambda keys: jax.lax.map(rare, keys).sum())(jax.random.split(jax.random.key(2), 100)))
@@ -102,21 +106,20 @@ def test_a_block_and_its_state_are_right_at_tiny_odds():
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("batch", [BATCH, 3], ids=["divided", "whole"])
 def test_draws_are_the_same_on_every_mesh(shape, batch):
-    graph = GRAPHS["absorb"]
-    config, params, features, xt = problem(graph)
+    process = forward.Process(GRAPHS["absorb"], NOISE)
+    model, features, xt = problem(process.graph)
     features, xt, t = features[:batch], xt[:batch], jnp.full(batch, 0.5)
 
     @jax.jit
-    def drawn(params, features, xt):
-        law = lambda total: samplers.tweedie(graph, NOISE, total, xt, t, jnp.full_like(t, 0.2))
-        return score_draws.draw(
-            jax.random.key(4), config, params, features, xt, NOISE.sigma(t), graph.is_noise(xt), law
-        )
+    def drawn(model, features, xt):
+        law = lambda total: steps.tweedie(process, total, xt, t, jnp.full_like(t, 0.2))
+        evaluation = steps.Evaluation(features, NOISE.sigma(t))
+        return score_draws.draw(jax.random.key(4), model, evaluation, xt, process.graph.is_noise(xt), law)
 
-    alone = drawn(params, features, xt)
+    alone = drawn(model, features, xt)
     assert (alone != xt).any()
     with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))):
-        np.testing.assert_array_equal(drawn(params, features, xt), alone)
+        np.testing.assert_array_equal(drawn(model, features, xt), alone)
 
 
 def test_no_array_over_the_vocabulary():
@@ -124,15 +127,15 @@ def test_no_array_over_the_vocabulary():
 
     def temporary_bytes(num_states: int) -> int:
         config = networks.NetworkConfig(num_states=num_states, hidden_size=WIDTH, dtype="float32")
-        graph = graphs.Absorbing(vocab_size=num_states - 1, mask_id=num_states - 1)
+        process = forward.Process(graphs.Absorbing(vocab_size=num_states - 1, mask_id=num_states - 1), NOISE)
         shapes = [(WIDTH, config.padded_states), (config.padded_states,), (2, 256, WIDTH)]
         kernel, bias, features = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
         def step(kernel, bias, features, xt, t):
-            law = lambda total: samplers.tweedie(graph, NOISE, total, xt, t, jnp.full_like(t, 0.2))
-            params = {"head_kernel": kernel, "head_bias": bias}
-            key, sigma = jax.random.key(0), NOISE.sigma(t)
-            return score_draws.draw(key, config, params, features, xt, sigma, graph.is_noise(xt), law)
+            law = lambda total: steps.tweedie(process, total, xt, t, jnp.full_like(t, 0.2))
+            model = networks.Model(config, {"head_kernel": kernel, "head_bias": bias})
+            evaluation, is_movable = steps.Evaluation(features, NOISE.sigma(t)), process.graph.is_noise(xt)
+            return score_draws.draw(jax.random.key(0), model, evaluation, xt, is_movable, law)
 
         tokens, times = jax.ShapeDtypeStruct((2, 256), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.float32)
         compiled = jax.jit(step).lower(kernel, bias, features, tokens, times).compile()

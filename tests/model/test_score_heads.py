@@ -19,7 +19,7 @@ SIGMA = jnp.array([1e-3, 0.7, 6.0])
     ids=["scaled", "unscaled", "without padding", "normalised"],
 )
 def head(request):
-    """A config, random weights (padding included), features, and tokens."""
+    """A network's head with random weights (padding included), features, and tokens."""
     num_states, scaled, normalized = request.param
     config = networks.NetworkConfig(
         num_states=num_states, hidden_size=WIDTH, scale_by_sigma=scaled, normalize=normalized, dtype="float32"
@@ -32,26 +32,26 @@ def head(request):
     features = jax.random.normal(keys[2], (BATCH, LENGTH, WIDTH))
     xt = jax.random.randint(keys[3], (BATCH, LENGTH), 0, num_states)
     x0 = jax.random.randint(keys[4], (BATCH, LENGTH), 0, num_states).at[:, ::3].set(xt[:, ::3])
-    return config, params, features, xt, x0
+    return networks.Model(config, params), features, xt, x0
 
 
-def value_and_gradients(summarize, params, features):
-    """A summary, and the gradients of an arbitrary combination of it."""
+def value_and_gradients(summarize, model, features):
+    """A summary, and the gradients of an arbitrary combination of it in parameters and features."""
 
-    def combine(params, features):
-        summary = summarize(params, features)
+    def combine(model, features):
+        summary = summarize(model, features)
         weights = jax.random.normal(jax.random.key(9), (3, BATCH, LENGTH))
         return sum((w * x).sum() for w, x in zip(weights, summary, strict=True)), summary
 
-    gradients, summary = jax.jit(jax.grad(combine, (0, 1), has_aux=True))(params, features)
-    return summary, gradients
+    (of_model, of_features), summary = jax.jit(jax.grad(combine, (0, 1), has_aux=True))(model, features)
+    return summary, (of_model.params, of_features)
 
 
-def dense(config, xt, x0, is_needed):
+def dense(xt, x0, is_needed):
     """The same summary from the whole array."""
 
-    def summarize(params, features):
-        summary = scores.summarize(score_heads.log_score(networks.Model(config, params), features, xt, SIGMA), xt, x0)
+    def summarize(model, features):
+        summary = scores.summarize(score_heads.log_score(model, features, xt, SIGMA), xt, x0)
         return jax.tree.map(lambda x: jnp.where(is_needed, x, 0.0), summary)
 
     return summarize
@@ -69,30 +69,26 @@ def small_tiles(monkeypatch):
 def test_streamed_equals_dense(head, needed, tiles, request):
     if tiles == "many":
         request.getfixturevalue("small_tiles")
-    config, params, features, xt, x0 = head
+    model, features, xt, x0 = head
     is_needed = {
         "none": jnp.zeros(xt.shape, bool),
         "one": jnp.zeros(xt.shape, bool).at[1, 7].set(True),
         "some": jax.random.bernoulli(jax.random.key(5), 0.4, xt.shape),
         "all": jnp.ones(xt.shape, bool),
     }[needed]
-    streamed = lambda params, features: score_heads.summarize(
-        networks.Model(config, params), features, xt, x0, SIGMA, is_needed
-    )
-    expected = value_and_gradients(dense(config, xt, x0, is_needed), params, features)
-    ours = value_and_gradients(streamed, params, features)
+    streamed = lambda model, features: score_heads.summarize(model, features, xt, x0, SIGMA, is_needed)
+    expected = value_and_gradients(dense(xt, x0, is_needed), model, features)
+    ours = value_and_gradients(streamed, model, features)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, expected)
 
 
 def test_bfloat16_streams_what_bfloat16_computes_whole(head, small_tiles):
     """Logits of bfloat16 products, accumulated and summed in float32; only the sums' order differs."""
-    config, params, features, xt, x0 = head
+    model, features, xt, x0 = head
     features, is_needed = features.astype(jnp.bfloat16), jnp.ones(xt.shape, bool)
-    streamed = lambda params, features: score_heads.summarize(
-        networks.Model(config, params), features, xt, x0, SIGMA, is_needed
-    )
-    expected, expected_gradients = value_and_gradients(dense(config, xt, x0, is_needed), params, features)
-    ours, gradients = value_and_gradients(streamed, params, features)
+    streamed = lambda model, features: score_heads.summarize(model, features, xt, x0, SIGMA, is_needed)
+    expected, expected_gradients = value_and_gradients(dense(xt, x0, is_needed), model, features)
+    ours, gradients = value_and_gradients(streamed, model, features)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, expected)
     # The gradient of the logits is rounded to bfloat16 before its products, at other places in the two.
     assert gradients[1].dtype == jnp.bfloat16
@@ -140,11 +136,9 @@ def test_memory_does_not_grow_with_length_times_vocabulary():
         tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
         def loss(kernel, bias, features, xt):
-            params = {"head_kernel": kernel, "head_bias": bias}
+            model = networks.Model(config, {"head_kernel": kernel, "head_bias": bias})
             sigma, is_needed = jnp.ones(1), jnp.ones(xt.shape, bool)
-            return score_heads.summarize(
-                networks.Model(config, params), features, xt, xt, sigma, is_needed
-            ).logsumexp.sum()
+            return score_heads.summarize(model, features, xt, xt, sigma, is_needed).logsumexp.sum()
 
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(kernel, bias, features, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -157,24 +151,23 @@ def test_memory_does_not_grow_with_length_times_vocabulary():
 
 def test_padding_never_leaks(head):
     """Neither value nor gradient depends on, or reaches, the padded part of the vocabulary."""
-    config, params, features, xt, x0 = head
-    n = config.num_states
-    other = {name: x.at[..., n:].set(37.0) for name, x in params.items()}
+    model, features, xt, x0 = head
+    n = model.config.num_states
+    other = model.replace(params={name: x.at[..., n:].set(37.0) for name, x in model.params.items()})
     everywhere = jnp.ones(xt.shape, bool)
-    streamed = lambda params, features: score_heads.summarize(
-        networks.Model(config, params), features, xt, x0, SIGMA, everywhere
-    )
-    expected, ours = value_and_gradients(streamed, params, features), value_and_gradients(streamed, other, features)
+    streamed = lambda model, features: score_heads.summarize(model, features, xt, x0, SIGMA, everywhere)
+    expected, ours = value_and_gradients(streamed, model, features), value_and_gradients(streamed, other, features)
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
     assert all(not gradient[..., n:].any() for gradient in ours[1][0].values())
-    log_score = score_heads.log_score(networks.Model(config, params), features, xt, SIGMA)
+    log_score = score_heads.log_score(model, features, xt, SIGMA)
     assert log_score.shape == (BATCH, LENGTH, n)
-    np.testing.assert_array_equal(log_score, score_heads.log_score(networks.Model(config, other), features, xt, SIGMA))
+    np.testing.assert_array_equal(log_score, score_heads.log_score(other, features, xt, SIGMA))
 
 
 def test_log_score_is_zero_at_the_current_token_and_scaled_elsewhere(head):
-    config, params, features, xt, _ = head
-    log_score = score_heads.log_score(networks.Model(config, params), features, xt, SIGMA)
+    model, features, xt, _ = head
+    config, params = model.config, model.params
+    log_score = score_heads.log_score(model, features, xt, SIGMA)
     current = np.asarray(xt)[..., None] == np.arange(config.num_states)
     assert not np.asarray(log_score)[current].any()
     z = np.float64(features) @ np.float64(params["head_kernel"]) + np.float64(params["head_bias"])

@@ -7,13 +7,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from sedd_jax.diffusion import forward, graphs, losses, noise_schedules
-from sedd_jax.model import networks, optimizers, score_heads, train_state
+from sedd_jax.model import networks, objectives, optimizers, train_state
 from sedd_jax.runtime import sharding
 
 CONFIG = networks.NetworkConfig(
     num_states=27, hidden_size=32, num_layers=2, num_heads=4, cond_dim=16, dropout=0.0, dtype="float32"
 )
-GRAPH = graphs.Absorbing(vocab_size=26, mask_id=26)
+PROCESS = forward.Process(graphs.Absorbing(vocab_size=26, mask_id=26), noise_schedules.LogLinear())
 MESHES = {
     "one": sharding.MeshConfig(data=1),
     "data 8": sharding.MeshConfig(data=8),
@@ -35,21 +35,12 @@ def state():
 def batch():
     x0 = jax.random.randint(jax.random.key(2), (8, 12), 0, 26)
     t = jnp.linspace(0.1, 1.0, 8)
-    return x0, GRAPH.sample_transition(jax.random.key(3), x0, noise_schedules.LogLinear().sigma(t)), t
+    return x0, PROCESS.graph.sample_transition(jax.random.key(3), x0, PROCESS.noise.sigma(t)), t
 
 
 def loss(params, x0, xt, t):
-    summary_fn = lambda xt, x0, sigma: score_heads.summarize(
-        networks.Model(CONFIG, params),
-        networks.apply(networks.Model(CONFIG, params), xt, sigma),
-        xt,
-        x0,
-        sigma,
-        GRAPH.is_noise(xt),
-    )
-    return losses.bounds(
-        summary_fn, forward.Process(GRAPH, noise_schedules.LogLinear()), x0, xt, t
-    ).score_entropy.mean()
+    summary_fn = objectives.summary_fn(networks.Model(CONFIG, params), PROCESS)
+    return losses.bounds(summary_fn, PROCESS, x0, xt, t).score_entropy.mean()
 
 
 @pytest.fixture(scope="module")

@@ -261,13 +261,13 @@ def take_steps(
     stop: jax.Array | int,
     num_steps: jax.Array | int,
 ) -> jax.Array:
-    """States after the steps `start` to `stop` of `num_steps`, corrector steps among them, from the states xt.
+    """States after the steps `start` to `stop` of `num_steps`, corrector steps among them, from xt as it is.
 
     Args are those of `sample`; the key is that of all steps, and of what the sampler draws beforehand.
     """
     rules, slots = _begin(jax.random.key(0), key, sampler, process, given, num_steps)
     iteration = jnp.full_like(slots.batch.iteration, start * rules.repeats)
-    slots = slots._replace(batch=slots.batch._replace(xt=given.clamp(xt), iteration=iteration))
+    slots = slots._replace(batch=slots.batch._replace(xt=xt, iteration=iteration))
     slots = trajectories.advance(key, rules, lambda _: draws, slots, start * rules.repeats, stop * rules.repeats)[1]
     return slots.batch.xt
 
