@@ -56,18 +56,18 @@ def reweigh(
     if unguided is not None:
         log_weights = logits = unguided + control.guidance * (logits - unguided)
 
-    def law(is_possible: Bool[Array, "r v"]) -> Float[Array, "r v"]:
+    def reweighed(is_possible: Bool[Array, "r v"]) -> Float[Array, "r v"]:
         found = jnp.where(is_possible, log_weights, -jnp.inf)
         is_lost = ~jnp.isfinite(found.max(-1, keepdims=True))
         found = categoricals.relative(jnp.where(is_possible & is_lost, logits, found)) / control.temperature
         return found if control.top_p == 1 else _likeliest(found, control.top_p)
 
     if is_allowed is None:
-        return law(is_possible)
-    alone = law(is_possible & is_allowed)
+        return reweighed(is_possible)
+    alone = reweighed(is_possible & is_allowed)
     if control.top_p == 1:
         return alone
-    of_all = jnp.where(is_allowed, law(is_possible), -jnp.inf)
+    of_all = jnp.where(is_allowed, reweighed(is_possible), -jnp.inf)
     return jnp.where(jnp.isfinite(of_all).any(-1, keepdims=True), categoricals.relative(of_all), alone)
 
 
