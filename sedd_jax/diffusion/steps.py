@@ -5,6 +5,7 @@ The caller that holds the network draws from it (`Draws`). So no sampler needs t
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -291,9 +292,16 @@ def denoise(
 
 
 def _denoising(draws: Draws, graph: graphs.Graph, is_last: Bool[Array, "B"]) -> Draws:
-    """`draws`, changed so that sequences at their last evaluation take the step of `denoise` instead of any other."""
+    """`draws` for one step, in which sequences at their last evaluation take the step of `denoise` instead.
+
+    The first draw of the step denoises them, and no later one moves them.
+    """
+    calls = itertools.count()
 
     def draw(key, evaluation, xt, is_movable, jump_fn):
+        if next(calls):
+            return draws.draw_fn(key, evaluation, xt, is_movable & ~is_last[:, None], jump_fn)
+
         def jump(total):
             last, other = graph.denoise_jump(total, xt, evaluation.sigma), jump_fn(total)
             if last.offset is not None or other.offset is not None:
@@ -305,12 +313,11 @@ def _denoising(draws: Draws, graph: graphs.Graph, is_last: Bool[Array, "B"]) -> 
     def leap(key, rates, xt, is_movable):
         key_leap, key_last = jax.random.split(key)
         moved = draws.leap_fn(key_leap, rates, xt, is_movable & ~is_last[:, None])
-        if len(rates) > 1:
+        if next(calls):
             return moved
-        # This is the first leap of a step: it starts from the states that were evaluated.
-        (first,) = rates
-        jump = lambda total: graph.denoise_jump(total, xt, first.evaluation.sigma)
-        last = draws.draw_fn(key_last, first.evaluation, xt, is_movable & is_last[:, None], jump)
+        evaluation = rates[0].evaluation
+        jump = lambda total: graph.denoise_jump(total, xt, evaluation.sigma)
+        last = draws.draw_fn(key_last, evaluation, xt, is_movable & is_last[:, None], jump)
         return where(is_last, last, moved)
 
     return Draws(draws.evaluate_fn, draw, leap)

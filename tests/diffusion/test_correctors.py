@@ -22,18 +22,11 @@ STEPS = len(TIMES) - 1
 def law_after(kind, sampler, corrector_steps):
     """The law after the steps of `GRID`, from the exact law at t = 1, by dense matrices; distance to the exact law."""
     graph = GRAPHS[kind]
-    xs = oracles.states(graph, 2)
     sigmas = [float(NOISE.sigma(jnp.float32(t))) for t in TIMES]
     p = oracles.marginal(graph, P0, sigmas[0]).ravel()
     for t, sigma, end, after in zip(TIMES, sigmas, TIMES[1:], sigmas[1:], strict=False):
         back = np.kron(*(oracles.kernel(graph, sigma - after),) * 2)
-        if sampler == "theta_trapezoidal":
-            take = functools.partial(oracles.trapezoidal_step, graph, P0, sigma=sigma, after=after)
-        else:
-            rate, score = (t - end) * float(NOISE.dsigma_dt(jnp.float32(t))), oracles.exact_scores(graph, P0, sigma)
-            weights = oracles.step_weights(graph, sampler, score, xs, sigma - after, rate)
-            reachable = np.where(oracles.marginal(graph, P0, sigma).ravel()[:, None, None] > 0, weights, 1.0)
-            take = functools.partial(oracles.step, reachable)
+        take = lambda p, t=t, end=end: oracles.STEP_LAWS[sampler](graph, NOISE, P0, p, t, end)
         p = take(p)
         for _ in range(corrector_steps):
             p = take(back @ p)

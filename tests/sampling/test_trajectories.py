@@ -1,6 +1,7 @@
 """Sequences at different steps: each has the distribution of a batch of its own, with no evaluation too many."""
 
 import heapq
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import scipy.stats
 from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
 from sedd_jax.model import categoricals
 from sedd_jax.sampling import refill, trajectories
-from tests.support import oracles
+from tests.support import oracles, toy_sampler
 
 N = 3
 GRAPHS = {"absorb": graphs.Absorbing(vocab_size=N, mask_id=N), "uniform": graphs.Uniform(vocab_size=N)}
@@ -210,6 +211,18 @@ def test_what_is_denoised_does_not_leap():
     draws = filling_draws([], token=1)._replace(leap_fn=leaping)
     rows = [row._replace(num_steps=n) for row, n in zip(rows_with_gaps([3, 3], 3, 9), (1, 2), strict=True)]
     drawn = refill.drive(programs_of(rules_of("uniform", "theta_trapezoidal"), draws), None, jax.random.key(0), rows, 2)
+    assert [tokens.tolist() for _, tokens, _ in drawn] == [[1, 1, 1], [1, 1, 1]]
+
+
+def test_only_the_first_of_two_draws_of_a_step_denoises():
+    order = itertools.cycle([1, 2])
+
+    def draw(key, evaluation, xt, is_movable, jump_fn):
+        return jnp.where(is_movable, next(order), xt)
+
+    rules = rules_of("uniform")._replace(sampler=toy_sampler.SAMPLER)
+    rows = [row._replace(num_steps=n) for row, n in zip(rows_with_gaps([3, 3], 3, 9), (1, 2), strict=True)]
+    drawn = refill.drive(programs_of(rules, filling_draws([])._replace(draw_fn=draw)), None, jax.random.key(0), rows, 2)
     assert [tokens.tolist() for _, tokens, _ in drawn] == [[1, 1, 1], [1, 1, 1]]
 
 

@@ -92,6 +92,8 @@ def step_weights(
     total = jumps.sum(-1, keepdims=True)
     if sampler == "euler":
         return jumps + eye[xt] * (1 - total)
+    if sampler != "tau_leaping":
+        raise KeyError(f"the step of {sampler} is not written here")
     stay = np.exp(-total)
     return eye[xt] * stay + (1 - stay) * np.divide(jumps, total, out=np.zeros_like(jumps), where=total > 0)
 
@@ -143,6 +145,32 @@ def trapezoidal_step(graph: graphs.Graph, p0: np.ndarray, p: np.ndarray, sigma: 
     return q
 
 
+def _by_weights(sampler: str):
+    def after(graph, noise, p0, p, t, end):
+        sigma, delta_sigma = _sigma(noise, t), _sigma(noise, t) - _sigma(noise, end)
+        rate = (t - end) * float(noise.dsigma_dt(jnp.float32(t)))
+        xs = states(graph, p0.ndim)
+        weights = step_weights(graph, sampler, exact_scores(graph, p0, sigma), xs, delta_sigma, rate)
+        # What cannot be reached has no score, and no share in the law.
+        return step(np.where(marginal(graph, p0, sigma).ravel()[:, None, None] > 0, weights, 1.0), p)
+
+    return after
+
+
+def _sigma(noise: noise_schedules.NoiseSchedule, t: float) -> float:
+    return float(noise.sigma(jnp.float32(t)))
+
+
+# Samplers that step through time -> the law after a step from time t to `end` with the exact score, from the law p:
+# (graph, noise, p0, p, t, end) -> p. A new sampler adds its own, and the tests over the whole table take it.
+STEP_LAWS = {
+    **{name: _by_weights(name) for name in ("tweedie", "euler", "tau_leaping")},
+    "theta_trapezoidal": lambda graph, noise, p0, p, t, end: trapezoidal_step(
+        graph, p0, p, _sigma(noise, t), _sigma(noise, end)
+    ),
+}
+
+
 def sampler_law(
     graph: graphs.Graph, noise: noise_schedules.NoiseSchedule, p0: np.ndarray, sampler: str, num_steps: int
 ) -> np.ndarray:
@@ -151,17 +179,11 @@ def sampler_law(
     if sampler == "first_hitting":
         assert num_steps + 1 >= p0.ndim  # With fewer evaluations it is not exact.
         return embed(graph, p0).ravel()
-    sigma = lambda t: float(noise.sigma(jnp.float32(t)))
     p = (xs == graph.mask_id).all(-1).astype(float) if graph.has_mask else np.full(len(xs), 1 / len(xs))
     dt = (1 - time_grids.T_END) / num_steps
     for t in 1 - dt * np.arange(num_steps):
-        if sampler == "theta_trapezoidal":
-            p = trapezoidal_step(graph, p0, p, sigma(t), sigma(t - dt))
-            continue
-        score = exact_scores(graph, p0, sigma(t))
-        noise_rate = dt * float(noise.dsigma_dt(jnp.float32(t)))
-        p = step(step_weights(graph, sampler, score, xs, sigma(t) - sigma(t - dt), noise_rate), p)
-    end = sigma(time_grids.T_END)
+        p = STEP_LAWS[sampler](graph, noise, p0, p, t, t - dt)
+    end = _sigma(noise, time_grids.T_END)
     weights = step_weights(graph, "tweedie", exact_scores(graph, p0, end), xs, end, 0.0)
     if graph.has_mask:
         weights[..., graph.mask_id] = 0
