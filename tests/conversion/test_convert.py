@@ -64,7 +64,7 @@ def test_a_converted_run_is_a_run(published, tmp_path):
     assert run.graph.num_states == 27
     assert run.network.hidden_size == 64
     assert run.tokenizer.decode(run.tokenizer.encode("3 1 25")) == "3 1 25"
-    step, params = run.ema_params()
+    step, params = run.params("ema_params")
     assert step == 0
     assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), params))
     with pytest.raises(ValueError, match="has no text of its own"):
@@ -111,7 +111,7 @@ def truncate(path):
         (lambda path: edit_config(path, lambda c: c["model"].pop("n_heads")), "has no model.n_heads"),
         (
             lambda path: edit_config(path, lambda c: c["graph"].update(type="tree")),
-            "config.graph.name='tree' is unknown",
+            "config.graph.name=tree is unknown",
         ),
         (lambda path: (path / "config.json").write_text("{"), "is not JSON"),
         (lambda path: (path / "config.json").unlink(), "config.json is missing"),
@@ -219,7 +219,7 @@ def test_half_precision_rounds_weights_alone(make_run, tmp_path, dtype):
         np.testing.assert_array_equal(x, expected[name].astype(x.dtype), name)
     run_convert(tmp_path / "out", tmp_path / "back")
     # The padding is not saved. All other values come back as they were rounded.
-    back = torch_weights.to_torch(runs.load(tmp_path / "back").ema_params()[1], run.network)
+    back = torch_weights.to_torch(runs.load(tmp_path / "back").params("ema_params")[1], run.network)
     for name, x in load(tmp_path / "out").items():
         np.testing.assert_array_equal(back[name], x.astype(np.float32), name)
 

@@ -201,7 +201,7 @@ def test_a_file_without_its_config_is_named(training):
         ({"backbone": "dimamba"}, "has backbone='dimamba'"),
         ({"diffusion": "uniform"}, "has diffusion='uniform'"),
         ({"time_conditioning": "yes"}, "has time_conditioning='yes'"),
-        ({"noise": {"type": "cosine"}}, "config.noise.name='cosine' is unknown"),
+        ({"noise": {"type": "cosine"}}, "config.noise.name=cosine is unknown"),
         ({"model": {"n_blocks": 3}}, r"missing \['blocks.2"),
         ({"model": {"hidden_size": "${nothing}"}}, "config.network.hidden_size='\\${nothing}' must be of type int"),
     ],

@@ -247,7 +247,8 @@ def test_a_run_refuses_text_prepared_with_another_tokenizer(tmp_path, source):
     prepare.prepare(source, "characters", tmp_path / "prepared", num_workers=1)
     for tokenizer in ("text8", "bytes", "sentencepiece:300"):
         config = _config(f"prepared:{tmp_path / 'prepared'}", tokenizer)
-        with pytest.raises(ValueError, match=rf"config.data.tokenizer={tokenizer}: set it to characters, or prepare"):
+        wanted = rf"config.data.tokenizer={tokenizer} is another tokenizer .*: set it to characters, or prepare"
+        with pytest.raises(ValueError, match=wanted):
             runs.start(tmp_path / "run", config)
     assert not (tmp_path / "run").exists()
     prepare.prepare(source, "text8", tmp_path / "text8", num_workers=1)

@@ -89,7 +89,7 @@ def train(place, workdir, num_processes, mesh, *arguments, stop_at=None, **setti
 
 
 def parameters(workdir):
-    return runs.load(workdir).ema_params()
+    return runs.load(workdir).params("ema_params")
 
 
 @pytest.fixture(scope="module")
