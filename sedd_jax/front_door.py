@@ -89,7 +89,7 @@ class OpenRun:
             errors.UserError: names what cannot be, and the remedy.
         """
         run = self._opened.run
-        changed = _sampling(run, settings)
+        changed = run.sampling(**settings)
         parsed = templates.read(run, templates.Written(template=template, prefix=prefix, suffix=suffix))
         with self._opened.on_devices():
             if not verbose:
@@ -118,7 +118,7 @@ class OpenRun:
         """
         run = self._opened.run
         asked = [templates.parse(run, text) for text in ([texts] if isinstance(texts, str) else texts)]
-        changed = _sampling(run, {"num_samples": min(len(asked), run.config.sampling.num_samples), **settings})
+        changed = run.sampling(**{"num_samples": min(len(asked), run.config.sampling.num_samples), **settings})
         ends = refill.Ends(fit=fit, stop_at_eos=stop_at_eos)
         found = {}
         with self._opened.on_devices():
@@ -186,15 +186,3 @@ def train(config: configs.Config | configs.Nested | Path, workdir: Path, *, verb
     with terminals.shown(verbose):
         training.train(config, storage.directory(workdir), stream=stream)
     return OpenRun(workdir)
-
-
-def _sampling(run: runs.Run, settings: dict[str, Any]) -> configs.SamplingConfig:
-    """The run's settings with some changed, refused by name where there is no such field."""
-    try:
-        return run.sampling(**settings)
-    except TypeError:
-        known = list(configs.SamplingConfig.__dataclass_fields__)
-        unknown = [name for name in settings if name not in known]
-        if not unknown:
-            raise
-        raise errors.UserError("is no setting", field=unknown[0], remedy=f"give some of {', '.join(known)}") from None

@@ -57,8 +57,11 @@ class Run:
         """The run's sampling settings, with some fields changed. The grid "tuned" becomes the times of `tuned_grid`.
 
         Raises:
-            errors.UserError: names the field that cannot have its value.
+            errors.UserError: names the field that is unknown, or cannot have its value.
         """
+        known = [field.name for field in dataclasses.fields(configs.SamplingConfig)]
+        if unknown := [name for name in changed if name not in known]:
+            raise errors.UserError("is no setting", field=unknown[0], remedy=f"give some of {', '.join(known)}")
         if changed.get("grid") == "tuned":
             changed["grid"] = self.tuned_grid()
         sampling = dataclasses.replace(self.config.sampling, **changed)

@@ -37,8 +37,8 @@ class FirstHitting:
     """Fills an equal share of a sequence's masks in every evaluation; shares differ by one mask at most.
 
     The draw is exact if each share is one mask: with at least as many evaluations as masks. Every sequence has its own
-    times. A corrector step masks as many filled tokens again, chosen uniformly, and fills them anew. For one token this
-    is a Gibbs step, which keeps the distribution of the sequence.
+    times. A corrector step masks as many filled tokens, chosen uniformly, and fills them again. For one token this is a
+    Gibbs step, which keeps the distribution of the sequence.
 
     Attributes:
         traits: what the sampler is, needs and supports.
@@ -124,7 +124,7 @@ def _fill(
     count: Int[Array, "B"],
 ) -> Int[Array, "B L"]:
     """Fills the next `count` masks of each sequence, with the score at the time when the first of them is filled."""
-    is_mask = graph.is_noise(xt) & ~batch.given.is_given
+    is_mask = batch.given.is_movable(graph, xt)
     num_masks = is_mask.sum(1)
     sigma = jnp.take_along_axis(batch.plan.sigma, jnp.maximum(num_masks - 1, 0)[:, None], axis=1)[:, 0]
     order = jnp.where(is_mask, batch.plan.rank, -1)

@@ -31,6 +31,10 @@ class Given(NamedTuple):
         """xt with the known tokens written over it."""
         return jnp.where(self.is_given, self.tokens, xt)
 
+    def is_movable(self, graph: graphs.Graph, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+        """Positions that a reverse step may change: those with noise that are not known."""
+        return graph.is_noise(xt) & ~self.is_given
+
 
 def nothing_given(shape: tuple[int, int]) -> Given:
     """No known tokens, for plain generation of a batch of shape [B, L]."""
@@ -194,7 +198,7 @@ def one_evaluation(
         t: Float[Array, "B"],
         dt: Float[Array, "B"],
     ) -> Int[Array, "B L"]:
-        is_movable = process.graph.is_noise(xt) & ~given.is_given
+        is_movable = given.is_movable(process.graph, xt)
         return draws.move(key, xt, process.noise.sigma(t), is_movable, lambda total: jump(process, total, xt, t, dt))
 
     return step
@@ -228,8 +232,8 @@ class TimeStepping:
     """A sampler that steps through time from t = 1 to `time_grids.T_END`, and denoises with one last evaluation.
 
     A corrector step goes back to the start of a step by the forward process, and takes the step again. If steps are
-    exact, this does not change the distribution of xt (Campbell et al. 2022, section 4.4). If they are not, it draws
-    anew tokens that were drawn too early (remasking, Wang et al. 2025).
+    exact, this does not change the distribution of xt (Campbell et al. 2022, section 4.4). If they are not, tokens that
+    were drawn too early are drawn again (remasking, Wang et al. 2025).
 
     Attributes:
         traits: what the sampler is, needs and supports.
@@ -287,7 +291,7 @@ def denoise(
     """Clean tokens, without masks, by the last step from t = T_END (theorem 4.1)."""
     graph, xt = process.graph, given.clamp(xt)
     sigma = jnp.full(xt.shape[0], process.noise.sigma(jnp.float32(time_grids.T_END)))
-    is_movable = graph.is_noise(xt) & ~given.is_given
+    is_movable = given.is_movable(graph, xt)
     return draws.move(key, xt, sigma, is_movable, lambda total: graph.denoise_jump(total, xt, sigma))
 
 

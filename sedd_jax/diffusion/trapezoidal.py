@@ -35,9 +35,9 @@ def step(
         return steps.Rates(draws.evaluate_fn(xt, sigma), half[:, None] * graph.leap_rate(xt, sigma))
 
     first = rates(xt, sigma)
-    between = draws.leap_fn(key_first, [first], xt, graph.is_noise(xt) & ~given.is_given)
+    between = draws.leap_fn(key_first, [first], xt, given.is_movable(graph, xt))
     second = rates(between, middle)
     # A position that has jumped in the first leap has no rates to extrapolate from.
     back = first._replace(slope=jnp.where(between == xt, -first.slope, 0.0))
     terms = [second._replace(slope=2 * second.slope), back]
-    return draws.leap_fn(key_second, terms, between, graph.is_noise(between) & ~given.is_given)
+    return draws.leap_fn(key_second, terms, between, given.is_movable(graph, between))

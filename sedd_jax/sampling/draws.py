@@ -80,7 +80,7 @@ class NetworkDraws(NamedTuple):
             return controls.choice(self.control, unguided)
         automaton, places = self.patterns
         class_of = jnp.asarray(automaton.class_of)
-        is_open = jnp.asarray(places.is_constrained) & self.graph.is_noise(xt) & ~self.given.is_given
+        is_open = jnp.asarray(places.is_constrained) & self.given.is_movable(self.graph, xt)
         shares = controls.class_log_weights(
             self.control,
             self.model,

@@ -307,9 +307,14 @@ def texts(run: runs.Run, tokens: Int[Array | np.ndarray, "B L"], length: int) ->
     return ["".join(_pieces(run, row)) for row in np.asarray(tokens)[:, :length]]
 
 
+def is_mask(run: runs.Run, row: Int[np.ndarray, "L"]) -> Bool[np.ndarray, "L"]:
+    """Where a sequence has masks; nowhere if the graph has none."""
+    return row == (run.graph.mask_id if run.graph.has_mask else -1)
+
+
 def _pieces(run: runs.Run, row: Int[np.ndarray, "L"]) -> Iterator[str]:
     """Parts of the text of one sequence: stretches of tokens, and a `░` for each mask."""
-    masked = row == (-1 if run.graph.mask_id is None else run.graph.mask_id)
+    masked = is_mask(run, row)
     borders = np.flatnonzero(np.diff(masked)) + 1
     for stretch in np.split(np.arange(len(row)), borders):
         if len(stretch):

@@ -149,7 +149,7 @@ def drive(
     key_put, key_iterations = jax.random.split(key)
     length, waiting, iteration = len(rows[0].tokens), iter(rows), jnp.int32(0)
     nobody = trajectories.nobody((num_slots, length), has_patterns=rows[0].places is not None)
-    # These keys do not matter: all slots are empty, and `put_fn` draws anew.
+    # These keys do not matter: all slots are empty, and `put_fn` draws what starts a sequence.
     slots = programs.begin_fn(jax.random.key(0), jax.random.key(1), nobody)
     owners: list[Row | None] = [None] * num_slots
     is_free = np.ones(num_slots, bool)

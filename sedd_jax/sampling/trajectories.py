@@ -184,7 +184,7 @@ def _is_unfilled(rules: Rules, slots: Slots) -> Bool[Array, "B L"]:
     While a sequence is between a step and the last of its corrector steps, all its positions count.
     """
     batch = slots.batch
-    is_mask = ~batch.given.is_given & rules.process.graph.is_noise(batch.xt)
+    is_mask = batch.given.is_movable(rules.process.graph, batch.xt)
     return is_mask | (batch.iteration % rules.repeats > 0)[:, None]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
 from sedd_jax import runs
+from sedd_jax.sampling import generate
 
 _GIVEN, _MASK, _NEW, _FILLED = range(4)
 _KINDS = ("given", "mask", "new", "filled")
@@ -28,7 +29,7 @@ def pieces(
     Returns:
         Pairs of kind and text. The kind is given, mask (a `░` for each), new (changed since `before`) or filled.
     """
-    masked = row == (run.graph.mask_id if run.graph.has_mask else -1)
+    masked = generate.is_mask(run, row)
     kinds = np.select([is_given, masked, row != before], [_GIVEN, _MASK, _NEW], _FILLED)
     found = []
     for start, stop in _stretches(kinds == _MASK):

@@ -25,7 +25,7 @@ SAMPLER = samplers.SAMPLERS["first_hitting"]
 
 
 def score_fn(xt, _):
-    """The exact conditional law of tokens, which no noise changes but for a factor."""
+    """The exact conditional distribution of tokens. Noise changes it by a factor only."""
     joint = jnp.asarray(P0, jnp.float32)
     marginals = jnp.zeros((N + 1,) * 3)
     for known in np.ndindex(2, 2, 2):

@@ -207,7 +207,7 @@ def one_step_law(p0: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("kind", "sampler"), SAMPLED)
 @pytest.mark.parametrize("length", [1, 2])
 def test_draws_follow_the_exact_law(kind, sampler, length):
-    """With the exact score, the engine has the law that propagation by dense matrices gives, at few steps."""
+    """With the exact score and few steps, draws have the distribution that dense matrices give."""
     graph, noise = PROCESSES[kind].graph, MILD if kind == "uniform" else PROCESSES[kind].noise
     given = steps.nothing_given((30_000, length))
     tokens = jitted_sample(forward.Process(graph, noise), P0[length], sampler, given, 4)(jax.random.key(length))
@@ -320,7 +320,7 @@ def test_the_network_always_sees_given_tokens_clean(kind, name):
 
 @pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
 def test_infilling_with_the_exact_score_follows_the_conditional_law(sampler):
-    """Of one gap, whose token has the same law whenever it is drawn."""
+    """One gap: its token has the same distribution whenever it is drawn."""
     given = steps.Given(jnp.full((20_000, 2), 3), jnp.tile(jnp.array([[True, False]]), (20_000, 1)))
     sample = jitted_sample(PROCESSES["absorb"], P0[2], sampler, given, 8)
     counts = np.bincount(sample(jax.random.key(0))[:, 1], minlength=5)

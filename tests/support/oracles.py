@@ -1,4 +1,4 @@
-"""References in float64: dense rate matrices, matrix exponentials, the definitions, and exact laws of samplers.
+"""References in float64: rate matrices, matrix exponentials, definitions, and exact distributions of samplers.
 
 Nothing here uses the closed forms of `sedd_jax`; `exact_score_fn` and `dense_draws` are JAX, so that samplers can trace
 them. `sample` and `take_steps` run the engine of sampling without a network.
@@ -55,12 +55,12 @@ def states(graph: graphs.Graph, length: int) -> np.ndarray:
 
 
 def embed(graph: graphs.Graph, p0: np.ndarray) -> np.ndarray:
-    """A law over clean sequences, [N, ..., N], as one over all states, [V, ..., V]; the mask has to be the last."""
+    """A distribution over clean sequences, [N, ..., N], as one over all states; the mask has to be the last."""
     return np.pad(p0, [(0, graph.num_states - size) for size in p0.shape])
 
 
 def marginal(graph: graphs.Graph, p0: np.ndarray, sigma: float) -> np.ndarray:
-    """Law of xt at noise sigma over all states, [V, ..., V]."""
+    """Distribution of xt at noise sigma over all states, [V, ..., V]."""
     p = embed(graph, p0)
     for axis in range(p.ndim):
         p = np.moveaxis(np.tensordot(kernel(graph, sigma), p, (1, axis)), 0, axis)
@@ -99,7 +99,7 @@ def step_weights(
 
 
 def step(weights: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """The law after every position draws from its weights; laws are [V^L], weights [V^L, L, V]."""
+    """The distribution after every position draws from its weights; distributions are [V^L], weights [V^L, L, V]."""
     probs = np.maximum(weights, 0)
     probs = probs / probs.sum(-1, keepdims=True)
     joint = probs[:, 0]
@@ -174,7 +174,7 @@ STEP_LAWS = {
 def sampler_law(
     graph: graphs.Graph, noise: noise_schedules.NoiseSchedule, p0: np.ndarray, sampler: str, num_steps: int
 ) -> np.ndarray:
-    """Exact law of `sample` with the exact score and a sampler of the table, [V^L]."""
+    """Exact distribution of `sample` with the exact score and a sampler of the table, [V^L]."""
     xs = states(graph, p0.ndim)
     if sampler == "first_hitting":
         assert num_steps + 1 >= p0.ndim  # With fewer evaluations it is not exact.
@@ -311,7 +311,7 @@ def _begin(
 
 
 def chi_square_p(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    """p-value of counts under a law; outcomes expected fewer than five times are pooled."""
+    """p-value of counts under a distribution; outcomes expected fewer than five times are pooled."""
     expected = probabilities * counts.sum()
     assert counts[probabilities == 0].sum() == 0
     rare = expected < 5
