@@ -268,6 +268,7 @@ def bench(argv: list[str]) -> None:
     number("repeats", 5, "timings of each program")
     text("reference", None, "checkout of the published PyTorch program, timed in alternation with ours")
     text("reference_python", sys.executable, "Python with torch that runs the published program")
+    choice("reference_compile", False, "run the published program under torch.compile")
     choice("json", False, "end with one line of JSON")
     given = arguments.parse_config(bench, values, argv)
     if given is None:

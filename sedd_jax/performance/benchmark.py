@@ -96,6 +96,7 @@ def benchmark(
     repeats: int = 5,
     reference: pathlib.Path | None = None,
     reference_python: str = sys.executable,
+    reference_compile: bool = False,
 ) -> dict[str, Any]:
     """Times a training step (training.batch_size) and a sampling step (sampling.num_samples) of a config.
 
@@ -108,15 +109,16 @@ def benchmark(
         repeats: timings of each program; medians are reported.
         reference: a checkout of the published PyTorch program, timed in alternation with ours.
         reference_python: the Python with torch that runs the published program.
+        reference_compile: whether the published program runs under torch.compile.
 
     Returns:
         For each kind of step and program: seconds, tokens per second, model FLOP per second (a network evaluation of a
         sampling step counts a third of a training step), their share of the device's peak if it is known, seconds to
         compile, peak bytes. With a reference also the ratio of tokens per second, its range over timings, and the ratio
-        of peak bytes.
+        of peak bytes; or `failed`, why the published program cannot run.
 
     Raises:
-        errors.UserError: if a program cannot run; the message ends with the last line of its output.
+        errors.UserError: if our program cannot run; the message ends with the last line of its output.
     """
     vocab_size = tokenizers.vocab_size_of(config.data.tokenizer) if vocab_size is None else vocab_size
     for name, value in (("repeats", repeats), ("vocab_size", vocab_size)):
@@ -125,7 +127,7 @@ def benchmark(
     commands = {"ours": [sys.executable, "-m", "sedd_jax.performance.benchmark_ours"]}
     if reference is not None:
         _check_reference(config, reference, reference_python)
-        commands["published"] = [reference_python, str(PUBLISHED), str(reference)]
+        commands["published"] = [reference_python, str(PUBLISHED), str(reference), *["--compile"][:reference_compile]]
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores of {hosts.processor()}, {platform.system()}",
@@ -166,6 +168,8 @@ def table(result: dict[str, Any]) -> str:
                 f"{kind:<8}{'ratio':<11}{ratio['speed']:.2f}x the tokens/s ({low:.2f} to {high:.2f}), "
                 f"{ratio['memory']:.2f}x the memory"
             )
+        if "failed" in result[kind]:
+            notes.append(f"WARNING: {kind} of the published program failed: {result[kind]['failed']}")
         busy = result[kind]["busy_cores"]
         if busy > 0.2:
             notes.append(f"WARNING: other processes kept up to {busy:.1f} cores busy before turns of {kind}")
@@ -179,10 +183,16 @@ def _measure(
     tokens = batch_size * config.data.length
     job = {"kind": kind, "vocab_size": vocab_size}
     jobs = {"ours": job | {"config": configs.to_dict(config)}, "published": job | _flat(config, batch_size)}
+    failed = ""
     with contextlib.ExitStack() as stack:
-        # The published program starts first, because it may not be able to run.
-        started = {name: stack.enter_context(_start(name, commands[name], jobs[name])) for name in reversed(commands)}
-        workers = {name: started[name] for name in commands}
+        workers = {"ours": stack.enter_context(_start("ours", commands["ours"], jobs["ours"]))}
+        if "published" in commands:
+            try:
+                workers["published"] = stack.enter_context(
+                    _start("published", commands["published"], jobs["published"])
+                )
+            except errors.UserError as error:
+                failed = str(error)
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         busy: list[float] = []
         for _ in range(repeats):
@@ -213,6 +223,8 @@ def _measure(
         "busy_cores": max(busy),
         "programs": programs,
     }
+    if failed:
+        measured["failed"] = failed
     if len(programs) == 2:
         ours, theirs = programs["ours"], programs["published"]
         pairs = [b / a for a, b in zip(ours["all_seconds"], theirs["all_seconds"], strict=True)]

@@ -1,12 +1,13 @@
 """Runs steps of the published PyTorch program, from a user's checkout DIR of it, for `sedd bench --reference=DIR`.
 
-    python benchmark_published.py DIR
+    python benchmark_published.py DIR [--compile]
 
 The interpreter needs torch; nothing of sedd_jax is imported. The protocol with `benchmark.Worker` is that of
-`benchmark_ours`.
+`benchmark_ours`. With --compile the network runs under torch.compile.
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -17,11 +18,17 @@ def main() -> None:
     channel, sys.stdout = sys.stdout, sys.stderr
     # Some modules of the two programs share names, and Python puts this file's directory first.
     sys.path[0] = sys.argv[1]
-    job = json.loads(sys.stdin.readline())
-    attention = stand_in_for_flash_attention()
+    is_compiled = "--compile" in sys.argv
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # TorchScript's fuser fails on GPUs ("vector::_M_range_check", torch 2.11), and torch.compile does its work. Whether
+    # it is on is decided when torch is imported, so this process begins again, before it has read its job.
+    if (device == "cuda" or is_compiled) and "PYTORCH_JIT" not in os.environ:
+        os.environ["PYTORCH_JIT"] = "0"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    job = json.loads(sys.stdin.readline()) | {"is_compiled": is_compiled}
+    attention = stand_in_for_flash_attention()
     want = "bfloat16" if device == "cuda" else "float32"
     if job["dtype"] != want:
         sys.exit(f"the published program computes in {want} on {device}: set --config.network.dtype={want}")
@@ -35,7 +42,7 @@ def main() -> None:
     wait()
     ready = {
         "compile_seconds": time.perf_counter() - started,
-        "versions": f"torch {torch.__version__}, Python {sys.version.split()[0]}",
+        "versions": f"torch {torch.__version__}, Python {sys.version.split()[0]}, {way(is_compiled)}",
         "attention": attention,
     }
     print(json.dumps(ready), file=channel, flush=True)
@@ -49,6 +56,13 @@ def main() -> None:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident
         print(json.dumps({"seconds": seconds, "peak_bytes": peak}), file=channel, flush=True)
+
+
+def way(is_compiled):
+    """How the program runs, in words."""
+    if is_compiled:
+        return "torch.compile"
+    return "eager, TorchScript off" if os.environ.get("PYTORCH_JIT") == "0" else "eager, TorchScript on"
 
 
 def stand_in_for_flash_attention() -> str:
@@ -110,7 +124,12 @@ def make_model(job, device):
             },
         }
     )
-    return config, SEDD(config).to(device), graph_lib.get_graph(config, device), noise_lib.get_noise(config).to(device)
+    import torch
+
+    model = SEDD(config).to(device)
+    if job["is_compiled"]:
+        model = torch.compile(model)
+    return config, model, graph_lib.get_graph(config, device), noise_lib.get_noise(config).to(device)
 
 
 def train_step(job, device):
