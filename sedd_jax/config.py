@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from sedd_jax.diffusion import forward, graphs, noise_schedules
-from sedd_jax.model import attentions, networks, optimizers, sampling_config
+from sedd_jax.model import attentions, layers, networks, optimizers, sampling_config
 from sedd_jax.runtime import errors, sharding
 
 SamplingConfig = sampling_config.SamplingConfig
@@ -124,7 +124,7 @@ MAY_CHANGE = (
     r"training\.(num_steps|log_every|eval_\w+|sample_every|\w*checkpoint\w*)",
     r"sampling\..*",
     r"mesh\..*",
-    r"network\.(remat|attention)",
+    r"network\.(remat|layer_loop|attention)",
 )
 _DERIVED = {"network.num_states": 0, "network.causal": False}  # They follow from the tokenizer and the graph.
 _MAY_BE_ZERO = r"eval_every|sample_every|seed|warmup|keep_checkpoints_every|corrector_steps"
@@ -303,7 +303,8 @@ def _validate_choices(config: Config) -> None:
         "network.remat": ("none", *networks.REMAT_POLICIES),
         "network.dropout_generator": ("threefry", "rbg"),
         "network.attention": ("auto", *attentions.ATTENTIONS),
-        "network.dtype": ("float32", "bfloat16"),
+        "network.layer_loop": networks.LAYER_LOOPS,
+        "network.dtype": tuple(layers.DTYPES),
     }.items():
         if flatten(to_dict(config))[name] not in choices:
             raise _refused(config, name, "is unknown", f"choose one of {', '.join(choices)}")

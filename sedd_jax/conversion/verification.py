@@ -50,8 +50,9 @@ def compare(
     shape = (len(_SIGMAS), min(length, _LENGTH))
     tokens = np.random.default_rng(0).integers(network.num_states, size=shape)
     sigma = np.array(_SIGMAS, np.float32)
-    features = networks.apply(networks.Model(network, params), jnp.asarray(tokens, jnp.int32), jnp.asarray(sigma))
-    ours = np.asarray(score_heads.logits(params, features))[..., : network.num_states]
+    model_of_ours = networks.Model(network, params)
+    features = networks.apply(model_of_ours, jnp.asarray(tokens, jnp.int32), jnp.asarray(sigma))
+    ours = np.asarray(score_heads.logits(model_of_ours, features))[..., : network.num_states]
     with torch.inference_mode():
         told = torch.from_numpy(sigma if is_conditioned else np.zeros_like(sigma))
         theirs = model.output_layer.linear(model.features(torch.from_numpy(tokens), told)).numpy()

@@ -7,7 +7,7 @@ mesh each device computes the attention of its own sequences and heads.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ def attend(
     *,
     causal: bool = False,
     lengths: Int[Array, "B"] | None = None,
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
 ) -> Float[Array, "B L D"]:
     """Multi-head attention with rotary positions on queries and keys.
 
@@ -42,6 +43,7 @@ def attend(
         causal: whether a position attends only to itself and earlier positions.
         lengths: number of tokens of each sequence, at least 1; the rest is padding, whose output is finite but has no
             meaning. No padding if None.
+        precision: precision of products of float32 arrays.
 
     Raises:
         errors.UserError: where the implementation does not support this platform, dtype or length.
@@ -50,7 +52,9 @@ def attend(
     q_BLHK, k_BLHK, v_BLHK = (x.reshape(batch, length, num_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
     batch_axes, tensor = sharding.mapped_axes(batch)
     spec = PartitionSpec(batch_axes, None, tensor if num_heads % sharding.axis_size(tensor) == 0 else ())
-    attention = functools.partial(ATTENTIONS[resolve(implementation, length, qkv.dtype)], causal=causal)
+    attention = functools.partial(
+        ATTENTIONS[resolve(implementation, length, qkv.dtype)], causal=causal, precision=precision
+    )
     inputs, specs = (rotate(q_BLHK), rotate(k_BLHK), v_BLHK), (spec,) * 3
     if lengths is not None:
         inputs, specs = (*inputs, lengths), (*specs, PartitionSpec(batch_axes))
@@ -63,10 +67,13 @@ def resolve(implementation: str, length: int, dtype: Any) -> str:
 
 
 def choose(platform: str, length: int, dtype: Any) -> str:
-    """Name of the fastest implementation on a platform. cuDNN needs bfloat16, splash a length divisible by 128."""
+    """Name of the fastest implementation on a platform.
+
+    cuDNN and splash need bfloat16, and splash also a length divisible by 128.
+    """
     if platform == "gpu" and dtype == jnp.bfloat16:
         return "cudnn"
-    if platform == "tpu" and length % TPU_LANES == 0:
+    if platform == "tpu" and dtype == jnp.bfloat16 and length % TPU_LANES == 0:
         return "splash"
     return "plain"
 
@@ -88,20 +95,16 @@ def cudnn(
     lengths: Int[Array, "B"] | None = None,
     *,
     causal: bool = False,
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
 ) -> Array:
     """cuDNN's fused attention: NVIDIA GPUs from Ampere on, bfloat16.
 
     Raises:
         errors.UserError: on another platform, or for another dtype.
     """
+    del precision  # It has no effect on bfloat16.
     _need("cudnn", "gpu")
-    if q.dtype != jnp.bfloat16:
-        raise errors.UserError(
-            f"needs bfloat16, not {q.dtype}",
-            field="config.network.attention",
-            value="cudnn",
-            remedy=f"set {errors.name('config.network.dtype')}=bfloat16",
-        )
+    _need_bfloat16("cudnn", q.dtype)
     if lengths is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     is_token = _is_token(lengths, k.shape[1])[:, :, None, None]
@@ -120,9 +123,10 @@ def splash(
     lengths: Int[Array, "B"] | None = None,
     *,
     causal: bool = False,
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
     interpret: bool = False,
 ) -> Array:
-    """The Pallas splash attention kernel: TPUs, lengths L divisible by 128.
+    """The Pallas splash attention kernel: TPUs, bfloat16, lengths L divisible by 128.
 
     Args:
         q: queries.
@@ -130,14 +134,17 @@ def splash(
         v: values.
         lengths: number of tokens of each sequence; no padding if None.
         causal: whether a position attends only to itself and earlier positions.
-        interpret: whether to interpret the kernel, on any platform, for tests.
+        precision: not used: it has no effect on bfloat16.
+        interpret: whether to interpret the kernel, on any platform and for any dtype, for tests.
 
     Raises:
-        errors.UserError: on another platform, or for another length.
+        errors.UserError: on another platform, or for another dtype or length.
     """
+    del precision
     length, num_heads, size = q.shape[1:]
     if not interpret:
         _need("splash", "tpu")
+        _need_bfloat16("splash", q.dtype)
     if length % TPU_LANES:
         raise errors.UserError(
             f"needs a length divisible by {TPU_LANES}, not {errors.name('config.data.length')}={length}",
@@ -174,6 +181,16 @@ def _need(implementation: str, platform: str) -> None:
         )
 
 
+def _need_bfloat16(implementation: str, dtype: Any) -> None:
+    if dtype != jnp.bfloat16:
+        raise errors.UserError(
+            f"needs bfloat16, not {dtype}",
+            field="config.network.attention",
+            value=implementation,
+            remedy=f"set {errors.name('config.network.dtype')}=bfloat16",
+        )
+
+
 def _is_token(lengths: Int[Array, " n"], length: int) -> Bool[Array, "n L"]:
     """Which of `length` positions are tokens, not padding."""
     return jnp.arange(length)[None] < lengths[:, None]
@@ -186,61 +203,73 @@ def plain(
     lengths: Int[Array, "B"] | None = None,
     *,
     causal: bool = False,
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
 ) -> Any:
     """Softmax attention as matrix products, on any platform.
 
     It works on a block of heads at a time, and the gradient computes the scores again. So the scores of a block fit in
     a CPU's caches (twice as fast there), and memory is linear in the length.
     """
-    return _plain(causal, q, k, v, lengths)
+    return _plain(_Rules(causal, precision), q, k, v, lengths)
+
+
+class _Rules(NamedTuple):
+    """What stays the same for all heads: see `plain`."""
+
+    causal: bool
+    precision: jax.lax.Precision
+
+    def product(self, equation: str, *factors: Array) -> Array:
+        """The einsum of two arrays, accumulated in float32."""
+        return jnp.einsum(equation, *factors, precision=self.precision, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _plain(causal: bool, q: Any, k: Any, v: Any, lengths: Any) -> Any:
-    return _plain_forward(causal, q, k, v, lengths)[0]
+def _plain(rules: _Rules, q: Any, k: Any, v: Any, lengths: Any) -> Any:
+    return _plain_forward(rules, q, k, v, lengths)[0]
 
 
-def _plain_forward(causal: bool, q: Any, k: Any, v: Any, lengths: Any) -> tuple[Any, Any]:
-    attend_block = functools.partial(_attend_block, causal)
+def _plain_forward(rules: _Rules, q: Any, k: Any, v: Any, lengths: Any) -> tuple[Any, Any]:
+    attend_block = functools.partial(_attend_block, rules)
     out, logsumexp = checkpoint_name(_by_blocks(attend_block, lengths, q, k, v), RESIDUALS)
     return out, (lengths, q, k, v, out, logsumexp)
 
 
-def _plain_backward(causal: bool, residuals: Any, gradient: Any) -> tuple[Any, ...]:
-    return *_by_blocks(functools.partial(_differentiate_block, causal), *residuals, gradient), None
+def _plain_backward(rules: _Rules, residuals: Any, gradient: Any) -> tuple[Any, ...]:
+    return *_by_blocks(functools.partial(_differentiate_block, rules), *residuals, gradient), None
 
 
 _plain.defvjp(_plain_forward, _plain_backward)
 
 
 def _scores(
-    causal: bool, lengths: Int[Array, " n"] | None, q: Float[Array, "n L K"], k: Float[Array, "n L K"]
+    rules: _Rules, lengths: Int[Array, " n"] | None, q: Float[Array, "n L K"], k: Float[Array, "n L K"]
 ) -> Float[Array, "n L L"]:
     """Products of keys and queries, which are scaled already; -inf where a query may not attend."""
-    scores = _product("nqk,nsk->nqs", q, k)
-    if causal:
+    scores = rules.product("nqk,nsk->nqs", q, k)
+    if rules.causal:
         positions = jnp.arange(q.shape[1])
         scores = jnp.where((positions[:, None] >= positions[None])[None], scores, -jnp.inf)
     return scores if lengths is None else jnp.where(_is_token(lengths, q.shape[1])[:, None], scores, -jnp.inf)
 
 
 def _attend_block(
-    causal: bool,
+    rules: _Rules,
     lengths: Int[Array, " n"] | None,
     q: Float[Array, "n L K"],
     k: Float[Array, "n L K"],
     v: Float[Array, "n L K"],
 ) -> tuple[Any, Any]:
-    scores = _scores(causal, lengths, q * (1 / math.sqrt(q.shape[-1])), k)
+    scores = _scores(rules, lengths, q * (1 / math.sqrt(q.shape[-1])), k)
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
     mass = weights.sum(-1, keepdims=True)
-    out = _product("nqs,nsk->nqk", weights.astype(v.dtype), v) / mass
+    out = rules.product("nqs,nsk->nqk", weights.astype(v.dtype), v) / mass
     return out.astype(v.dtype), top + jnp.log(mass)
 
 
 def _differentiate_block(
-    causal: bool,
+    rules: _Rules,
     lengths: Int[Array, " n"] | None,
     q: Float[Array, "n L K"],
     k: Float[Array, "n L K"],
@@ -252,17 +281,14 @@ def _differentiate_block(
     """Gradients of queries, keys and values (Dao et al. 2022, appendix B)."""
     scale = 1 / math.sqrt(q.shape[-1])
     q = q * scale
-    probs = jnp.exp(_scores(causal, lengths, q, k) - logsumexp)
+    probs = jnp.exp(_scores(rules, lengths, q, k) - logsumexp)
     along = (gradient.astype(jnp.float32) * out).sum(-1, keepdims=True)
-    of_scores = probs * (_product("nqk,nsk->nqs", gradient, v) - along)
+    of_scores = probs * (rules.product("nqk,nsk->nqs", gradient, v) - along)
     of_scores, probs = of_scores.astype(q.dtype), probs.astype(q.dtype)
-    of_q = _product("nqs,nsk->nqk", of_scores, k) * scale
-    of_k = _product("nqs,nqk->nsk", of_scores, q)
-    of_v = _product("nqs,nqk->nsk", probs, gradient)
+    of_q = rules.product("nqs,nsk->nqk", of_scores, k) * scale
+    of_k = rules.product("nqs,nqk->nsk", of_scores, q)
+    of_v = rules.product("nqs,nqk->nsk", probs, gradient)
     return tuple(x.astype(q.dtype) for x in (of_q, of_k, of_v))
-
-
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _by_blocks(fn: Any, lengths: Any, *arrays: Any) -> Any:

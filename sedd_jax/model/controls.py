@@ -176,7 +176,7 @@ def _visit_whole_rows(
 ) -> Any:
     """`out` with of_rows(all states, *inputs at some positions) written at the chosen positions, a few at a time."""
     states = vocabulary._replace(width=len(vocabulary.bias)).block(jnp.asarray(0))
-    rows = tiles.choose(chosen, min(chosen.size, score_draws.DRAWN_ROWS))
+    rows = tiles.choose(chosen, score_draws.drawn_rows(chosen.size))
 
     def visit(i: Int[Array, ""], flat: Any) -> Any:
         chunk = tiles.Rows(rows.chunk(rows.order, i), rows.count, rows.size)

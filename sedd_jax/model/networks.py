@@ -14,18 +14,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from sedd_jax.model import attentions
-from sedd_jax.runtime import sharding
+from sedd_jax.model import attentions, layers
+from sedd_jax.runtime import accelerators, sharding
 
 Params = dict[str, Any]
 VOCAB_MULTIPLE = 128
 _policies = jax.checkpoint_policies
+# jax.nn.dot_product_attention does not name its residuals, but cuDNN's forward pass is one operation.
+_save_cudnn: Any = lambda operation, *_, **__: "dot_product_attention_fwd" in operation.name
+_save_attention = _policies.save_from_both_policies(_policies.save_only_these_names(attentions.RESIDUALS), _save_cudnn)
 REMAT_POLICIES = {
-    "elementwise": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(attentions.RESIDUALS)
-    ),
+    "elementwise": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _save_attention),
     "blocks": _policies.nothing_saveable,
 }
+LAYER_LOOPS = ("auto", "rolled", "unrolled")
+# Bytes that a training step with unrolled layers keeps, per token, layer and feature (measured: docs/performance.md).
+_UNROLLED_BYTES = 48
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,9 +49,13 @@ class NetworkConfig:
         scale_by_sigma: whether scores are divided by (e^sigma - 1) N, for N tokens (absorbing graph only).
         normalize: whether scores are scaled to the sum 1 / (e^sigma - 1) of the true ratios. Then the softmax of the
             output is the distribution of x0, and score entropy is cross-entropy (mean parameterisation, SUBS in MDLM).
-        dtype: dtype of the matrix products, "float32" or "bfloat16"; everything else is float32.
+        dtype: dtype of the matrix products: float32 (exact on every device), bfloat16, or tensorfloat32 (float32 whose
+            products an NVIDIA GPU rounds to TF32; on other devices the same as float32). Everything else is float32.
         remat: rematerialisation, what the backward pass computes again to save memory: none, elementwise (all but
-            matrix products and attention), or blocks (everything inside a transformer block).
+            matrix products and attention; no effect on unrolled layers), or blocks (everything inside a transformer
+            block).
+        layer_loop: how the loop over blocks is compiled: rolled (once for all blocks; compiles fastest), unrolled (each
+            block by itself; fastest and most memory on GPUs), or auto (by platform and memory).
         attention: how attention is computed: auto (the fastest way on this platform), plain (on any platform), cudnn
             (NVIDIA GPU) or splash (TPU).
         causal: whether a position attends only to itself and earlier ones, as in the autoregressive baseline.
@@ -65,6 +73,7 @@ class NetworkConfig:
     normalize: bool = False
     dtype: str = "bfloat16"
     remat: str = "elementwise"
+    layer_loop: str = "auto"
     attention: str = "auto"
     causal: bool = False
 
@@ -76,6 +85,11 @@ class NetworkConfig:
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def array_dtype(self) -> Any:
+        """Dtype of the factors of matrix products."""
+        return layers.DTYPES[self.dtype]
 
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of a training step per token: 6 per weight of a product, 12 N D L for attention.
@@ -124,7 +138,7 @@ class ScoreNetwork(nn.Module):
                 No padding if None.
 
         Returns:
-            Features in the dtype `config.dtype`, the input of the head's matrix product.
+            Features in the dtype `config.array_dtype`, the input of the head's matrix product.
         """
         config = self.config
         embedding = self.param(
@@ -136,8 +150,9 @@ class ScoreNetwork(nn.Module):
         keys = None
         if dropout_key is not None and config.dropout > 0:
             keys = jax.random.split(_generator_key(dropout_key, config.dropout_generator), config.num_layers)
-        block = Block
-        if config.remat != "none":
+        block, is_unrolled = Block, _is_unrolled(config, xt.size)
+        # In an unrolled loop XLA merges what `elementwise` computes again with the original.
+        if config.remat == "blocks" or (config.remat == "elementwise" and not is_unrolled):
             block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         blocks = nn.scan(
             block,
@@ -145,15 +160,15 @@ class ScoreNetwork(nn.Module):
             split_rngs={"params": True},
             length=config.num_layers,
             in_axes=(nn.broadcast, 0, nn.broadcast),
-            unroll=_scan_unroll(config),
+            unroll=config.num_layers if is_unrolled else 1,
         )
         x, _ = blocks(config, name="blocks")(x, condition, keys, lengths)
         shift, scale = jnp.split(_modulation(2, config, "final_modulation", condition), 2, axis=-1)
-        x = _layer_norm(self, "final_norm", x) * (1 + scale) + shift
+        x = layers.modulated_norm(x, _norm_weight(self, "final_norm", x), shift, scale)
         # The head's weights live here with the others; `score_heads` applies them.
         self.param("head_kernel", nn.initializers.zeros, (config.hidden_size, config.padded_states))
         self.param("head_bias", nn.initializers.zeros, (config.padded_states,))
-        return x.astype(config.dtype)
+        return x.astype(config.array_dtype)
 
 
 class SigmaEmbedding(nn.Module):
@@ -191,25 +206,47 @@ class Block(nn.Module):
             modulation, 6, axis=-1
         )
 
-        h = _layer_norm(self, "attention_norm", x) * (1 + scale_attention) + shift_attention
+        h = layers.modulated_norm(x, _norm_weight(self, "attention_norm", x), shift_attention, scale_attention)
         qkv = _dense(3 * config.hidden_size, config.hidden_size, config.dtype, "qkv", use_bias=False)(h)
-        h = attentions.attend(qkv, config.num_heads, config.attention, causal=config.causal, lengths=lengths)
+        h = attentions.attend(
+            layers.gather_gradient(qkv),
+            config.num_heads,
+            config.attention,
+            causal=config.causal,
+            lengths=lengths,
+            precision=layers.precision(config.dtype),
+        )
         h = _dense(config.hidden_size, config.hidden_size, config.dtype, "attention_out", use_bias=False)(h)
         x = x + gate_attention * _dropout(key_attention, config.dropout, h)
 
-        h = _layer_norm(self, "mlp_norm", x) * (1 + scale_mlp) + shift_mlp
-        h = _dense(config.mlp_ratio * config.hidden_size, config.hidden_size, config.dtype, "mlp_in")(h)
-        h = nn.gelu(h, approximate=True)
+        h = layers.modulated_norm(x, _norm_weight(self, "mlp_norm", x), shift_mlp, scale_mlp)
+        h = BiasedGelu(config.mlp_ratio * config.hidden_size, config.dtype, name="mlp_in")(h)
         h = _dense(config.hidden_size, config.mlp_ratio * config.hidden_size, config.dtype, "mlp_out")(h)
         x = x + gate_mlp * _dropout(key_mlp, config.dropout, h)
         return sharding.constrain(x, "batch", None, None), None
+
+
+class BiasedGelu(nn.Module):
+    """GELU of a linear layer with E = `features` outputs."""
+
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L E"]:
+        init = _uniform_init(x.shape[-1])
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        bias = self.param("bias", init, (self.features,))
+        dtype = layers.DTYPES[self.dtype]
+        product = jnp.dot(x.astype(dtype), kernel.astype(dtype), precision=layers.precision(self.dtype))
+        return layers.biased_gelu(product, bias)
 
 
 def init(key: PRNGKeyArray, config: NetworkConfig) -> Params:
     """Initial parameters: linear layers as in PyTorch; modulations, head and rows of padded states are zero."""
     tokens = jnp.zeros((1, 8), jnp.int32)
     # Some attention kernels do not support a sequence this short.
-    module = ScoreNetwork(dataclasses.replace(config, attention="plain"))
+    module = ScoreNetwork(dataclasses.replace(config, attention="plain", layer_loop="rolled"))
     params: Params = dict(module.init(key, tokens, jnp.ones((1,)))["params"])
     return {**params, "embedding": params["embedding"].at[config.num_states :].set(0.0)}
 
@@ -228,19 +265,34 @@ def apply(
     dropout_key: Key[Array, ""] | None = None,
     lengths: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B L D"]:
-    """Features of noised tokens, in the dtype `model.config.dtype`; see `ScoreNetwork`."""
+    """Features of noised tokens, in the dtype `model.config.array_dtype`; see `ScoreNetwork`."""
     module = ScoreNetwork(model.config)
     return module.apply({"params": model.params}, xt, sigma, dropout_key, lengths)  # pyrefly: ignore[bad-return]
 
 
 def _dense(features: int, fan_in: int, dtype: str, name: str, *, use_bias: bool = True) -> nn.Dense:
     init = _uniform_init(fan_in)
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, bias_init=init, name=name)
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=layers.DTYPES[dtype],
+        precision=layers.precision(dtype),
+        kernel_init=init,
+        bias_init=init,
+        name=name,
+    )
 
 
 def _modulation(chunks: int, config: NetworkConfig, name: str, condition: Float[Array, "B C"]) -> Float[Array, "B 1 E"]:
     zeros = nn.initializers.zeros
-    dense = nn.Dense(chunks * config.hidden_size, dtype=jnp.float32, kernel_init=zeros, bias_init=zeros, name=name)
+    dense = nn.Dense(
+        chunks * config.hidden_size,
+        dtype=jnp.float32,
+        precision=layers.precision("float32"),
+        kernel_init=zeros,
+        bias_init=zeros,
+        name=name,
+    )
     return _pinned(dense(condition))[:, None]
 
 
@@ -259,34 +311,8 @@ def _uniform_init(fan_in: int):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _layer_norm(module: nn.Module, name: str, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    return normalize(x) * module.param(name, nn.initializers.ones, (x.shape[-1],))[None, None]
-
-
-@jax.custom_vjp
-def normalize(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    """x with zero mean and unit variance over features (eps 1e-5), in float32.
-
-    The gradient is written by hand. In the automatic one, XLA's CPU backend recomputes the means for every feature,
-    which made the step of a small network 1.6 times slower.
-    """
-    return _normalize_forward(x)[0]
-
-
-def _normalize_forward(x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"], Any]:
-    centred = x - x.mean(-1, keepdims=True)
-    inverse_std = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
-    normalized = centred * inverse_std
-    return normalized, (normalized, inverse_std)
-
-
-def _normalize_backward(residuals: Any, gradient: Float[Array, "B L D"]) -> tuple[Float[Array, "B L D"]]:
-    normalized, inverse_std = residuals
-    along = normalized * (gradient * normalized).mean(-1, keepdims=True)
-    return (inverse_std * (gradient - gradient.mean(-1, keepdims=True) - along),)
-
-
-normalize.defvjp(_normalize_forward, _normalize_backward)
+def _norm_weight(module: nn.Module, name: str, x: Float[Array, "B L D"]) -> Float[Array, " D"]:
+    return module.param(name, nn.initializers.ones, (x.shape[-1],))
 
 
 def _generator_key(key: Key[Array, ""], generator: str) -> Key[Array, ""]:
@@ -304,6 +330,15 @@ def _dropout(key: Key[Array, ""] | None, rate: float, x: Float[Array, "B L D"]) 
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0.0)
 
 
-def _scan_unroll(config: NetworkConfig) -> int:
-    # XLA's CPU backend runs a scan slower than the same layers unrolled. Remat keeps the scan: unrolled, XLA undoes it.
-    return config.num_layers if sharding.platform() == "cpu" and config.remat == "none" else 1
+def _is_unrolled(config: NetworkConfig, num_tokens: int) -> bool:
+    """Whether the loop over blocks is unrolled, for a batch of `num_tokens` tokens on all devices."""
+    if config.layer_loop != "auto":
+        return config.layer_loop == "unrolled"
+    if sharding.platform() == "cpu":
+        # A rolled loop is slower there, but only in a rolled one does `elementwise` save memory.
+        return config.remat == "none"
+    accelerator = accelerators.find(sharding.device_kind())
+    if sharding.platform() != "gpu" or config.remat == "blocks" or accelerator is None:
+        return False
+    kept = _UNROLLED_BYTES * config.hidden_size * config.num_layers * num_tokens / sharding.num_batch_devices()
+    return kept < accelerator.hbm_bytes / 2

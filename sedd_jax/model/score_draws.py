@@ -13,12 +13,16 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sedd_jax.diffusion import steps
-from sedd_jax.model import categoricals, networks, score_heads, tiles
+from sedd_jax.model import categoricals, layers, networks, score_heads, tiles
 from sedd_jax.runtime import sharding
 
-BLOCK_STATES = 2048
+# States in a block. On a CPU its logits fit in caches. Elsewhere one block has all states: each further one would cost
+# small kernels, and waits in which the host reads how many positions chose it.
+BLOCK_STATES = {"cpu": 2048, "gpu": 1 << 20, "tpu": 1 << 20}
+# Most logits in a tile of some positions by a block.
+TILE_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 28, "tpu": 1 << 27}
 # Positions that draw their states at the same time; few positions move in a step.
-DRAWN_ROWS = 16
+DRAWN_ROWS = {"cpu": 16, "gpu": 128, "tpu": 128}
 
 
 class Weights(NamedTuple):
@@ -207,10 +211,11 @@ def over_head(model: networks.Model, fn: VisitFn, weights: Weights, *arrays: Any
         What `fn` returns, [B, L, ...].
     """
     config, features = model.config, weights.features
-    width = min(BLOCK_STATES, config.padded_states)
+    width = min(BLOCK_STATES[sharding.platform()], config.padded_states)
 
     def run(kernel: Array, bias: Array, weights: Weights, *arrays: Any) -> Any:
-        return fn(tiles.Vocabulary(kernel, bias, 0, config.num_states, width), weights, *arrays)
+        vocabulary = tiles.Vocabulary(kernel, bias, 0, config.num_states, width, layers.precision(config.dtype))
+        return fn(vocabulary, weights, *arrays)
 
     tokens = PartitionSpec(sharding.mapped_axes(len(features))[0])
     specs = (PartitionSpec(), PartitionSpec(), *(tokens,) * (1 + len(arrays)))
@@ -221,7 +226,7 @@ def over_head(model: networks.Model, fn: VisitFn, weights: Weights, *arrays: Any
 
 def _block_sums(vocabulary: tiles.Vocabulary, weights: Weights, is_movable: Bool[Array, "B L"]) -> Array:
     """Sum of the weights over each of the k blocks, [B, L, k]; 0 where not `is_movable`."""
-    rows = tiles.choose(is_movable, _chunk_size(is_movable))
+    rows = tiles.choose(is_movable, _chunk_size(is_movable, vocabulary.width))
     gathered = gather(rows, weights)
 
     def visit_block(k: Int[Array, ""], sums: Float[Array, "n k"]) -> Float[Array, "n k"]:
@@ -241,7 +246,7 @@ def _draw_states(vocabulary: tiles.Vocabulary, weights: Weights, keys: Array, bl
     """Draws a state of the block that each position has chosen. Positions that stay have chosen none: they keep xt."""
 
     def visit_block(k: Int[Array, ""], xt: Int[Array, "B L"]) -> Int[Array, "B L"]:
-        rows = tiles.choose(block == k, min(xt.size, DRAWN_ROWS))
+        rows = tiles.choose(block == k, drawn_rows(xt.size))
 
         def visit(i: Int[Array, ""], flat: Int[Array, " n"]) -> Int[Array, " n"]:
             chunk = tiles.Rows(rows.chunk(rows.order, i), rows.count, rows.size)
@@ -260,7 +265,7 @@ def _race(
     vocabulary: tiles.Vocabulary, weights: Weights, is_movable: Bool[Array, "B L"], stay: Array, keys: Array
 ) -> Array:
     """The state with the largest `categoricals.race_published` value at each movable position; xt elsewhere."""
-    rows = tiles.choose(is_movable, _chunk_size(is_movable))
+    rows = tiles.choose(is_movable, _chunk_size(is_movable, vocabulary.width))
     gathered = gather(rows, weights)
     stay, row_keys = rows.gather(stay), rows.gather(keys)
 
@@ -287,8 +292,14 @@ def _race(
     return jnp.where(is_movable, rows.scatter(winners, is_movable.shape), weights.xt)
 
 
-def _chunk_size(is_movable: Bool[Array, "B L"]) -> int:
-    return tiles.chunk_size(is_movable.size, score_heads.TILE_ROWS[sharding.platform()])
+def drawn_rows(num_positions: int) -> int:
+    """Number of positions that draw their states at the same time."""
+    return min(num_positions, DRAWN_ROWS[sharding.platform()])
+
+
+def _chunk_size(is_movable: Bool[Array, "B L"], width: int) -> int:
+    platform = sharding.platform()
+    return tiles.chunk_size(is_movable.size, min(score_heads.TILE_ROWS[platform], TILE_LOGITS[platform] // width))
 
 
 def gather(rows: tiles.Rows, arrays: Any) -> Any:

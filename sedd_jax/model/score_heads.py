@@ -14,13 +14,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from sedd_jax.diffusion import scores
-from sedd_jax.model import networks, tiles
+from sedd_jax.model import layers, networks, tiles
 from sedd_jax.runtime import sharding
 
 # Logits in one tile. On a CPU they fit in its caches; elsewhere they keep matrix units busy (256 MiB in float32).
 TILE_LOGITS = {"cpu": 1 << 18, "gpu": 1 << 26, "tpu": 1 << 26}
 TILE_ROWS = {"cpu": 512, "gpu": 8192, "tpu": 8192}
-_NEVER = -1e30  # A logit that no state has. It is finite, so that differences are finite.
+NEVER = -1e30  # A logit that no state has. It is finite, so that differences are finite.
 
 
 class _Positions(NamedTuple):
@@ -32,9 +32,10 @@ class _Positions(NamedTuple):
     is_needed: Bool[Array, "B L"]
 
 
-def logits(params: networks.Params, features: Float[Array, "*B D"]) -> Float[Array, "*B P"]:
+def logits(model: networks.Model, features: Float[Array, "*B D"]) -> Float[Array, "*B P"]:
     """The head's output z over the P states of the padded vocabulary, accumulated in float32."""
-    return tiles.head_product(features, params["head_kernel"].astype(features.dtype), params["head_bias"])
+    kernel, bias = _head(model)
+    return tiles.head_product(features, kernel.astype(features.dtype), bias, layers.precision(model.config.dtype))
 
 
 def log_score(
@@ -47,7 +48,7 @@ def log_score(
 
     It holds the whole array over states, so it is for inspection and tests.
     """
-    z = logits(model.params, features)[..., : model.config.num_states]
+    z = logits(model, features)[..., : model.config.num_states]
     current = xt[..., None] == jnp.arange(model.config.num_states)[None, None]
     logsumexp = jax.nn.logsumexp(jnp.where(current, -jnp.inf, z), axis=-1)
     return jnp.where(current, 0.0, z + log_scale(model.config, sigma, logsumexp)[..., None])
@@ -65,13 +66,24 @@ def summarize(
 
     It is differentiable in parameters and features. The backward pass computes the logits of each tile again.
     """
-    raw = _summarize(model.config.num_states, *_head(model), features, xt, x0, is_needed)
-    scale = log_scale(model.config, sigma, raw.logsumexp)
-    needed = lambda x: jnp.where(is_needed, x, 0.0)
+    raw = _summarize(model.config, *_head(model), features, xt, x0, is_needed)
+    summary = of_logits(model.config, raw, xt, x0, sigma)
+    return jax.tree.map(lambda x: jnp.where(is_needed, x, 0.0), summary)
+
+
+def of_logits(
+    config: networks.NetworkConfig,
+    raw: scores.ScoreSummary,
+    xt: Int[Array, "B L"],
+    x0: Int[Array, "B L"],
+    sigma: Float[Array, "B"],
+) -> scores.ScoreSummary:
+    """The summary of the score from logsumexp and sum (as `mean`) of the logits z over y != xt, and z at x0."""
+    scale = log_scale(config, sigma, raw.logsumexp)
     return scores.ScoreSummary(
-        logsumexp=needed(raw.logsumexp + scale),
-        mean=needed((raw.mean + (model.config.num_states - 1) * scale) / model.config.num_states),
-        at_x0=needed(jnp.where(xt == x0, 0.0, raw.at_x0 + scale)),
+        logsumexp=raw.logsumexp + scale,
+        mean=(raw.mean + (config.num_states - 1) * scale) / config.num_states,
+        at_x0=jnp.where(xt == x0, 0.0, raw.at_x0 + scale),
     )
 
 
@@ -85,7 +97,7 @@ def scale_needed(
     """`log_scale` where `is_needed`, without the array over states. The head runs only if `config.normalize`."""
     if not model.config.normalize:
         return log_scale(model.config, sigma, jnp.zeros(xt.shape))
-    raw = _summarize(model.config.num_states, *_head(model), features, xt, xt, is_needed)
+    raw = _summarize(model.config, *_head(model), features, xt, xt, is_needed)
     return log_scale(model.config, sigma, raw.logsumexp)
 
 
@@ -113,41 +125,44 @@ def _head(model: networks.Model) -> tuple[Float[Array, "D P"], Float[Array, " P"
 
 
 def _make_tiles(
-    num_states: int, tensor: tuple[str, ...], kernel: Any, bias: Any, is_needed: Bool[Array, "B L"]
+    config: networks.NetworkConfig, tensor: tuple[str, ...], kernel: Any, bias: Any, is_needed: Bool[Array, "B L"]
 ) -> tuple[tiles.Rows, tiles.Vocabulary]:
     """The needed positions of one device as rows, and its part of the vocabulary as blocks."""
     size = tiles.chunk_size(is_needed.size, TILE_ROWS[sharding.platform()])
     width = min(len(bias), max(128, TILE_LOGITS[sharding.platform()] // size))
     first = jax.lax.axis_index(tensor) * len(bias) if tensor else 0
-    return tiles.choose(is_needed, size), tiles.Vocabulary(kernel, bias, first, num_states, width)
+    vocabulary = tiles.Vocabulary(kernel, bias, first, config.num_states, width, layers.precision(config.dtype))
+    return tiles.choose(is_needed, size), vocabulary
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summarize(
-    num_states: int, kernel: Array, bias: Array, features: Array, xt: Array, x0: Array, is_needed: Array
+    config: networks.NetworkConfig, kernel: Array, bias: Array, features: Array, xt: Array, x0: Array, is_needed: Array
 ) -> scores.ScoreSummary:
     """logsumexp and sum (as `mean`) of the logits z over y != xt, and z at x0; 0 where not needed."""
     batch, tensor = sharding.mapped_axes(len(xt))
-    run = functools.partial(_summarize_part, num_states, tensor)
+    run = functools.partial(_summarize_part, config, tensor)
     tokens = PartitionSpec(batch)
     in_specs = (PartitionSpec(None, tensor), PartitionSpec(tensor), tokens)
     positions = _Positions(features, xt, x0, is_needed)
     return sharding.per_device(run, in_specs, tokens)(kernel.astype(features.dtype), bias, positions)
 
 
-def _summarize_forward(num_states: int, *inputs: Array) -> tuple[scores.ScoreSummary, Any]:
-    raw = _summarize(num_states, *inputs)
+def _summarize_forward(config: networks.NetworkConfig, *inputs: Array) -> tuple[scores.ScoreSummary, Any]:
+    raw = _summarize(config, *inputs)
     return raw, (inputs, raw.logsumexp)
 
 
-def _summarize_backward(num_states: int, residuals: Any, gradient: scores.ScoreSummary) -> tuple[Any, ...]:
+def _summarize_backward(
+    config: networks.NetworkConfig, residuals: Any, gradient: scores.ScoreSummary
+) -> tuple[Any, ...]:
     (kernel, bias, *inputs), logsumexp = residuals
     positions = _Positions(*inputs)
     batch, tensor = sharding.mapped_axes(len(positions.xt))
-    run = functools.partial(_gradient_part, num_states, (batch, tensor))
+    run = functools.partial(_gradient_part, config, (batch, tensor))
     tokens = PartitionSpec(batch)
     in_specs = (PartitionSpec(None, tensor), PartitionSpec(tensor), *(tokens,) * 3)
-    out_specs = (PartitionSpec("fsdp" if "fsdp" in batch else None, tensor), PartitionSpec(tensor), tokens)
+    out_specs = (kernel_spec(batch, tensor), PartitionSpec(tensor), tokens)
     of_kernel, of_bias, of_features = sharding.per_device(run, in_specs, out_specs)(
         kernel.astype(positions.features.dtype), bias, positions, logsumexp, gradient
     )
@@ -158,10 +173,10 @@ _summarize.defvjp(_summarize_forward, _summarize_backward)
 
 
 def _summarize_part(
-    num_states: int, tensor: tuple[str, ...], kernel: Array, bias: Array, positions: _Positions
+    config: networks.NetworkConfig, tensor: tuple[str, ...], kernel: Array, bias: Array, positions: _Positions
 ) -> scores.ScoreSummary:
     """`_summarize` for one device's sequences; parts of the vocabulary are combined over the `tensor` axes."""
-    rows, vocabulary = _make_tiles(num_states, tensor, kernel, bias, positions.is_needed)
+    rows, vocabulary = _make_tiles(config, tensor, kernel, bias, positions.is_needed)
     features, xt, x0 = (rows.gather(x) for x in positions[:3])
 
     def visit_block(k: Int[Array, ""], sums: Any) -> Any:
@@ -171,7 +186,7 @@ def _summarize_part(
             top, mass, total, at_x0 = (rows.chunk(x, i) for x in sums)
             z = states.logits(rows.chunk(features, i))
             others = states.other_than(rows.chunk(xt, i))
-            new_top = jnp.maximum(top, jnp.where(others, z, _NEVER).max(-1))
+            new_top = jnp.maximum(top, jnp.where(others, z, NEVER).max(-1))
             mass = mass * jnp.exp(top - new_top) + jnp.where(others, jnp.exp(z - new_top[:, None]), 0.0).sum(-1)
             total += jnp.where(others, z, 0.0).sum(-1)
             at_x0 += jnp.where(states.equal_to(rows.chunk(x0, i)), z, 0.0).sum(-1)
@@ -180,7 +195,7 @@ def _summarize_part(
         return rows.visit(visit, sums)
 
     zeros = jnp.zeros(len(rows.order))
-    start = (zeros + _NEVER, zeros, zeros, zeros)
+    start = (zeros + NEVER, zeros, zeros, zeros)
     top, mass, total, at_x0 = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, start)
     largest = jax.lax.pmax(top, tensor)
     mass, total, at_x0 = jax.lax.psum((mass * jnp.exp(top - largest), total, at_x0), tensor)
@@ -189,7 +204,7 @@ def _summarize_part(
 
 
 def _gradient_part(
-    num_states: int,
+    config: networks.NetworkConfig,
     axes: tuple[tuple[str, ...], tuple[str, ...]],
     kernel: Array,
     bias: Array,
@@ -199,10 +214,10 @@ def _gradient_part(
 ) -> tuple[Array, Array, Array]:
     """Gradients of kernel, bias and features, given those of one device's summary. It computes the logits again."""
     batch, tensor = axes
-    rows, vocabulary = _make_tiles(num_states, tensor, kernel, bias, positions.is_needed)
+    rows, vocabulary = _make_tiles(config, tensor, kernel, bias, positions.is_needed)
     f, xt, x0, logsumexp = (rows.gather(x) for x in (*positions[:3], logsumexp))
     by_logsumexp, by_total, by_x0 = (rows.gather(x) for x in gradient)
-    product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.dot, precision=vocabulary.precision, preferred_element_type=jnp.float32)
 
     def visit_block(k: Int[Array, ""], sums: Any) -> Any:
         of_kernel, of_bias, of_f = sums
@@ -230,8 +245,17 @@ def _gradient_part(
 
     start = (jnp.zeros(kernel.shape), jnp.zeros(bias.shape), jnp.zeros(f.shape))
     of_kernel, of_bias, of_f = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, start)
+    of_features = rows.scatter(jax.lax.psum(of_f, tensor).astype(f.dtype), positions.xt.shape)
+    return add_kernels(of_kernel, batch), jax.lax.psum(of_bias, batch), of_features
+
+
+def kernel_spec(batch: tuple[str, ...], tensor: tuple[str, ...]) -> PartitionSpec:
+    """How the gradient of the head's kernel is split over devices."""
+    return PartitionSpec("fsdp" if "fsdp" in batch else None, tensor)
+
+
+def add_kernels(of_kernel: Float[Array, "D P"], batch: tuple[str, ...]) -> Float[Array, "d P"]:
+    """The sum of all devices' gradients of the head's kernel; under fsdp each device gets its rows."""
     if "fsdp" in batch:
         of_kernel = jax.lax.psum_scatter(of_kernel, "fsdp", scatter_dimension=0, tiled=True)
-    of_kernel = jax.lax.psum(of_kernel, tuple(axis for axis in batch if axis != "fsdp"))
-    of_features = rows.scatter(jax.lax.psum(of_f, tensor).astype(f.dtype), positions.xt.shape)
-    return of_kernel, jax.lax.psum(of_bias, batch), of_features
+    return jax.lax.psum(of_kernel, tuple(axis for axis in batch if axis != "fsdp"))

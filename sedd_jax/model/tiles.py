@@ -20,15 +20,17 @@ class States(NamedTuple):
         start: index at which the block starts in this device's part of the head.
         kernel: columns of the head's kernel for these states.
         bias: biases of these states.
+        precision: precision of products of float32 arrays.
     """
 
     ids: Int[Array, " v"]
     start: Int[Array, ""]
     kernel: Float[Array, "D v"]
     bias: Float[Array, " v"]
+    precision: jax.lax.Precision
 
     def logits(self, features: Float[Array, "*r D"]) -> Float[Array, "*r v"]:
-        return head_product(features, self.kernel, self.bias)
+        return head_product(features, self.kernel, self.bias, self.precision)
 
     def other_than(self, x: Int[Array, " r"]) -> Bool[Array, "r v"]:
         return (self.ids >= 0)[None] & (self.ids[None] != x[:, None])
@@ -46,6 +48,7 @@ class Vocabulary(NamedTuple):
         first: id of the device's first state.
         num_states: number V of real states on all devices; states from V on are padding.
         width: states in a block.
+        precision: precision of products of float32 arrays.
     """
 
     kernel: Float[Array, "D P"]
@@ -53,6 +56,7 @@ class Vocabulary(NamedTuple):
     first: Int[Array, ""] | int
     num_states: int
     width: int
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
 
     @property
     def num_blocks(self) -> int:
@@ -67,6 +71,7 @@ class Vocabulary(NamedTuple):
             start=start,
             kernel=jax.lax.dynamic_slice_in_dim(self.kernel, start, self.width, axis=1),
             bias=jax.lax.dynamic_slice_in_dim(self.bias, start, self.width),
+            precision=self.precision,
         )
 
 
@@ -122,7 +127,12 @@ def put(x: Array, new: Array, i: Int[Array, ""]) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, new, i, axis=0)
 
 
-def head_product(features: Float[Array, "*r D"], kernel: Float[Array, "D v"], bias: Float[Array, " v"]) -> Array:
+def head_product(
+    features: Float[Array, "*r D"],
+    kernel: Float[Array, "D v"],
+    bias: Float[Array, " v"],
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
+) -> Array:
     """features @ kernel + bias, [*r, v], accumulated in float32."""
-    z = jnp.dot(features, kernel, preferred_element_type=jnp.float32)
+    z = jnp.dot(features, kernel, precision=precision, preferred_element_type=jnp.float32)
     return z + bias.reshape((1,) * (z.ndim - 1) + (-1,))

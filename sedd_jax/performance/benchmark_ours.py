@@ -42,9 +42,7 @@ def main() -> None:
         ready = {
             "compile_seconds": compile_seconds,
             "versions": f"jax {jax.__version__}, Python {sys.version.split()[0]}",
-            "attention": attentions.resolve(
-                config.network.attention, config.data.length, jnp.dtype(config.network.dtype)
-            ),
+            "attention": attentions.resolve(config.network.attention, config.data.length, run.network.array_dtype),
             "device": device.device_kind,
             "num_devices": mesh.size,
             "peak_flops": None if accelerator is None else accelerator.peak_flops * mesh.size,

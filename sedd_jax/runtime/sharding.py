@@ -176,3 +176,9 @@ def platform() -> str:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def device_kind() -> str:
+    """`jax.Device.device_kind` of the devices that the program is compiled for; see `platform`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind

@@ -106,7 +106,7 @@ LARGE = {
 @pytest.mark.parametrize("name", sorted(LARGE))
 def test_leaps_by_blocks_follow_the_rates_of_the_whole_array(name, draw, monkeypatch):
     """Two evaluations at two noise levels, the second taken away from the first, some rates below 0."""
-    monkeypatch.setattr(score_draws, "BLOCK_STATES", 160)
+    monkeypatch.setattr(score_draws, "BLOCK_STATES", {"cpu": 160})
     monkeypatch.setattr(tiles, "chunk_size", lambda num_positions, most: 500)
     graph = LARGE[name]
     config = networks.NetworkConfig(

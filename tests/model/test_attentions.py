@@ -132,7 +132,7 @@ def test_sharded_padding_is_that_of_each_sequence():
 def test_each_device_attends_for_its_own_heads(monkeypatch):
     seen = []
 
-    def record(q, k, v, *, causal):
+    def record(q, k, v, *, causal, precision):
         seen.append(q.shape)
         return v
 
@@ -155,7 +155,8 @@ def test_choice_by_platform():
     assert attentions.choose("cpu", 1024, jnp.bfloat16) == "plain"
     assert attentions.choose("gpu", 1000, jnp.bfloat16) == "cudnn"
     assert attentions.choose("gpu", 1024, jnp.float32) == "plain"
-    assert attentions.choose("tpu", 1024, jnp.float32) == "splash"
+    assert attentions.choose("tpu", 1024, jnp.bfloat16) == "splash"
+    assert attentions.choose("tpu", 1024, jnp.float32) == "plain"
     assert attentions.choose("tpu", 1000, jnp.bfloat16) == "plain"
 
 
@@ -170,10 +171,12 @@ def test_splash_refuses_broken_rows_of_lanes():
         attentions.splash(*normal(1, 100, 2, 8)[:3], interpret=True)
 
 
-def test_cudnn_refuses_float32(monkeypatch):
-    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+@pytest.mark.parametrize(("platform", "kernel"), [("gpu", attentions.cudnn), ("tpu", attentions.splash)])
+def test_kernels_refuse_float32(monkeypatch, platform, kernel):
+    """Their products would round it."""
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
     with pytest.raises(ValueError, match="needs bfloat16, not float32"):
-        attentions.cudnn(*normal(1, 16, 2, 8)[:3])
+        kernel(*normal(1, 128, 2, 8)[:3])
 
 
 @pytest.mark.parametrize("causal", [False, True])

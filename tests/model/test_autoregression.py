@@ -63,7 +63,7 @@ def test_a_token_depends_on_those_before_alone(model, log_likelihood):
 def test_likelihood_is_the_softmax_over_tokens_without_the_mask(model, log_likelihood):
     x = SEQUENCES[:5]
     inputs = jnp.concatenate([jnp.full((5, 1), 3, jnp.int32), x[:, :-1]], axis=1)
-    z = score_heads.logits(model.params, networks.apply(model, inputs, jnp.zeros(5)))[..., :3]
+    z = score_heads.logits(model, networks.apply(model, inputs, jnp.zeros(5)))[..., :3]
     expected = jnp.take_along_axis(jax.nn.log_softmax(z), x[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(log_likelihood(model, x), expected, atol=1e-5)
 

@@ -85,7 +85,7 @@ def test_draws_follow_the_law_written_out(kind, name, restricted, monkeypatch):
     monkeypatch.setattr(tiles, "chunk_size", lambda num_positions, most: 500)
     graph, model, features, without, xt = problem(kind)
     control, sigma = CONTROLS[name], jnp.full(BATCH, 0.7)
-    monkeypatch.setattr(score_draws, "DRAWN_ROWS", 800)
+    monkeypatch.setattr(score_draws, "DRAWN_ROWS", {"cpu": 800})
     jump_fn = lambda total: scores.Jump(stay=total / 2, slope=1 + 0 * total)
     if kind == "uniform":
         jump_fn = lambda total: scores.Jump(stay=0.3 + 0 * total, slope=1e-3 + 0 * total, offset=-5e-4 + 0 * total)
@@ -135,7 +135,7 @@ def test_at_the_least_that_is_allowed_only_the_likeliest_token_is_left(control):
 
 
 def test_what_is_allowed_is_drawn_however_unlikely_it_is(monkeypatch):
-    monkeypatch.setattr(score_draws, "DRAWN_ROWS", 1200)
+    monkeypatch.setattr(score_draws, "DRAWN_ROWS", {"cpu": 1200})
     graph, model, features, _, xt = problem("absorb")
     model = model.replace(params=model.params | {"head_bias": model.params["head_bias"].at[17].set(-400.0)})
     classes = jnp.zeros_like(xt)
@@ -160,7 +160,7 @@ def test_shares_of_classes_are_those_of_their_tokens():
     found = jax.jit(
         lambda: controls.class_log_weights(control, model, features, without, (class_of, 6), xt, is_needed)
     )()
-    z = [np.float64(score_heads.logits(model.params, f[0])[:, : graph.num_states]) for f in (features, without)]
+    z = [np.float64(score_heads.logits(model, f[0])[:, : graph.num_states]) for f in (features, without)]
     for position in (0, 2):
         guided = np.exp((z[1] + 1.5 * (z[0] - z[1]))[position] / 0.7)
         guided[103] = 0
@@ -171,7 +171,7 @@ def test_shares_of_classes_are_those_of_their_tokens():
 
 
 def test_a_mesh_changes_nothing(monkeypatch):
-    monkeypatch.setattr(score_draws, "DRAWN_ROWS", 200)
+    monkeypatch.setattr(score_draws, "DRAWN_ROWS", {"cpu": 200})
     graph, model, features, without, xt = problem("absorb")
     sigma, class_of = jnp.full(BATCH, 0.7), jnp.arange(VOCAB + 1) % 3
     classes = jnp.tile(jnp.arange(3)[None], (BATCH, 1))

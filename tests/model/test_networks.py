@@ -9,20 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.model import attentions, networks, score_heads
+from sedd_jax.model import attentions, layers, networks, score_heads
 from tests.support import goldens
 
 TINY = networks.NetworkConfig(
     num_states=30, hidden_size=32, num_layers=3, num_heads=2, cond_dim=16, dropout=0.0, dtype="float32"
 )
-
-
-class Norm(nn.Module):
-    """A layer norm on its own."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return networks._layer_norm(self, "norm", x)
 
 
 @functools.cache
@@ -39,7 +31,9 @@ def recorded_activations(name: str) -> dict[str, jax.Array]:
         for i in range(config.num_layers):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
             if i == 0:
-                activations["act.blocks.0.norm1"] = Norm().apply({"params": {"norm": layer["attention_norm"]}}, x)
+                activations["act.blocks.0.norm1"] = layers.modulated_norm(
+                    x, layer["attention_norm"], *(jnp.zeros((len(x), 1, x.shape[-1])),) * 2
+                )
             block = networks.Block(config)
             (x, _), captured = block.apply({"params": layer}, x, nn.silu(embedded), None, capture_intermediates=True)
             activations[f"act.blocks.{i}"] = x
@@ -53,7 +47,9 @@ def recorded_activations(name: str) -> dict[str, jax.Array]:
         activations |= {f"act.blocks.0.{theirs}": parts[ours] for ours, theirs in published.items()}
         activations["act.blocks.0.attention"] = attentions.attend(parts["qkv"], config.num_heads, "plain")
         features = networks.apply(networks.Model(config, params), xt, sigma)
-        activations["act.output_layer"] = score_heads.logits(params, features)[..., : config.num_states]
+        activations["act.output_layer"] = score_heads.logits(networks.Model(config, params), features)[
+            ..., : config.num_states
+        ]
         activations["log_score"] = goldens.log_score(name, params, xt, sigma)
         # A vector of ones in its first half comes out of the rotation as the cosines and the sines.
         half = config.head_size // 2
@@ -133,15 +129,38 @@ def test_remat_keeps_less(tiny):
     # The stream, qkv, attention and its sums, four products of the MLP's width or D; modulation once a sequence.
     sums, modulation = TINY.num_heads / TINY.hidden_size, 6 / xt.shape[1]
     assert kept("elementwise") == pytest.approx(1 + 3 + 1 + sums + 1 + TINY.mlp_ratio + 1 + modulation)
-    assert kept("none") > 2 * kept("elementwise")
+    assert kept("none") > 1.5 * kept("elementwise")
 
 
-def test_rolled_scan_equals_unrolled(tiny, reference, monkeypatch):
+@pytest.mark.parametrize("remat", ["none", "elementwise"])
+@pytest.mark.parametrize("layer_loop", ["rolled", "unrolled"])
+def test_the_loop_over_layers_changes_nothing(tiny, reference, remat, layer_loop):
     model, xt, sigma = tiny
-    model = changed(model, remat="none")
-    assert networks._scan_unroll(model.config) == TINY.num_layers
-    monkeypatch.setattr(networks, "_scan_unroll", lambda config: 1)
-    assert_close(value_and_gradient(model, xt, sigma), reference)
+    changes = {"remat": remat, "layer_loop": layer_loop}
+    jaxpr = jax.make_jaxpr(networks.apply)(changed(model, **changes), xt, sigma)
+    assert f"unroll={TINY.num_layers if layer_loop == 'unrolled' else 1}" in str(jaxpr)
+    assert_close(value_and_gradient(changed(model, **changes), xt, sigma), reference)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "changes", "tokens", "unrolled"),
+    [
+        ("cpu", "cpu", {"remat": "none"}, 10**9, True),
+        ("cpu", "cpu", {}, 8, False),
+        ("tpu", "TPU v5e", {}, 8, False),
+        ("gpu", "NVIDIA H100 80GB HBM3", {}, 64 * 1024, True),
+        ("gpu", "NVIDIA H100 80GB HBM3", {"remat": "blocks"}, 64 * 1024, False),
+        ("gpu", "NVIDIA H100 80GB HBM3", {}, 128 * 1024, False),
+        ("gpu", "NVIDIA A100-SXM4-40GB", {}, 64 * 1024, False),
+        ("gpu", "an unknown card", {}, 8, False),
+        ("gpu", "an unknown card", {"layer_loop": "unrolled"}, 10**9, True),
+        ("cpu", "cpu", {"remat": "none", "layer_loop": "rolled"}, 8, False),
+    ],
+)
+def test_layers_are_unrolled_where_it_pays_and_fits(monkeypatch, platform, kind, changes, tokens, unrolled):
+    monkeypatch.setattr(networks.sharding, "platform", lambda: platform)
+    monkeypatch.setattr(networks.sharding, "device_kind", lambda: kind)
+    assert networks._is_unrolled(networks.NetworkConfig(num_states=50258, **changes), tokens) is unrolled
 
 
 def test_bfloat16_is_close(tiny, reference):

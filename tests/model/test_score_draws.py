@@ -26,7 +26,7 @@ GRAPHS = {
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Three blocks, the last of which reaches back, and chunks that end inside the positions."""
-    monkeypatch.setattr(score_draws, "BLOCK_STATES", 160)
+    monkeypatch.setattr(score_draws, "BLOCK_STATES", {"cpu": 160})
     monkeypatch.setattr(tiles, "chunk_size", lambda num_positions, most: 500)
 
 

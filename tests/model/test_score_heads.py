@@ -180,6 +180,9 @@ def test_log_score_is_zero_at_the_current_token_and_scaled_elsewhere(head):
 
 def test_logits_accumulate_in_float32_from_bfloat16():
     features, kernel = jnp.ones((1, 1, 1024), jnp.bfloat16), jnp.full((1024, 128), 1.0 + 2**-7)
-    z = score_heads.logits({"head_kernel": kernel, "head_bias": jnp.zeros(128)}, features)
+    z = score_heads.logits(
+        networks.Model(networks.NetworkConfig(num_states=128), {"head_kernel": kernel, "head_bias": jnp.zeros(128)}),
+        features,
+    )
     assert z.dtype == jnp.float32
     np.testing.assert_allclose(z, 1024 + 8, rtol=1e-6)

@@ -56,7 +56,7 @@ def test_what_is_drawn_at_once_has_the_joint_law_of_texts_that_match(product, kn
     sigma = jnp.full(DRAWS, 0.5)
     jump_fn = lambda total: graph.denoise_jump(total, xt, sigma)
     drawn = jax.jit(lambda key: own.draws.move(key, xt, sigma, graph.is_noise(xt), jump_fn))(jax.random.key(1))
-    z = np.float64(score_heads.logits(params, features))[0, :, :3] / 0.8
+    z = np.float64(score_heads.logits(networks.Model(config, params), features))[0, :, :3] / 0.8
     texts = ["".join(text) for text in itertools.product("abc", repeat=LENGTH)]
     law = np.array(
         [
