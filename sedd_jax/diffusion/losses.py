@@ -26,6 +26,22 @@ class Bounds(NamedTuple):
     cross_entropy: Float[Array, "B"]
 
 
+class Noised(NamedTuple):
+    """Noised sequences, as a loss hands them to the network.
+
+    Attributes:
+        xt: noised tokens.
+        x0: clean tokens.
+        sigma: total noise of each sequence.
+        weights: factor of each sequence's score entropy in the loss of the batch.
+    """
+
+    xt: Int[Array, "B L"]
+    x0: Int[Array, "B L"]
+    sigma: Float[Array, "B"]
+    weights: Float[Array, "B"]
+
+
 def sample_times(key: Key[Array, ""], batch_size: int, *, t_min: float = T_MIN) -> Float[Array, "B"]:
     """Low-discrepancy times: evenly spaced over [t_min, 1], after one uniform offset (Kingma et al. 2021, appendix I).
 
@@ -47,13 +63,23 @@ def bounds(
         xt: noised tokens.
         t: time of each sequence.
     """
-    graph: graphs.Graph = process.graph
     noise: noise_schedules.NoiseSchedule = process.noise
     sigma, dsigma_dt = noise.sigma(t), noise.dsigma_dt(t)
-    summary = summary_fn(xt, x0, sigma)
+    found = of_positions(process.graph, summary_fn(xt, x0, sigma), sigma, xt, x0)
+    return Bounds(*(dsigma_dt * x.sum(-1) for x in found))
+
+
+def of_positions(
+    graph: graphs.Graph,
+    summary: scores.ScoreSummary,
+    sigma: Float[Array, "B"],
+    xt: Int[Array, "B L"],
+    x0: Int[Array, "B L"],
+) -> Bounds:
+    """Both bounds of every position [B, L], for dsigma/dt = 1."""
     return Bounds(
-        score_entropy=dsigma_dt * graph.score_entropy(summary, sigma, xt, x0).sum(-1),
-        cross_entropy=dsigma_dt * graph.cross_entropy(summary, sigma, xt, x0).sum(-1),
+        score_entropy=graph.score_entropy(summary, sigma, xt, x0),
+        cross_entropy=graph.cross_entropy(summary, sigma, xt, x0),
     )
 
 
@@ -66,3 +92,11 @@ def denoising_score_entropy(
     """
     xt = process.graph.sample_transition(key, x0, process.noise.sigma(t))
     return bounds(summary_fn, process, x0, xt, t)
+
+
+def noised(key: Key[Array, ""], process: forward.Process, x0: Int[Array, "B L"], t: Float[Array, "B"]) -> Noised:
+    """Noises x0 to time t. With the weights dsigma/dt / B, the loss is the mean over the batch (equation 10)."""
+    noise: noise_schedules.NoiseSchedule = process.noise
+    sigma = noise.sigma(t)
+    xt = process.graph.sample_transition(key, x0, sigma)
+    return Noised(xt=xt, x0=x0, sigma=sigma, weights=noise.dsigma_dt(t) / len(x0))

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import forward, graphs, steps
-from sedd_jax.model import networks, score_heads
+from sedd_jax.diffusion import forward, graphs, losses, scores, steps
+from sedd_jax.model import networks, score_heads, score_losses
 from sedd_jax.runtime import errors
 
 
@@ -24,6 +24,24 @@ def log_likelihood(
     found = networks.apply(model, inputs, sigma, dropout_key)
     summary = score_heads.summarize(model, found, masks, x0, sigma, jnp.ones_like(x0, bool))
     return summary.at_x0 - summary.logsumexp
+
+
+def mean_bounds(
+    model: networks.Model, x0: Int[Array, "B L"], graph: graphs.Graph, dropout_key: Key[Array, ""] | None = None
+) -> losses.Bounds:
+    """-log p(x0) in nats, the mean over sequences, as both bounds; see `objectives.mean_bounds`."""
+    masks = _masks(x0, graph)
+    inputs, sigma = _inputs(x0, masks)
+    found = networks.apply(model, inputs, sigma, dropout_key)
+    predicted = losses.Noised(xt=masks, x0=x0, sigma=sigma, weights=jnp.full(len(x0), 1 / len(x0)))
+    return score_losses.total(model, found, predicted, jnp.ones_like(x0, bool), _surprise)
+
+
+def _surprise(
+    summary: scores.ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]
+) -> losses.Bounds:
+    del sigma, xt, x0  # The summary is all that a cross-entropy needs.
+    return losses.Bounds(*(summary.logsumexp - summary.at_x0,) * 2)
 
 
 def features(model: networks.Model, x0: Int[Array, "B L"], graph: graphs.Graph) -> Float[Array, "B L D"]:

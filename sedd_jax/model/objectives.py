@@ -1,10 +1,40 @@
 """The training objective: the loss of a batch, as a function of the model and the forward process only."""
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from sedd_jax.diffusion import forward, losses, scores
-from sedd_jax.model import autoregression, networks, score_heads
+from sedd_jax.model import autoregression, networks, score_heads, score_losses
+
+
+def mean_bounds(
+    key: Key[Array, ""],
+    model: networks.Model,
+    process: forward.Process,
+    x0: Int[Array, "B L"],
+    t: Float[Array, "B"],
+    dropout_key: Key[Array, ""] | None = None,
+) -> losses.Bounds:
+    """The mean of `sequence_bounds` over the batch. Training minimises its `score_entropy`.
+
+    Value and gradient take one pass over the head's logits. The gradient of `cross_entropy` is 0.
+
+    Args:
+        key: key of the noise.
+        model: the network.
+        process: the forward process.
+        x0: clean tokens.
+        t: time of each sequence.
+        dropout_key: key of dropout; None turns dropout off.
+    """
+    if model.config.causal:
+        return autoregression.mean_bounds(model, x0, process.graph, dropout_key)
+    inputs = losses.noised(key, process, x0, t)
+    features = networks.apply(model, inputs.xt, inputs.sigma, dropout_key)
+    bounds_fn = functools.partial(losses.of_positions, process.graph)
+    return score_losses.total(model, features, inputs, process.graph.is_noise(inputs.xt), bounds_fn)
 
 
 def sequence_bounds(
@@ -17,7 +47,7 @@ def sequence_bounds(
 ) -> losses.Bounds:
     """Bounds on -log p(x0) of each sequence, in nats, for one draw of noise at times t.
 
-    Training minimises them, and evaluation reports them. For the autoregressive baseline both are -log p(x0) itself,
+    For the autoregressive baseline both are -log p(x0) itself,
     whatever the noise and the time.
 
     Args:

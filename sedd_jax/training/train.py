@@ -136,8 +136,7 @@ def train_step(
     def loss_fn(params: networks.Params, key: Key[Array, ""], x0: Int[Array, "b L"], t: Float[Array, "b"]):
         key_noise, key_dropout = jax.random.split(key)
         model = networks.Model(run.network, params)
-        bounds = objectives.sequence_bounds(key_noise, model, run.process, x0, t, key_dropout)
-        return bounds.score_entropy.mean(), bounds.cross_entropy.mean()
+        return objectives.mean_bounds(key_noise, model, run.process, x0, t, key_dropout)
 
     def micro_batch(total: Any, inputs: Any):
         (loss, cross_entropy), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *inputs)
