@@ -150,7 +150,9 @@ def test_samples_follow_the_exact_distribution(kind):
     model = Exact(kind)
     tokens = model.sample(20_000, num_steps=4, generator=torch.Generator().manual_seed(1)).numpy()
     assert model.evaluations == 5
-    expected = oracles.sampler_law(model.graph, model.schedule, P0, "tweedie", 4).reshape(*[model.num_states] * 2)
+    expected = oracles.sampler_distribution(model.graph, model.schedule, P0, "tweedie", 4).reshape(
+        *[model.num_states] * 2
+    )
     counts = np.bincount(tokens @ [5, 1], minlength=25)
     assert oracles.chi_square_p(counts, expected[:5, :5].ravel()) > 1e-4
 

@@ -1,4 +1,4 @@
-"""Corrector steps: laws after them by enumeration, and what they gain."""
+"""Corrector steps: distributions after them by enumeration, and what they gain."""
 
 import functools
 
@@ -19,14 +19,15 @@ STEPS = len(TIMES) - 1
 
 
 @functools.cache
-def law_after(kind, sampler, corrector_steps):
-    """The law after the steps of `GRID`, from the exact law at t = 1, by dense matrices; distance to the exact law."""
+def distribution_after(kind, sampler, corrector_steps):
+    """The distribution after the steps of `GRID`, from the exact one at t = 1, by dense matrices; its distance to the
+    exact one."""
     graph = GRAPHS[kind]
     sigmas = [float(NOISE.sigma(jnp.float32(t))) for t in TIMES]
     p = oracles.marginal(graph, P0, sigmas[0]).ravel()
     for t, sigma, end, after in zip(TIMES, sigmas, TIMES[1:], sigmas[1:], strict=False):
         back = np.kron(*(oracles.kernel(graph, sigma - after),) * 2)
-        take = lambda p, t=t, end=end: oracles.STEP_LAWS[sampler](graph, NOISE, P0, p, t, end)
+        take = lambda p, t=t, end=end: oracles.STEP_DISTRIBUTIONS[sampler](graph, NOISE, P0, p, t, end)
         p = take(p)
         for _ in range(corrector_steps):
             p = take(back @ p)
@@ -36,7 +37,7 @@ def law_after(kind, sampler, corrector_steps):
 
 @pytest.mark.parametrize("sampler", sorted(name for name, one in samplers.SAMPLERS.items() if one.traits.takes_grid))
 @pytest.mark.parametrize("kind", sorted(GRAPHS))
-def test_draws_follow_the_law_by_enumeration(kind, sampler):
+def test_draws_follow_the_distribution_by_enumeration(kind, sampler):
     graph, num_draws = GRAPHS[kind], 30_000
     start = oracles.marginal(graph, P0, float(NOISE.sigma(jnp.float32(1.0)))).ravel()
     xs = oracles.states(graph, 2)
@@ -46,14 +47,14 @@ def test_draws_follow_the_law_by_enumeration(kind, sampler):
     made = samplers.make(sampler, grid=GRID, corrector_steps=2)
     take = jax.jit(lambda key, xt: oracles.take_steps(key, made, draws, process, given, xt, 0, STEPS, STEPS))
     counts = np.bincount(np.asarray(take(jax.random.key(0), xt)) @ [graph.num_states, 1], minlength=len(xs))
-    law = law_after(kind, sampler, 2)[0]
-    assert oracles.chi_square_p(counts, law) > 1e-4
-    assert oracles.chi_square_p(counts, law_after(kind, sampler, 0)[0]) < 1e-4
+    distribution = distribution_after(kind, sampler, 2)[0]
+    assert oracles.chi_square_p(counts, distribution) > 1e-4
+    assert oracles.chi_square_p(counts, distribution_after(kind, sampler, 0)[0]) < 1e-4
 
 
 @pytest.mark.parametrize("kind", sorted(GRAPHS))
-def test_they_bring_the_law_nearer_to_the_exact_one(kind):
-    distances = [law_after(kind, "tweedie", n)[1] for n in (0, 2, 8)]
+def test_they_bring_the_distribution_nearer_to_the_exact_one(kind):
+    distances = [distribution_after(kind, "tweedie", n)[1] for n in (0, 2, 8)]
     assert distances[2] < distances[1] < distances[0] * 0.8
 
 
@@ -100,7 +101,7 @@ def test_any_of_the_filled_positions_are_masked_again():
 
 
 def test_corrector_steps_of_first_hitting_are_gibbs_steps():
-    """Two evaluations' worth of tokens at once, then corrected: nearer to the exact law, by the chain's own law."""
+    """Two evaluations' worth of tokens at once, then corrected: nearer to the truth, as the chain itself says."""
     process, num_draws = forward.Process(GRAPHS["absorb"], NOISE), 20_000
     sampler, joint = samplers.make("first_hitting", corrector_steps=1), jnp.asarray(P0, jnp.float32)
 
@@ -108,8 +109,8 @@ def test_corrector_steps_of_first_hitting_are_gibbs_steps():
         padded = jnp.pad(joint, ((0, 1), (0, 1))).at[:N, N].set(joint.sum(1)).at[N, :N].set(joint.sum(0))
         return jnp.stack([padded[:, xt[:, 1]].T, padded[xt[:, 0]]], axis=1).at[:, :, N].set(0.0)
 
-    def law(corrector_steps):
-        """Both positions from their own laws, then one at random given the other, so many times."""
+    def distribution(corrector_steps):
+        """Both positions from their own distributions, then one at random given the other, so many times."""
         p = np.multiply.outer(P0.sum(1), P0.sum(0))
         for _ in range(corrector_steps):
             p = (p.sum(0) * P0 / P0.sum(0) + p.sum(1)[:, None] * P0 / P0.sum(1, keepdims=True)) / 2
@@ -132,8 +133,8 @@ def test_corrector_steps_of_first_hitting_are_gibbs_steps():
         return np.bincount(np.asarray(xt) @ [N, 1], minlength=N * N)
 
     for number, other in ((0, 1), (1, 0)):
-        assert oracles.chi_square_p(drawn(number), law(number)) > 1e-4
-        assert oracles.chi_square_p(drawn(number), law(other)) < 1e-4
+        assert oracles.chi_square_p(drawn(number), distribution(number)) > 1e-4
+        assert oracles.chi_square_p(drawn(number), distribution(other)) < 1e-4
     assert oracles.chi_square_p(drawn(8), P0.ravel()) > 1e-4
 
 

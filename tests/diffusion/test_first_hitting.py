@@ -1,4 +1,4 @@
-"""The first-hitting sampler: exact at one evaluation a token, and of a known law with fewer."""
+"""The first-hitting sampler: exact at one evaluation a token, and of a known distribution with fewer."""
 
 import dataclasses
 
@@ -60,31 +60,33 @@ def test_one_evaluation_a_token_is_exact(noise, num_steps):
     assert oracles.chi_square_p(counts(drawn), P0.ravel()) > 1e-4
 
 
-def test_two_tokens_an_evaluation_have_the_law_of_independent_pairs():
-    """A position at random from its own law, then the other two from their laws given it, each for itself."""
-    law = np.zeros_like(P0)
+def test_two_tokens_an_evaluation_have_the_distribution_of_independent_pairs():
+    """A position at random from its own distribution, then the other two given it, each for itself."""
+    distribution = np.zeros_like(P0)
     for first in range(3):
         second, third = (i for i in range(3) if i != first)
         own = P0.sum((second, third), keepdims=True)
-        law += P0.sum(second, keepdims=True) * P0.sum(third, keepdims=True) / own / 3
+        distribution += P0.sum(second, keepdims=True) * P0.sum(third, keepdims=True) / own / 3
     given = steps.nothing_given((NUM_DRAWS, 3))
     drawn = sample(jax.random.key(0), NOISES["loglinear"], given, 1)
-    assert oracles.chi_square_p(counts(drawn), law.ravel()) > 1e-4
+    assert oracles.chi_square_p(counts(drawn), distribution.ravel()) > 1e-4
     assert oracles.chi_square_p(counts(drawn), P0.ravel()) < 1e-6
 
 
-def test_infilling_follows_the_conditional_law_and_keeps_what_is_given():
+def test_infilling_follows_the_conditional_distribution_and_keeps_what_is_given():
     is_given = jnp.tile(jnp.array([[False, True, False]]), (NUM_DRAWS, 1))
     given = steps.Given(jnp.full((NUM_DRAWS, 3), 1), is_given)
     drawn = np.asarray(sample(jax.random.key(1), NOISES["loglinear"], given, 1))
     assert (drawn[:, 1] == 1).all()
-    law = P0[:, 1] / P0[:, 1].sum()
-    assert oracles.chi_square_p(np.bincount(drawn[:, 0] * N + drawn[:, 2], minlength=N * N), law.ravel()) > 1e-4
+    distribution = P0[:, 1] / P0[:, 1].sum()
+    assert (
+        oracles.chi_square_p(np.bincount(drawn[:, 0] * N + drawn[:, 2], minlength=N * N), distribution.ravel()) > 1e-4
+    )
 
 
 @pytest.mark.parametrize("num_given", [0, 1])
 @pytest.mark.parametrize("noise", sorted(NOISES))
-def test_every_sequence_has_a_clock_of_the_known_law(noise, num_given):
+def test_every_sequence_has_a_clock_of_the_known_distribution(noise, num_given):
     """Of n masks left at m, the next goes at m u^(1/n): the powers of ratios are uniform, and independent."""
     seen = []
 

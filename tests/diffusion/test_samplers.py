@@ -1,4 +1,4 @@
-"""Samplers: recorded steps and runs, and exact output laws by enumeration."""
+"""Samplers: recorded steps and runs, and exact output distributions by enumeration."""
 
 import functools
 
@@ -143,14 +143,14 @@ def test_recorded_runs(entry):
 
 
 def propagate(process, p0, jump):
-    """(num_steps) -> laws before and after `denoise`, by the library's own weights over all states; compiled once."""
+    """(num_steps) -> distributions before and after `denoise`, by our weights over all states; compiled once."""
     graph, noise = process.graph, process.noise
     xs = jnp.asarray(oracles.states(graph, p0.ndim))
     score_fn = oracles.exact_score_fn(graph, p0)
     start = (xs == graph.num_states - 1).all(-1) * 1.0 if graph.has_mask else jnp.full(len(xs), 1 / len(xs))
 
     def move(weights, p):
-        # What cannot be reached has a score of 0/0, and no share in the law.
+        # What cannot be reached has a score of 0/0, and no share in the distribution.
         weights = jnp.where(p[:, None, None] > 0, weights, 1.0)
         probs = jnp.maximum(weights, 0.0)
         probs = probs / probs.sum(-1, keepdims=True)
@@ -160,7 +160,7 @@ def propagate(process, p0, jump):
         return p @ joint
 
     @jax.jit
-    def laws(num_steps):
+    def distributions(num_steps):
         dt = (1 - time_grids.T_END) / num_steps
 
         def step(i, p):
@@ -172,11 +172,11 @@ def propagate(process, p0, jump):
         last = dense_weights("denoise", process, score_fn(xs, noise.sigma(end)), xs, end, 0.0)
         return before, move(last, before)
 
-    return laws
+    return distributions
 
 
 @functools.cache
-def recorded_laws(case: str, method: str):
+def recorded_distributions(case: str, method: str):
     kind, size, _, noise = case.split(".")
     n = int(size[1:])
     graph = graphs.Absorbing(vocab_size=n, mask_id=n) if kind == "absorb" else graphs.Uniform(vocab_size=n)
@@ -185,20 +185,24 @@ def recorded_laws(case: str, method: str):
 
 
 @goldens.cases("exact.npz", r"\.(final|before_denoise)$")
-def test_recorded_laws(entry):
+def test_recorded_distributions(entry):
     *case, method, number, quantity = entry.name.split(".")
     with jax.enable_x64(True):
-        graph, laws = recorded_laws(".".join(case), method)
-        before, final = (law.reshape((graph.num_states,) * 2) for law in laws(int(number[1:])))
+        graph, distributions = recorded_distributions(".".join(case), method)
+        before, final = (
+            distribution.reshape((graph.num_states,) * 2) for distribution in distributions(int(number[1:]))
+        )
     if entry.name == ROUNDED:
-        np.testing.assert_allclose(before, one_step_law(goldens.load("exact.npz")[".".join((*case, "p0"))]), rtol=1e-9)
+        np.testing.assert_allclose(
+            before, one_step_distribution(goldens.load("exact.npz")[".".join((*case, "p0"))]), rtol=1e-9
+        )
         np.testing.assert_allclose(before, entry.expected, atol=1e-7)
         return
     entry.check(before if quantity == "before_denoise" else final[: graph.vocab_size, : graph.vocab_size])
 
 
-def one_step_law(p0: np.ndarray) -> np.ndarray:
-    """Law after one Tweedie step from all masks over the whole of `geo`: every position moves on its own."""
+def one_step_distribution(p0: np.ndarray) -> np.ndarray:
+    """Distribution after one Tweedie step from all masks over the whole of `geo`: every position moves on its own."""
     sigma_end = 1e-4 ** (1 - time_grids.T_END) * 20.0**time_grids.T_END
     mask = (np.expm1(-sigma_end)) / np.expm1(-20.0)
     return np.outer(*(np.append(p0.sum(axis) * (1 - mask), mask) for axis in (1, 0)))
@@ -206,14 +210,14 @@ def one_step_law(p0: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("kind", "sampler"), SAMPLED)
 @pytest.mark.parametrize("length", [1, 2])
-def test_draws_follow_the_exact_law(kind, sampler, length):
+def test_draws_follow_the_exact_distribution(kind, sampler, length):
     """With the exact score and few steps, draws have the distribution that dense matrices give."""
     graph, noise = PROCESSES[kind].graph, MILD if kind == "uniform" else PROCESSES[kind].noise
     given = steps.nothing_given((30_000, length))
     tokens = jitted_sample(forward.Process(graph, noise), P0[length], sampler, given, 4)(jax.random.key(length))
-    law = oracles.sampler_law(graph, noise, P0[length], sampler, 4)
+    distribution = oracles.sampler_distribution(graph, noise, P0[length], sampler, 4)
     outcomes = np.ravel_multi_index(tuple(np.asarray(tokens).T), (graph.num_states,) * length)
-    assert oracles.chi_square_p(np.bincount(outcomes, minlength=len(law)), law) > 1e-4
+    assert oracles.chi_square_p(np.bincount(outcomes, minlength=len(distribution)), distribution) > 1e-4
 
 
 def jitted_sample(process, p0, sampler, given, num_steps):
@@ -228,8 +232,8 @@ def test_errors_are_of_first_order(kind, jump):
     """Total variation to the data, against steps on a log scale: slope 1."""
     exact = oracles.embed(PROCESSES[kind].graph, P0[2]).ravel()
     with jax.enable_x64(True):
-        laws = propagate(PROCESSES[kind], P0[2], jump)
-        distances = [np.abs(laws(n)[1] - exact).sum() / 2 for n in (8, 64, 512)]
+        distributions = propagate(PROCESSES[kind], P0[2], jump)
+        distances = [np.abs(distributions(n)[1] - exact).sum() / 2 for n in (8, 64, 512)]
     assert distances[2] < distances[1] < distances[0]
     assert np.log(distances[1] / distances[2]) / np.log(8) == pytest.approx(1, abs=0.05)
 
@@ -237,17 +241,19 @@ def test_errors_are_of_first_order(kind, jump):
 @pytest.mark.parametrize("kind", sorted(PROCESSES))
 def test_tweedie_of_one_token_is_exact_at_any_number_of_steps(kind):
     with jax.enable_x64(True):
-        laws = propagate(PROCESSES[kind], P0[1], "tweedie")
+        distributions = propagate(PROCESSES[kind], P0[1], "tweedie")
         for num_steps in (1, 2, 7):
             # The uniform graph starts e^-sigma_max from its limit.
             exact = oracles.embed(PROCESSES[kind].graph, P0[1])
-            np.testing.assert_allclose(laws(num_steps)[1], exact, atol=1e-7)
+            np.testing.assert_allclose(distributions(num_steps)[1], exact, atol=1e-7)
 
 
 def test_euler_and_tau_leaping_differ():
     graph, noise = PROCESSES["absorb"].graph, PROCESSES["absorb"].noise
-    laws = [oracles.sampler_law(graph, noise, P0[2], sampler, 4) for sampler in ("euler", "tau_leaping")]
-    assert np.abs(laws[0] - laws[1]).sum() > 1e-3
+    distributions = [
+        oracles.sampler_distribution(graph, noise, P0[2], sampler, 4) for sampler in ("euler", "tau_leaping")
+    ]
+    assert np.abs(distributions[0] - distributions[1]).sum() > 1e-3
 
 
 @pytest.fixture(scope="module", params=sorted(samplers.SAMPLERS))
@@ -319,7 +325,7 @@ def test_the_network_always_sees_given_tokens_clean(kind, name):
 
 
 @pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
-def test_infilling_with_the_exact_score_follows_the_conditional_law(sampler):
+def test_infilling_with_the_exact_score_follows_the_conditional_distribution(sampler):
     """One gap: its token has the same distribution whenever it is drawn."""
     given = steps.Given(jnp.full((20_000, 2), 3), jnp.tile(jnp.array([[True, False]]), (20_000, 1)))
     sample = jitted_sample(PROCESSES["absorb"], P0[2], sampler, given, 8)

@@ -18,8 +18,8 @@ GRAPHS = {
 }
 
 
-def law(graph, score, xt, sigma, after):
-    """The step's law over all states, from one position's score."""
+def distribution(graph, score, xt, sigma, after):
+    """The step's distribution over all states, from one position's score."""
     others = np.arange(graph.num_states) != xt
     p = np.zeros(graph.num_states)
     if graph.has_mask:
@@ -38,10 +38,10 @@ def law(graph, score, xt, sigma, after):
 
 
 def divergence(graph, score, xt, x0, sigma, after):
-    """KL of q(xs | xt, x0) from that law, by Bayes' rule over all xs."""
+    """KL of q(xs | xt, x0) from that distribution, by Bayes' rule over all xs."""
     q = oracles.kernel(graph, sigma - after)[xt] * oracles.kernel(graph, after)[:, x0]
     q = q / q.sum()
-    p = law(graph, score, xt, sigma, after)
+    p = distribution(graph, score, xt, sigma, after)
     positive = q > 1e-14
     return float((q[positive] * (np.log(q[positive]) - np.log(p[positive]))).sum())
 

@@ -1,4 +1,4 @@
-"""The theta-trapezoidal sampler: the law that its definition gives, its order, and its draws by blocks of states."""
+"""The theta-trapezoidal sampler: its exact distribution, its order, and its draws by blocks of states."""
 
 import functools
 import itertools
@@ -24,8 +24,8 @@ SAMPLER = samplers.SAMPLERS["theta_trapezoidal"]
 
 
 @functools.cache
-def law_after(kind, strength, sampler, num_steps):
-    """The law after steps even in t, from the exact law at t = 1, and its distance to the exact law at the end."""
+def distribution_after(kind, strength, sampler, num_steps):
+    """The distribution after steps even in t, from the exact one at t = 1, and its distance to that at the end."""
     graph, p0 = GRAPHS[kind], {"strong": STRONG, "weak": WEAK}[strength]
     xs = oracles.states(graph, p0.ndim)
     t = np.linspace(1, time_grids.T_END, num_steps + 1)
@@ -45,7 +45,8 @@ def law_after(kind, strength, sampler, num_steps):
 @pytest.mark.parametrize("kind", sorted(GRAPHS))
 def test_errors_are_of_second_order_where_tokens_depend_weakly(kind):
     errors = {
-        name: [law_after(kind, "weak", name, n)[1] for n in (16, 32)] for name in ("tau_leaping", "theta_trapezoidal")
+        name: [distribution_after(kind, "weak", name, n)[1] for n in (16, 32)]
+        for name in ("tau_leaping", "theta_trapezoidal")
     }
     slopes = {name: np.log2(coarse / fine) for name, (coarse, fine) in errors.items()}
     assert slopes["tau_leaping"] == pytest.approx(1, abs=0.1)
@@ -56,13 +57,16 @@ def test_errors_are_of_second_order_where_tokens_depend_weakly(kind):
 
 @pytest.mark.parametrize("kind", sorted(GRAPHS))
 def test_where_they_depend_strongly_errors_are_still_smaller(kind):
-    assert law_after(kind, "strong", "theta_trapezoidal", 8)[1] < law_after(kind, "strong", "tau_leaping", 16)[1] / 1.5
+    assert (
+        distribution_after(kind, "strong", "theta_trapezoidal", 8)[1]
+        < distribution_after(kind, "strong", "tau_leaping", 16)[1] / 1.5
+    )
 
 
 @pytest.mark.parametrize("strength", ["strong", "weak"])
 @pytest.mark.parametrize("kind", sorted(GRAPHS))
 def test_steps_follow_the_definition(kind, strength):
-    """Draws after three steps, from the exact law at t = 1, against the law by enumeration."""
+    """Draws after three steps, from the exact distribution at t = 1, against the distribution by enumeration."""
     graph, p0, num_draws = GRAPHS[kind], {"strong": STRONG, "weak": WEAK}[strength], 20_000
     start = oracles.marginal(graph, p0, NOISE.sigma_max).ravel()
     xs = oracles.states(graph, 2)
@@ -73,8 +77,8 @@ def test_steps_follow_the_definition(kind, strength):
         jax.random.key(0), xt
     )
     counts = np.bincount(np.asarray(after) @ [graph.num_states, 1], minlength=len(xs))
-    law = law_after(kind, strength, "theta_trapezoidal", 3)[0]
-    assert oracles.chi_square_p(counts, law) > 1e-4
+    distribution = distribution_after(kind, strength, "theta_trapezoidal", 3)[0]
+    assert oracles.chi_square_p(counts, distribution) > 1e-4
 
 
 def test_given_tokens_never_change_and_are_always_seen():
@@ -137,10 +141,10 @@ def test_leaps_by_blocks_follow_the_rates_of_the_whole_array(name, draw, monkeyp
             assert (tokens[:, position] == xt[0, position]).all()
             continue
         to = np.where(np.arange(graph.num_states) == xt[0, position], 0, np.maximum(total[position], 0))
-        law = to * -np.expm1(-to.sum()) / to.sum()
-        law[xt[0, position]] = np.exp(-to.sum())
-        assert 0.05 < law[xt[0, position]] < 0.95
-        assert oracles.chi_square_p(np.bincount(tokens[:, position], minlength=graph.num_states), law) > 1e-4
+        distribution = to * -np.expm1(-to.sum()) / to.sum()
+        distribution[xt[0, position]] = np.exp(-to.sum())
+        assert 0.05 < distribution[xt[0, position]] < 0.95
+        assert oracles.chi_square_p(np.bincount(tokens[:, position], minlength=graph.num_states), distribution) > 1e-4
 
 
 def test_a_run_is_sampled_in_two_evaluations_a_step(code_run):

@@ -78,13 +78,13 @@ def test_samples_follow_the_likelihood_and_keep_what_is_given(model, log_likelih
     num = 20_000
     nothing = steps.Given(jnp.zeros((num, 4), jnp.int32), jnp.zeros((num, 4), bool))
     draw = jax.jit(_draw)
-    law = np.exp(np.asarray(log_likelihood(model, SEQUENCES).sum(-1), np.float64))
+    distribution = np.exp(np.asarray(log_likelihood(model, SEQUENCES).sum(-1), np.float64))
     codes = np.asarray(draw(model, jax.random.key(2), nothing)) @ [27, 9, 3, 1]
-    assert oracles.chi_square_p(np.bincount(codes, minlength=81), law / law.sum()) > 1e-3
+    assert oracles.chi_square_p(np.bincount(codes, minlength=81), distribution / distribution.sum()) > 1e-3
     first = steps.Given(jnp.full((num, 4), 2, jnp.int32), jnp.broadcast_to(jnp.arange(4) < 2, (num, 4)))
     drawn = np.asarray(draw(model, jax.random.key(3), first))
     assert (drawn[:, :2] == 2).all()
-    given = law.reshape(3, 3, 9)[2, 2]
+    given = distribution.reshape(3, 3, 9)[2, 2]
     assert oracles.chi_square_p(np.bincount(drawn[:, 2:] @ [3, 1], minlength=9), given / given.sum()) > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Controlled draws: against the law written out, over whole rows; what is forbidden is never drawn."""
+"""Controlled draws: against the distribution written out, over whole rows; what is forbidden is never drawn."""
 
 import functools
 
@@ -50,8 +50,8 @@ def nucleus(token, top_p):
     return np.where(np.isin(np.arange(len(token)), kept), token, 0.0)
 
 
-def law_of(graph, jump_fn, score, xt, control, unguided_log_score, allowed):
-    """Law of one position by the definition: the step's chance to move, then the changed law of the token."""
+def distribution_of(graph, jump_fn, score, xt, control, unguided_log_score, allowed):
+    """By the definition: the step's chance to move, then the changed distribution of the token."""
     others = np.arange(graph.num_states) != xt
     total = score[others].sum()
     jump = jump_fn(jnp.full((1, 1), total, jnp.float32))
@@ -65,9 +65,9 @@ def law_of(graph, jump_fn, score, xt, control, unguided_log_score, allowed):
     within = nucleus(token, control.top_p) * allowed
     token = within if within.any() else nucleus(token * allowed, control.top_p)
     token = token / token.sum()
-    law = token * step.sum() / (step.sum() + stay)
-    law[xt] = stay / (step.sum() + stay)
-    return law
+    distribution = token * step.sum() / (step.sum() + stay)
+    distribution[xt] = stay / (step.sum() + stay)
+    return distribution
 
 
 CASES = [
@@ -81,7 +81,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "name", "restricted"), CASES)
-def test_draws_follow_the_law_written_out(kind, name, restricted, monkeypatch):
+def test_draws_follow_the_distribution_written_out(kind, name, restricted, monkeypatch):
     monkeypatch.setattr(tiles, "chunk_size", lambda num_positions, most: 500)
     graph, model, features, without, xt = problem(kind)
     control, sigma = CONTROLS[name], jnp.full(BATCH, 0.7)
@@ -101,7 +101,7 @@ def test_draws_follow_the_law_written_out(kind, name, restricted, monkeypatch):
     assert (tokens[:, 1] == xt[0, 1]).all()
     for position, only in ((0, 1), (2, -1)):
         allowed = np.asarray(class_of) == only if restricted and only >= 0 else np.ones(graph.num_states, bool)
-        law = law_of(
+        distribution = distribution_of(
             graph,
             lambda total: jax.tree.map(lambda x: x[:1, :1], jump_fn(jnp.broadcast_to(total, (1, 3)))),
             np.exp(log_scores[0][position]),
@@ -110,17 +110,19 @@ def test_draws_follow_the_law_written_out(kind, name, restricted, monkeypatch):
             log_scores[1][position],
             allowed,
         )
-        assert 0.05 < law[int(xt[0, position])] < 0.95
+        assert 0.05 < distribution[int(xt[0, position])] < 0.95
         counts = np.bincount(tokens[:, position], minlength=graph.num_states)
-        assert not counts[law == 0].any()
-        assert oracles.chi_square_p(counts, law) > 1e-4
+        assert not counts[distribution == 0].any()
+        assert oracles.chi_square_p(counts, distribution) > 1e-4
 
 
 def test_a_pattern_chooses_among_the_likeliest_of_all_tokens():
     """And only where none of these is left, among the likeliest of its own."""
-    law, is_possible = jnp.log(jnp.array([[0.5, 0.3, 0.14, 0.06]])), jnp.array([[True] * 4])
+    distribution, is_possible = jnp.log(jnp.array([[0.5, 0.3, 0.14, 0.06]])), jnp.array([[True] * 4])
     found = lambda *allowed: np.exp(
-        controls.reweigh(controls.Control(top_p=0.79), law, law, None, is_possible, jnp.array([allowed]))
+        controls.reweigh(
+            controls.Control(top_p=0.79), distribution, distribution, None, is_possible, jnp.array([allowed])
+        )
     )
     np.testing.assert_allclose(found(False, True, True, False), [[0, 1, 0, 0]])
     np.testing.assert_allclose(found(True, True, True, True), [[1, 0.6, 0, 0]], rtol=1e-6)
@@ -129,8 +131,8 @@ def test_a_pattern_chooses_among_the_likeliest_of_all_tokens():
 
 @pytest.mark.parametrize("control", [controls.Control(temperature=1e-6), controls.Control(top_p=1e-6)])
 def test_at_the_least_that_is_allowed_only_the_likeliest_token_is_left(control):
-    law = jnp.array([[-3000.0, -jnp.inf, -2.0, -2.5]])
-    found = controls.reweigh(control, law, law, None, jnp.array([[True, True, True, True]]))
+    distribution = jnp.array([[-3000.0, -jnp.inf, -2.0, -2.5]])
+    found = controls.reweigh(control, distribution, distribution, None, jnp.array([[True, True, True, True]]))
     np.testing.assert_array_equal(np.exp(found), [[0, 0, 1, 0]])
 
 
@@ -177,11 +179,11 @@ def test_a_mesh_changes_nothing(monkeypatch):
     classes = jnp.tile(jnp.arange(3)[None], (BATCH, 1))
 
     def draw(model, features, without, xt, classes):
-        law = lambda total: graph.tweedie_jump(total, xt, sigma / 2)
+        jump_fn = lambda total: graph.tweedie_jump(total, xt, sigma / 2)
         movable = jnp.ones(xt.shape, bool)
         how = controls.choice(CONTROLS["guided"], without, class_of, classes)
         evaluation = steps.Evaluation(features, sigma)
-        return score_draws.draw(jax.random.key(2), model, evaluation, xt, movable, law, how)
+        return score_draws.draw(jax.random.key(2), model, evaluation, xt, movable, jump_fn, how)
 
     arrays = (model, features, without, xt, classes)
     alone = jax.jit(draw)(*arrays)

@@ -69,19 +69,19 @@ def test_draws_follow_the_weights_of_the_whole_array(name, jump, draw):
 
     @jax.jit
     def drawn(key):
-        law = functools.partial(jump_fn, sigma, xt, t)
-        return score_draws.DRAWS[draw](key, model, steps.Evaluation(features, sigma), xt, is_movable, law)
+        jump = functools.partial(jump_fn, sigma, xt, t)
+        return score_draws.DRAWS[draw](key, model, steps.Evaluation(features, sigma), xt, is_movable, jump)
 
     tokens = np.concatenate([drawn(key) for key in jax.random.split(jax.random.key(1), 25)])
     score = jnp.exp(score_heads.log_score(model, features[:1], xt[:1], sigma[:1]))
     weights = oracles.jump_weights(functools.partial(jump_fn, sigma[:1], xt[:1], t[:1]), score, xt[:1])
-    laws = np.maximum(np.float64(weights[0]), 0)
+    distributions = np.maximum(np.float64(weights[0]), 0)
     for position, movable in enumerate(is_movable[0]):
         if not movable:
             assert (tokens[:, position] == xt[0, position]).all()
             continue
-        law = laws[position] / laws[position].sum()
-        assert oracles.chi_square_p(np.bincount(tokens[:, position], minlength=graph.num_states), law) > 1e-4
+        distribution = distributions[position] / distributions[position].sum()
+        assert oracles.chi_square_p(np.bincount(tokens[:, position], minlength=graph.num_states), distribution) > 1e-4
 
 
 def test_a_block_and_its_state_are_right_at_tiny_odds():
@@ -94,8 +94,8 @@ def test_a_block_and_its_state_are_right_at_tiny_odds():
 
     @jax.jit
     def rare(key):
-        law = lambda total: graph.denoise_jump(total, xt, evaluation.sigma)
-        tokens = score_draws.draw(key, model, evaluation, xt, graph.is_noise(xt), law)
+        jump = lambda total: graph.denoise_jump(total, xt, evaluation.sigma)
+        tokens = score_draws.draw(key, model, evaluation, xt, graph.is_noise(xt), jump)
         return ((tokens[:, :2] >= 170) & (tokens[:, :2] < 300)).sum()
 
     count = int(jax.jit(lambda keys: jax.lax.map(rare, keys).sum())(jax.random.split(jax.random.key(2), 100)))
@@ -112,9 +112,9 @@ def test_draws_are_the_same_on_every_mesh(shape, batch):
 
     @jax.jit
     def drawn(model, features, xt):
-        law = lambda total: steps.tweedie(process, total, xt, t, jnp.full_like(t, 0.2))
+        jump = lambda total: steps.tweedie(process, total, xt, t, jnp.full_like(t, 0.2))
         evaluation = steps.Evaluation(features, NOISE.sigma(t))
-        return score_draws.draw(jax.random.key(4), model, evaluation, xt, process.graph.is_noise(xt), law)
+        return score_draws.draw(jax.random.key(4), model, evaluation, xt, process.graph.is_noise(xt), jump)
 
     alone = drawn(model, features, xt)
     assert (alone != xt).any()
@@ -132,10 +132,10 @@ def test_no_array_over_the_vocabulary():
         kernel, bias, features = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
         def step(kernel, bias, features, xt, t):
-            law = lambda total: steps.tweedie(process, total, xt, t, jnp.full_like(t, 0.2))
+            jump = lambda total: steps.tweedie(process, total, xt, t, jnp.full_like(t, 0.2))
             model = networks.Model(config, {"head_kernel": kernel, "head_bias": bias})
             evaluation, is_movable = steps.Evaluation(features, NOISE.sigma(t)), process.graph.is_noise(xt)
-            return score_draws.draw(jax.random.key(0), model, evaluation, xt, is_movable, law)
+            return score_draws.draw(jax.random.key(0), model, evaluation, xt, is_movable, jump)
 
         tokens, times = jax.ShapeDtypeStruct((2, 256), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.float32)
         compiled = jax.jit(step).lower(kernel, bias, features, tokens, times).compile()

@@ -55,35 +55,38 @@ def _letters(automaton) -> list[str]:
     ]
 
 
-def _law(gap: patterns.Gap, automaton, log_weights) -> dict[tuple[int, ...], float]:
+def _distribution(gap: patterns.Gap, automaton, log_weights) -> dict[tuple[int, ...], float]:
     """The probability of every sequence of classes of a gap, by enumeration in float64."""
     letters = _letters(automaton)
-    law = {}
+    distribution = {}
     for classes in itertools.product([k for k, text in enumerate(letters) if text], repeat=gap.length):
         if re.fullmatch(gap.pattern, "".join(letters[k][0] for k in classes)):
             terms = [float(log_weights[gap.start + i, k]) for i, k in enumerate(classes)]
             if min(terms) > -np.inf:
-                law[classes] = sum(terms)
-    highest = max(law.values())
-    law = {classes: np.exp(log - highest) for classes, log in law.items()}
-    return {classes: weight / sum(law.values()) for classes, weight in law.items()}
+                distribution[classes] = sum(terms)
+    highest = max(distribution.values())
+    distribution = {classes: np.exp(log - highest) for classes, log in distribution.items()}
+    return {classes: weight / sum(distribution.values()) for classes, weight in distribution.items()}
 
 
 def _assert_follows(draws, gaps, automaton, log_weights) -> None:
     """Gaps of a sequence are independent of each other, so their joint distribution is the product."""
-    laws = [_law(gap, automaton, log_weights) for gap in gaps]
-    outcomes = list(itertools.product(*laws))
+    distributions = [_distribution(gap, automaton, log_weights) for gap in gaps]
+    outcomes = list(itertools.product(*distributions))
     number = {sum(parts, ()): n for n, parts in enumerate(outcomes)}
     places = [position for gap in gaps for position in range(gap.start, gap.start + gap.length)]
     counts = np.bincount([number[tuple(draw)] for draw in draws[:, places].tolist()], minlength=len(outcomes))
     probabilities = np.array(
-        [np.prod([law[part] for law, part in zip(laws, parts, strict=True)]) for parts in outcomes]
+        [
+            np.prod([distribution[part] for distribution, part in zip(distributions, parts, strict=True)])
+            for parts in outcomes
+        ]
     )
     assert oracles.chi_square_p(counts, probabilities) > 1e-4
     assert (draws[:, sorted(set(range(draws.shape[1])) - set(places))] == -1).all()
 
 
-def test_classes_follow_their_joint_law(compiled, choose):
+def test_classes_follow_their_joint_distribution(compiled, choose):
     """Two gaps in a sequence, adjacent gaps, and different patterns in each sequence."""
     automaton, initial = compiled
     log_weights = 2 * np.random.default_rng(0).normal(size=(3, LENGTH, automaton.num_classes)).astype(np.float32)

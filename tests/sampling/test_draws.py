@@ -34,7 +34,7 @@ def product(request):
 
 
 @pytest.mark.parametrize(("known", "is_drawn"), [("", False), ("b", False), ("b", True)])
-def test_what_is_drawn_at_once_has_the_joint_law_of_texts_that_match(product, known, is_drawn, monkeypatch):
+def test_what_is_drawn_at_once_has_the_joint_distribution_of_texts_that_match(product, known, is_drawn, monkeypatch):
     """All gaps are filled in one evaluation: from the product of the positions, given that the text matches."""
     tokenizer, graph, config, params, features = product
     monkeypatch.setattr(networks, "apply", lambda model, xt, sigma, *_: jnp.broadcast_to(features, (*xt.shape, 8)))
@@ -58,7 +58,7 @@ def test_what_is_drawn_at_once_has_the_joint_law_of_texts_that_match(product, kn
     drawn = jax.jit(lambda key: own.draws.move(key, xt, sigma, graph.is_noise(xt), jump_fn))(jax.random.key(1))
     z = np.float64(score_heads.logits(networks.Model(config, params), features))[0, :, :3] / 0.8
     texts = ["".join(text) for text in itertools.product("abc", repeat=LENGTH)]
-    law = np.array(
+    distribution = np.array(
         [
             np.exp(z[np.arange(LENGTH), ["abc".index(c) for c in text]].sum())
             if re.fullmatch(pattern, text) and text.startswith(known)
@@ -67,9 +67,9 @@ def test_what_is_drawn_at_once_has_the_joint_law_of_texts_that_match(product, kn
         ]
     )
     counts = np.bincount(np.asarray(drawn) @ [27, 9, 3, 1], minlength=81)
-    assert (law > 0).sum() > 1
-    assert not counts[law == 0].any()
-    assert oracles.chi_square_p(counts, law / law.sum()) > 1e-4
+    assert (distribution > 0).sum() > 1
+    assert not counts[distribution == 0].any()
+    assert oracles.chi_square_p(counts, distribution / distribution.sum()) > 1e-4
 
 
 @pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))

@@ -87,7 +87,7 @@ def outcomes(tokens):
     return np.asarray(tokens) @ (N ** np.arange(tokens.shape[1]))
 
 
-def same_law_p(one, other):
+def same_distribution_p(one, other):
     """p-value of the hypothesis that two lists of outcomes have the same distribution."""
     counts = np.stack([np.bincount(x, minlength=max(one.max(), other.max()) + 1) for x in (one, other)])
     rare = counts.sum(0) < 20
@@ -107,18 +107,18 @@ def same_law_p(one, other):
         ("uniform", "theta_trapezoidal", 0),
     ],
 )
-def test_a_refilled_place_has_the_law_of_a_batch_of_its_own(kind, sampler, corrector_steps):
+def test_a_refilled_place_has_the_distribution_of_a_batch_of_its_own(kind, sampler, corrector_steps):
     rules, draws = rules_of(kind, sampler, corrector_steps=corrector_steps), exact_draws(kind)
     for row, ours in zip(templates(P0[kind].ndim), refilled(rules, draws), strict=True):
         assert (ours < N).all()
         assert (ours[:, row.is_given] == 1).all()
         given = steps.Given(*(jnp.tile(jnp.asarray(x)[None], (10_000, 1)) for x in (row.tokens, row.is_given)))
         alone = in_one_batch(jax.random.key(2), rules, draws, given, row.num_steps)
-        assert same_law_p(outcomes(ours), outcomes(alone)) > 1e-4
+        assert same_distribution_p(outcomes(ours), outcomes(alone)) > 1e-4
         if sampler in ("tweedie", "euler") and not corrector_steps and not row.is_given.any():
-            law = oracles.sampler_law(GRAPHS[kind], NOISES[kind], P0[kind], sampler, row.num_steps)
+            distribution = oracles.sampler_distribution(GRAPHS[kind], NOISES[kind], P0[kind], sampler, row.num_steps)
             places = np.ravel_multi_index(tuple(ours.T), (GRAPHS[kind].num_states,) * P0[kind].ndim)
-            assert oracles.chi_square_p(np.bincount(places, minlength=len(law)), law) > 1e-4
+            assert oracles.chi_square_p(np.bincount(places, minlength=len(distribution)), distribution) > 1e-4
 
 
 def cut(tokens, is_given, eos_id):
@@ -129,13 +129,13 @@ def cut(tokens, is_given, eos_id):
 
 
 @pytest.mark.parametrize("sampler", ["tweedie", "first_hitting"])
-def test_text_before_a_drawn_end_has_the_same_law_though_what_follows_is_left_out(sampler):
+def test_text_before_a_drawn_end_has_the_same_distribution_though_what_follows_is_left_out(sampler):
     rules, draws = rules_of("absorb", sampler, eos_id=1), exact_draws("absorb")
     left_out = 0
     for row, ours in zip(templates(3), refilled(rules, draws), strict=True):
         given = steps.Given(*(jnp.tile(jnp.asarray(x)[None], (10_000, 1)) for x in (row.tokens, row.is_given)))
         alone = in_one_batch(jax.random.key(2), rules_of("absorb", sampler), draws, given, row.num_steps)
-        assert same_law_p(cut(ours, row.is_given, 1), cut(alone, row.is_given, 1)) > 1e-4
+        assert same_distribution_p(cut(ours, row.is_given, 1), cut(alone, row.is_given, 1)) > 1e-4
         left_out += (ours == N).any(1).mean()
         # Without a drawn end of text nothing is left out; a known one does not count.
         assert (ours[~((ours == 1) & ~row.is_given).any(1)] != N).all()

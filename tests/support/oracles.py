@@ -121,18 +121,18 @@ def leap_rates(graph: graphs.Graph, p0: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def leap(graph: graphs.Graph, x: np.ndarray, integrated: np.ndarray) -> np.ndarray:
-    """Law over all states after a leap from x with integrated rates, [L, V], that are frozen and cut at 0."""
-    law = np.ones(1)
+    """Distribution over all states after a leap from x with integrated rates, [L, V], that are frozen and cut at 0."""
+    distribution = np.ones(1)
     for token, to in zip(x, np.maximum(integrated, 0), strict=True):
         to = np.where(np.arange(graph.num_states) == token, 0, to)
         own = to * -np.expm1(-to.sum()) / max(to.sum(), 1e-300)
         own[token] = np.exp(-to.sum())
-        law = np.multiply.outer(law, own).ravel()
-    return law
+        distribution = np.multiply.outer(distribution, own).ravel()
+    return distribution
 
 
 def trapezoidal_step(graph: graphs.Graph, p0: np.ndarray, p: np.ndarray, sigma: float, after: float) -> np.ndarray:
-    """The law after a theta-trapezoidal step (theta 1/2) with the exact score, by its definition; laws are [V^L]."""
+    """The distribution after a theta-trapezoidal step (theta 1/2) with the exact score, by definition; [V^L]."""
     xs, start = states(graph, p0.ndim), leap_time(graph, sigma)
     half = (start - leap_time(graph, after)) / 2
     middle = -np.log1p(-np.exp(start - half)) if graph.has_mask else start - half
@@ -151,7 +151,7 @@ def _by_weights(sampler: str):
         rate = (t - end) * float(noise.dsigma_dt(jnp.float32(t)))
         xs = states(graph, p0.ndim)
         weights = step_weights(graph, sampler, exact_scores(graph, p0, sigma), xs, delta_sigma, rate)
-        # What cannot be reached has no score, and no share in the law.
+        # What cannot be reached has no score, and no share in the distribution.
         return step(np.where(marginal(graph, p0, sigma).ravel()[:, None, None] > 0, weights, 1.0), p)
 
     return after
@@ -161,9 +161,9 @@ def _sigma(noise: noise_schedules.NoiseSchedule, t: float) -> float:
     return float(noise.sigma(jnp.float32(t)))
 
 
-# Samplers that step through time -> the law after a step from time t to `end` with the exact score, from the law p:
+# Samplers that step through time -> the distribution p after a step from time t to `end` with the exact score:
 # (graph, noise, p0, p, t, end) -> p. A new sampler adds its own, and the tests over the whole table take it.
-STEP_LAWS = {
+STEP_DISTRIBUTIONS = {
     **{name: _by_weights(name) for name in ("tweedie", "euler", "tau_leaping")},
     "theta_trapezoidal": lambda graph, noise, p0, p, t, end: trapezoidal_step(
         graph, p0, p, _sigma(noise, t), _sigma(noise, end)
@@ -171,7 +171,7 @@ STEP_LAWS = {
 }
 
 
-def sampler_law(
+def sampler_distribution(
     graph: graphs.Graph, noise: noise_schedules.NoiseSchedule, p0: np.ndarray, sampler: str, num_steps: int
 ) -> np.ndarray:
     """Exact distribution of `sample` with the exact score and a sampler of the table, [V^L]."""
@@ -182,7 +182,7 @@ def sampler_law(
     p = (xs == graph.mask_id).all(-1).astype(float) if graph.has_mask else np.full(len(xs), 1 / len(xs))
     dt = (1 - time_grids.T_END) / num_steps
     for t in 1 - dt * np.arange(num_steps):
-        p = STEP_LAWS[sampler](graph, noise, p0, p, t, t - dt)
+        p = STEP_DISTRIBUTIONS[sampler](graph, noise, p0, p, t, t - dt)
     end = _sigma(noise, time_grids.T_END)
     weights = step_weights(graph, "tweedie", exact_scores(graph, p0, end), xs, end, 0.0)
     if graph.has_mask:
