@@ -13,7 +13,7 @@ from sedd_jax import checkpoints
 from sedd_jax import config as configs
 from sedd_jax.data import alphabets, batches, corpora, shards, tokenizers
 from sedd_jax.diffusion import forward, graphs, samplers
-from sedd_jax.model import autoregression, networks, sampling_config
+from sedd_jax.model import autoregression, networks, sampling_config, train_state
 from sedd_jax.runtime import errors, sharding, storage
 
 TIME_GRID = "time_grid.json"
@@ -244,7 +244,9 @@ def _fill(directory: pathlib.Path, config: configs.DataConfig) -> tokenizers.Tok
     return tokenizer
 
 
-def fill(directory: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer, state: Any) -> Run:
+def fill(
+    directory: pathlib.Path, config: configs.Config, tokenizer: tokenizers.Tokenizer, state: train_state.TrainState
+) -> Run:
     """Makes a new directory a run directory with the given train state as its only checkpoint, and without data."""
     _describe(directory, config, tokenizer)
     with contextlib.closing(checkpoints.Checkpoints(directory / storage.CHECKPOINTS, keep=1)) as saved:

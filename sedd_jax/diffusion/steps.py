@@ -327,7 +327,7 @@ def _denoising(draws: Draws, graph: graphs.Graph, is_last: Bool[Array, "B"]) -> 
     return Draws(draws.evaluate_fn, draw, leap)
 
 
-def _or_zeros(offset: Any, like: Array) -> Array:
+def _or_zeros(offset: Array | None, like: Array) -> Array:
     return jnp.zeros_like(like) if offset is None else offset
 
 

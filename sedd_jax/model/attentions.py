@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sedd_jax.runtime import errors, sharding
@@ -61,12 +62,12 @@ def attend(
     return sharding.per_device(attention, specs, spec)(*inputs).reshape(batch, length, width // 3)
 
 
-def resolve(implementation: str, length: int, dtype: Any) -> str:
+def resolve(implementation: str, length: int, dtype: DTypeLike) -> str:
     """Name of the implementation to use; "auto" becomes the fastest on the current platform."""
     return choose(sharding.platform(), length, dtype) if implementation == "auto" else implementation
 
 
-def choose(platform: str, length: int, dtype: Any) -> str:
+def choose(platform: str, length: int, dtype: DTypeLike) -> str:
     """Name of the fastest implementation on a platform.
 
     cuDNN and splash need bfloat16, and splash also a length divisible by 128.
@@ -181,7 +182,7 @@ def _need(implementation: str, platform: str) -> None:
         )
 
 
-def _need_bfloat16(implementation: str, dtype: Any) -> None:
+def _need_bfloat16(implementation: str, dtype: DTypeLike) -> None:
     if dtype != jnp.bfloat16:
         raise errors.UserError(
             f"needs bfloat16, not {dtype}",
@@ -225,17 +226,17 @@ class _Rules(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _plain(rules: _Rules, q: Any, k: Any, v: Any, lengths: Any) -> Any:
+def _plain(rules: _Rules, q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
     return _plain_forward(rules, q, k, v, lengths)[0]
 
 
-def _plain_forward(rules: _Rules, q: Any, k: Any, v: Any, lengths: Any) -> tuple[Any, Any]:
+def _plain_forward(rules: _Rules, q: Array, k: Array, v: Array, lengths: Array | None) -> tuple[Array, Any]:
     attend_block = functools.partial(_attend_block, rules)
     out, logsumexp = checkpoint_name(_by_blocks(attend_block, lengths, q, k, v), RESIDUALS)
     return out, (lengths, q, k, v, out, logsumexp)
 
 
-def _plain_backward(rules: _Rules, residuals: Any, gradient: Any) -> tuple[Any, ...]:
+def _plain_backward(rules: _Rules, residuals: Any, gradient: Array) -> tuple[Any, ...]:
     return *_by_blocks(functools.partial(_differentiate_block, rules), *residuals, gradient), None
 
 

@@ -139,7 +139,9 @@ def class_log_weights(
         shares = jnp.matmul(of_row, jax.nn.one_hot(class_of[states.ids], num_classes), precision="highest")
         return jnp.log(jnp.maximum(shares / of_row.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny))
 
-    def over_rows(vocabulary: tiles.Vocabulary, weights: score_draws.Weights, is_needed: Any, unguided: Any) -> Array:
+    def over_rows(
+        vocabulary: tiles.Vocabulary, weights: score_draws.Weights, is_needed: Array, unguided: Array | None
+    ) -> Array:
         zeros = jnp.zeros((*weights.xt.shape, num_classes))
         return _visit_whole_rows(vocabulary, is_needed, (weights, unguided), of_rows, zeros)
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from sedd_jax.model import attentions, layers
@@ -87,7 +88,7 @@ class NetworkConfig:
         return self.hidden_size // self.num_heads
 
     @property
-    def array_dtype(self) -> Any:
+    def array_dtype(self) -> DTypeLike:
         """Dtype of the factors of matrix products."""
         return layers.DTYPES[self.dtype]
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 
@@ -58,7 +59,7 @@ def clip(grads: Any, max_norm: float) -> Any:
     return jax.tree.map(lambda grad: grad * scale, grads)
 
 
-def learning_rate(config: OptimizerConfig, step: Any) -> Float[Array, ""]:
+def learning_rate(config: OptimizerConfig, step: ArrayLike) -> Float[Array, ""]:
     """Learning rate of the update at `step` (int scalar, traced or not), counted from 0."""
     return config.learning_rate * jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
 

@@ -125,7 +125,7 @@ def _head(model: networks.Model) -> tuple[Float[Array, "D P"], Float[Array, " P"
 
 
 def _make_tiles(
-    config: networks.NetworkConfig, tensor: tuple[str, ...], kernel: Any, bias: Any, is_needed: Bool[Array, "B L"]
+    config: networks.NetworkConfig, tensor: tuple[str, ...], kernel: Array, bias: Array, is_needed: Bool[Array, "B L"]
 ) -> tuple[tiles.Rows, tiles.Vocabulary]:
     """The needed positions of one device as rows, and its part of the vocabulary as blocks."""
     size = tiles.chunk_size(is_needed.size, TILE_ROWS[sharding.platform()])

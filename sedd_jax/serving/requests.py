@@ -10,6 +10,7 @@ import urllib.parse
 from typing import Any
 
 import numpy as np
+from jaxtyping import Array
 
 from sedd_jax import config as configs
 from sedd_jax import runs
@@ -227,7 +228,7 @@ def draw(opened: Opened, request: Request, emit: queue.Emit) -> None:
         samples = [pieces.pieces(run, row, is_given, row) for row in before]
         emit("step", {"taken": 0, "total": None, "samples": samples})
 
-    def watch(taken: int, total: int, tokens: Any) -> None:
+    def watch(taken: int, total: int, tokens: Array) -> None:
         nonlocal before
         rows = np.asarray(tokens)[:, : parsed.length]
         last = rows if before is None else before
