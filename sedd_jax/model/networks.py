@@ -92,16 +92,6 @@ class NetworkConfig:
         """Dtype of the factors of matrix products."""
         return layers.DTYPES[self.dtype]
 
-    def flops_per_token(self, length: int) -> float:
-        """Floating-point operations of a training step per token: 6 per weight of a product, 12 N D L for attention.
-
-        N is the number of layers. The head counts at every position and recomputation does not count, so that
-        utilisation can be compared between programs.
-        """
-        d = self.hidden_size
-        weights = self.num_layers * (4 + 2 * self.mlp_ratio) * d * d + d * self.num_states
-        return 6.0 * weights + 12.0 * self.num_layers * d * length
-
 
 @flax.struct.dataclass
 class Model:

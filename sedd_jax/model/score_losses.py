@@ -54,7 +54,7 @@ def total(
         bounds_fn: bounds of positions, from the summary of their scores.
     """
     xt, x0 = inputs.xt, inputs.x0
-    if not _fits(model.config, xt.size // sharding.num_batch_devices()):
+    if not fits(model.config, xt.size // sharding.num_batch_devices()):
         summary = score_heads.summarize(model, features, xt, x0, inputs.sigma, is_needed)
         found = _weigh(bounds_fn(summary, inputs.sigma, xt, x0), inputs.weights[:, None])
         return found._replace(cross_entropy=jax.lax.stop_gradient(found.cross_entropy))
@@ -79,7 +79,7 @@ def _num_rows(config: networks.NetworkConfig, num_positions: int) -> int:
     return min(num_positions, max(LEAST_ROWS, min(eighth, most)))
 
 
-def _fits(config: networks.NetworkConfig, num_positions: int) -> bool:
+def fits(config: networks.NetworkConfig, num_positions: int) -> bool:
     """Whether all states of a tile's rows are on one device, and small enough."""
     rows = _num_rows(config, num_positions)
     is_split = sharding.axis_size(sharding.mapped_axes(1)[1]) > 1

@@ -23,6 +23,7 @@ from typing import IO, Any
 from sedd_jax import config as configs
 from sedd_jax.data import tokenizers
 from sedd_jax.diffusion import samplers
+from sedd_jax.model import work
 from sedd_jax.runtime import errors, hosts
 
 KINDS = ("train", "sample")
@@ -112,9 +113,9 @@ def benchmark(
         reference_compile: whether the published program runs under torch.compile.
 
     Returns:
-        For each kind of step and program: seconds, tokens per second, model FLOP per second (a network evaluation of a
-        sampling step counts a third of a training step), their share of the device's peak if it is known, seconds to
-        compile, peak bytes. With a reference also the ratio of tokens per second, its range over timings, and the ratio
+        For each kind of step and program: seconds, tokens per second, FLOP per second that the model needs
+        (`model.work`), model and hardware FLOP utilisation if the device's peak is known, seconds to compile, peak
+        bytes. With a reference also the ratio of tokens per second, its range over timings, and the ratio
         of peak bytes; or `failed`, why the published program cannot run.
 
     Raises:
@@ -148,16 +149,18 @@ def table(result: dict[str, Any]) -> str:
         f"{network['hidden_size']} x {network['num_layers']}, length {data['length']}, {result['vocab_size']} tokens, "
         f"{network['dtype']}, median of {result['repeats']}",
         "",
-        f"{'step':<8}{'program':<11}{'batch':>6}{'s/step':>10}{'tokens/s':>11}{'GFLOP/s':>10}{'of peak':>9}"
+        f"{'step':<8}{'program':<11}{'batch':>6}{'tokens/s':>11}{'s/step':>10}{'GFLOP/s':>10}{'MFU':>7}{'HFU':>7}"
         f"{'compile s':>11}{'peak GB':>9}",
     ]
     notes = []
     for kind in KINDS:
         for name, of in result[kind]["programs"].items():
-            share = "" if of["utilization"] is None else f"{of['utilization']:.1%}"
+            mfu, hfu = (
+                "" if of[share] is None else f"{of[share]:.1%}" for share in ("utilization", "hardware_utilization")
+            )
             lines.append(
-                f"{kind:<8}{name:<11}{result[kind]['batch_size']:>6}{of['seconds']:>10.4f}"
-                f"{of['tokens_per_second']:>11,.0f}{of['flops_per_second'] / 1e9:>10,.0f}{share:>9}"
+                f"{kind:<8}{name:<11}{result[kind]['batch_size']:>6}{of['tokens_per_second']:>11,.0f}"
+                f"{of['seconds']:>10.4f}{of['flops_per_second'] / 1e9:>10,.0f}{mfu:>7}{hfu:>7}"
                 f"{of['compile_seconds']:>11.1f}{of['peak_bytes'] / 1e9:>9.2f}"
             )
             notes.append(f"{name}: {of['versions']}; attention: {of['attention']}")
@@ -173,7 +176,7 @@ def table(result: dict[str, Any]) -> str:
         busy = result[kind]["busy_cores"]
         if busy > 0.2:
             notes.append(f"WARNING: other processes kept up to {busy:.1f} cores busy before turns of {kind}")
-    return "\n".join([*lines, "", *dict.fromkeys(notes)])
+    return "\n".join([*lines, "", *dict.fromkeys(notes), work.RULE])
 
 
 def _measure(
@@ -200,17 +203,20 @@ def _measure(
             for name, worker in workers.items():
                 seconds[name].append(worker.turn())
         about = workers["ours"].ready
-        flops_per_token = about["flops_per_token"] / (1 if kind == "train" else 3)
         programs: dict[str, dict[str, Any]] = {}
         for name, worker in workers.items():
             median = statistics.median(seconds[name])
-            flops = flops_per_token * tokens / median
+            # The published program has the same model, and runs its head at every position.
+            needed, repeated = (about["work"][part] * tokens / median for part in ("needed", "repeated"))
             programs[name] = {
                 "seconds": median,
                 "all_seconds": seconds[name],
                 "tokens_per_second": tokens / median,
-                "flops_per_second": flops,
-                "utilization": None if about["peak_flops"] is None else flops / about["peak_flops"],
+                "flops_per_second": needed,
+                "utilization": None if about["peak_flops"] is None else needed / about["peak_flops"],
+                "hardware_utilization": None
+                if about["peak_flops"] is None or name != "ours"
+                else (needed + repeated) / about["peak_flops"],
                 "compile_seconds": worker.ready["compile_seconds"],
                 "peak_bytes": worker.peak_bytes,
                 "versions": worker.ready["versions"],

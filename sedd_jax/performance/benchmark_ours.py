@@ -18,7 +18,7 @@ import numpy as np
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.diffusion import steps
-from sedd_jax.model import attentions, networks, optimizers
+from sedd_jax.model import attentions, networks, optimizers, work
 from sedd_jax.runtime import accelerators, errors, sharding
 from sedd_jax.sampling import generate, trajectories
 from sedd_jax.training import train
@@ -37,7 +37,6 @@ def main() -> None:
         compile_seconds, step = {"train": train_step, "sample": sampling_step}[job["kind"]](run, mesh)
         jax.block_until_ready(step())
         device = mesh.devices.flat[0]
-        evaluations = generate.per_step(run, config.sampling) if job["kind"] == "sample" else 1
         accelerator = accelerators.find(device.device_kind)
         ready = {
             "compile_seconds": compile_seconds,
@@ -46,7 +45,7 @@ def main() -> None:
             "device": device.device_kind,
             "num_devices": mesh.size,
             "peak_flops": None if accelerator is None else accelerator.peak_flops * mesh.size,
-            "flops_per_token": evaluations * run.network.flops_per_token(config.data.length),
+            "work": flops_per_token(run, job["kind"], mesh)._asdict(),
         }
         print(json.dumps(ready), file=channel, flush=True)
         for line in sys.stdin:
@@ -55,6 +54,19 @@ def main() -> None:
             jax.block_until_ready(results)
             seconds = time.perf_counter() - started
             print(json.dumps({"seconds": seconds, "peak_bytes": _peak_bytes(device)}), file=channel, flush=True)
+
+
+def flops_per_token(run: runs.Run, kind: str, mesh: jax.sharding.Mesh) -> work.Work:
+    """Work of the step on a mesh, whose devices may not be on this machine."""
+    config, share = run.config, work.head_share(run.network, run.process)
+    if kind == "train":
+        with jax.set_mesh(mesh):
+            batch = config.training.batch_size // config.training.num_micro_batches // sharding.num_batch_devices()
+            return work.of_training(run.network, share, batch, config.data.length)
+    # Half of the tokens are noise; the baseline draws one position.
+    share = 1 / config.data.length if run.is_autoregressive else 0.5 if run.graph.has_mask else 1.0
+    one = work.of_evaluation(run.network, config.data.length, share)
+    return work.Work(*(generate.per_step(run, config.sampling) * x for x in one))
 
 
 def train_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[[], Any]]:

@@ -17,7 +17,7 @@ from sedd_jax import runs
 from sedd_jax.data import tokenizers
 from sedd_jax.diffusion import steps
 from sedd_jax.model import networks, train_state
-from sedd_jax.performance import collectives
+from sedd_jax.performance import benchmark_ours, collectives
 from sedd_jax.runtime import accelerators, errors, hosts, sharding
 from sedd_jax.sampling import generate, trajectories
 from sedd_jax.training import train
@@ -270,20 +270,16 @@ def _floors(
     sample: bool,
 ) -> dict[str, Any]:
     """Seconds of a step that arithmetic, memory and networks need at their peak rates, and speeds derived from them."""
-    config, network, length = run.config, run.network, run.config.data.length
+    config, length = run.config, run.config.data.length
     sequences = config.sampling.num_samples if sample else config.training.batch_size
     batch_devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     # If the devices do not divide the batch, each of them holds all of it.
     parts = mesh.shape["tensor"] * (1 if sequences % batch_devices else batch_devices)
-    # A training step counts as three network evaluations.
-    share = generate.per_step(run, config.sampling) / 3 if sample else 1
-    flops = sequences * length * network.flops_per_token(length) * share / parts
-    head = sequences * length * 6.0 * network.hidden_size * network.num_states / parts
-    # Recomputation of the blocks is another forward pass without the head.
-    work = flops + (flops - head) / 3 if network.remat == "blocks" and not sample else flops
+    per_token = benchmark_ours.flops_per_token(run, "sample" if sample else "train", mesh)
+    flops, repeated = (x * sequences * length / parts for x in per_token)
     sent = {between: sum(one.bytes_sent for one in found if one.between_slices == between) for between in (False, True)}
     seconds = {
-        "arithmetic": work / accelerator.peak_flops,
+        "arithmetic": (flops + repeated) / accelerator.peak_flops,
         # A training step reads and writes its memory at least once; a sampling step may only read it.
         "memory": (1 if sample else 2) * sum(memory.values()) * accelerators.GIB / accelerator.hbm_bandwidth,
         "interconnect": sent[False] / accelerator.ici_bandwidth,

@@ -19,7 +19,7 @@ from sedd_jax import config as configs
 from sedd_jax.data import batches
 from sedd_jax.diffusion import losses
 from sedd_jax.evaluation import likelihoods
-from sedd_jax.model import networks, objectives, optimizers, train_state
+from sedd_jax.model import networks, objectives, optimizers, train_state, work
 from sedd_jax.runtime import accelerators, errors, processes, sharding, storage
 from sedd_jax.sampling import generate, templates
 from sedd_jax.training import initial_weights, loss_curves, metric_writers
@@ -301,7 +301,9 @@ def _make_writer(
         unit=run.tokenizer.unit,
         work=metric_writers.Work(
             tokens=config.training.batch_size * config.data.length,
-            flops_per_token=run.network.flops_per_token(config.data.length),
+            flops_per_token=work.of_training(
+                run.network, work.head_share(run.network, run.process), 1, config.data.length
+            ).needed,
             peak_flops=None if accelerator is None else accelerator.peak_flops * mesh.size,
         ),
         stream=stream,

@@ -75,7 +75,7 @@ def test_equals_dense(case, size, monkeypatch):
         monkeypatch.setattr(score_losses, "LEAST_ROWS", 7)
     if size == "four products":
         monkeypatch.setattr(score_losses, "TILE_LOGITS", {"cpu": 1})
-    fits = score_losses._fits(case[0].config, BATCH * LENGTH)
+    fits = score_losses.fits(case[0].config, BATCH * LENGTH)
     assert fits == (size != "four products")
     if size == "many":
         assert score_losses._num_rows(case[0].config, BATCH * LENGTH) == 64
@@ -95,7 +95,7 @@ def test_cross_entropy_has_no_gradient(case):
     model, *inputs = case
     for one_pass in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(score_losses, "_fits", lambda *_, fits=one_pass: fits)
+            patch.setattr(score_losses, "fits", lambda *_, fits=one_pass: fits)
             loss = lambda params: score_losses.total(model.replace(params=params), *inputs).cross_entropy
             assert all(not leaf.any() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(model.params)))
 
@@ -118,7 +118,7 @@ def test_sharded_equals_unsharded(case, shape):
     devices = jax.devices()[: int(np.prod(shape))]
     mesh = sharding.make_mesh(sharding.MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]), devices)
     with jax.set_mesh(mesh):
-        assert score_losses._fits(model.config, features.shape[0] * LENGTH) == (shape[2] == 1)
+        assert score_losses.fits(model.config, features.shape[0] * LENGTH) == (shape[2] == 1)
         split = jax.device_put(model.params, sharding.tree_shardings(mesh, model.params))
         assert_near(run(model.replace(params=split), features), expected)
 

@@ -65,10 +65,10 @@ def test_figures_fit_together(compared, kind, batch_size):
     assert measured["batch_size"] == batch_size
     assert sorted(ours["all_seconds"])[1] == ours["seconds"] > 0
     assert ours["tokens_per_second"] == pytest.approx(16 * batch_size / ours["seconds"])
-    # 12 D^2 weights, 28 columns of the head, attention 12 D L. A sampling step counts a third of a training step.
-    per_token = (6 * (12 * 32**2 + 32 * 28) + 12 * 32 * 16) / (1 if kind == "train" else 3)
-    assert ours["flops_per_second"] == pytest.approx(per_token * ours["tokens_per_second"])
-    assert ours["utilization"] is None  # No peak is known of a CPU.
+    # 12 D^2 weights, 28 columns of the head at half of the positions, attention 12 D L; a third without gradients.
+    per_token = (6 * (12 * 32**2 + 32 * 28 / 2) + 12 * 32 * 16) / (1 if kind == "train" else 3)
+    assert ours["flops_per_second"] == pytest.approx(per_token * ours["tokens_per_second"], rel=1e-5)
+    assert ours["utilization"] is ours["hardware_utilization"] is None  # No peak is known of a CPU.
     assert ours["compile_seconds"] > 0
     assert ours["peak_bytes"] > 50e6
     assert published["seconds"] == 0.5
@@ -118,7 +118,7 @@ def test_a_published_program_that_fails_says_why_and_ours_goes_on(tmp_path, monk
         why = f"{kind} of the published program failed: {sys.executable}: No module named torch"
         assert f"WARNING: {why}" in out
         assert re.search(rf"^{kind} +ours ", out, re.MULTILINE)
-    assert "ratio" not in out
+    assert not re.search(r"^\w+ +ratio ", out, re.MULTILINE)
 
 
 def test_a_bug_of_ours_in_a_process_keeps_its_traceback():
