@@ -4,7 +4,10 @@ RUN = runs/quickstart
 # The extra of pyproject.toml that lets JAX see this machine's accelerator: [gpu], [tpu] or nothing.
 ACCELERATOR ?= $(shell if command -v nvidia-smi >/dev/null; then echo '[gpu]'; elif ls /dev/accel0 /dev/vfio/0 >/dev/null 2>&1; then echo '[tpu]'; fi)
 
-.PHONY: quickstart test
+# As many tests at a time as there are cores, but not too many for the memory; a test file stays in one process.
+PYTEST = .venv/bin/python -m pytest -n auto --maxprocesses=8 --dist loadfile
+
+.PHONY: quickstart test test-rest test-all
 
 quickstart: .venv/installed
 	.venv/bin/sedd train --config=configs/quickstart.py --workdir=$(RUN)
@@ -18,7 +21,14 @@ quickstart: .venv/installed
 	@echo "  .venv/bin/sedd train --help"
 
 test: .venv/installed-test
-	.venv/bin/python -m pytest
+	$(PYTEST)
+
+# What `make test` leaves out: many kills and processes, compilations for TPUs, job schedulers, browsers, more cases.
+test-rest: .venv/installed-test-all
+	$(PYTEST) -m slow
+
+test-all: .venv/installed-test-all
+	$(PYTEST) -m 'slow or not slow'
 
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
@@ -27,4 +37,8 @@ test: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	.venv/bin/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+.venv/installed-test-all: .venv/installed-test
+	.venv/bin/python -m pip install --quiet -e '.[test-all]'
 	touch $@

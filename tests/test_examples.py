@@ -3,11 +3,14 @@
 import json
 import runpy
 
+import pytest
+
 from tests.support import places
 
 EXAMPLES = places.REPOSITORY / "examples"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, capsys):
     content = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]

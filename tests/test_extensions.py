@@ -50,6 +50,7 @@ def test_a_run_trains_samples_and_is_evaluated_with_both(toy_run, capsys):
     assert len(_samples(capsys, toy_run, "--num_steps=2", "--grid=tuned")) == 8
 
 
+@pytest.mark.slow
 def test_a_sampler_takes_grids_corrector_steps_guidance_and_prompts(extended, code_run, capsys):
     more = ["--grid=cosine", "--corrector_steps=1", "--guidance=2", "--template=a = {5}"]
     found = _samples(capsys, code_run, "--sampler=toy", "--num_steps=2", *more)

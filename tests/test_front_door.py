@@ -87,6 +87,7 @@ def test_the_bound_of_held_out_text_is_that_of_the_command(opened, code_run, cap
     assert bound.bits_per_character == pytest.approx(found["bits_per_character"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_it_trains_from_fields_a_file_or_a_config_and_goes_on(code_run, tmp_path, capfd):
     fields = configs.to_dict(runs.load(code_run).config)
     run = sedd_jax.train(fields, tmp_path / "run")

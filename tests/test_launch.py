@@ -20,6 +20,9 @@ import yaml
 
 from tests.support import places
 
+# Job schedulers, and scripts in processes of their own.
+pytestmark = pytest.mark.slow
+
 ROOT = places.REPOSITORY
 PATH = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
 ODD = "--config.data.source=text:it's a $HOME/*.txt"  # A shell would change this if it parsed it again.

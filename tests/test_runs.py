@@ -219,6 +219,7 @@ def test_a_run_that_was_stopped_asks_to_be_started_again(step, status, tmp_path,
     assert call("train", f"--workdir={tmp_path}", "--config.training.num_steps=4")[0] == status
 
 
+@pytest.mark.slow
 def test_micro_batches_average_their_gradients_and_have_noise_of_their_own(source, tmp_path):
     short = {"num_steps": 1, "log_every": 1, "eval_every": 0, "sample_every": 0}
     norms = {}
@@ -232,6 +233,7 @@ def test_micro_batches_average_their_gradients_and_have_noise_of_their_own(sourc
     assert norms[4] != pytest.approx(norms[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_devices_train_and_evaluate_like_one(trained, source, tmp_path, monkeypatch):
     short = {"num_steps": 2, "log_every": 1, "eval_every": 2, "sample_every": 2}
     one = train.train(one_device_config(settings(source, **short)), tmp_path / "one", stream=io.StringIO())
@@ -249,6 +251,7 @@ def test_two_devices_train_and_evaluate_like_one(trained, source, tmp_path, monk
     )
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoint(source, tmp_path):
     workdir = tmp_path / "run"
     short = {"log_every": 1, "eval_every": 0, "sample_every": 0, "checkpoint_every": 1}

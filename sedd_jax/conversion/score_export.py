@@ -41,7 +41,8 @@ def export(tensors: Mapping[str, np.ndarray], network: networks.NetworkConfig, l
             value="stablehlo",
             remedy="pip install flatbuffers",
         )
-    network = dataclasses.replace(network, attention="plain")
+    # A rolled loop keeps the file small.
+    network = dataclasses.replace(network, attention="plain", layer_loop="rolled")
 
     def log_score(
         tensors: dict[str, jax.Array], tokens: Int[Array, "B L"], sigma: Float[Array, "B"]

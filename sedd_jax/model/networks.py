@@ -321,8 +321,11 @@ def _dropout(key: Key[Array, ""] | None, rate: float, x: Float[Array, "B L D"]) 
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0.0)
 
 
-def _is_unrolled(config: NetworkConfig, num_tokens: int) -> bool:
-    """Whether the loop over blocks is unrolled, for a batch of `num_tokens` tokens on all devices."""
+def _is_unrolled(config: NetworkConfig, num_tokens: Any) -> bool:
+    """Whether the loop over blocks is unrolled, for a batch of `num_tokens` tokens on all devices.
+
+    `jax.export` passes a symbol as the number of tokens; then `config.layer_loop` must not be "auto" on a GPU.
+    """
     if config.layer_loop != "auto":
         return config.layer_loop == "unrolled"
     if sharding.platform() == "cpu":

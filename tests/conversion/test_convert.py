@@ -14,8 +14,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is missing: pip install -e '.[test-all]'")
+
 import safetensors.numpy
-import torch
 
 from sedd_jax import config as configs
 from sedd_jax import runs
@@ -276,6 +278,7 @@ def run_python(code, without, cwd):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
+@pytest.mark.slow
 def test_safetensors_need_no_torch_and_pickles_say_that_they_do(published, tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "x.ckpt")
     code = """
@@ -299,6 +302,7 @@ def code_of(card, heading):
     return re.search(rf"## {heading}\n.*?```python\n(.*?)```", card, re.DOTALL)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "spec"), [("absorb_a", "ids:26"), ("uniform_a", "text8")])
 def test_the_card_shows_code_that_runs_with_torch_alone(tmp_path, name, spec):
     run_convert(GOLDEN / f"model_{name}", tmp_path / "out", to_format="torch", tokenizer=spec)

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="PyTorch is missing: pip install -e '.[test-all]'")
+
 import yaml
 
 from sedd_jax import runs

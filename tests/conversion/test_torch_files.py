@@ -9,10 +9,12 @@ import sys
 import zipfile
 
 import numpy as np
-import omegaconf
 import pytest
+
+omegaconf = pytest.importorskip("omegaconf", reason="OmegaConf is missing: pip install -e '.[test-all]'")
+torch = pytest.importorskip("torch", reason="PyTorch is missing: pip install -e '.[test-all]'")
+
 import safetensors.numpy
-import torch
 
 from sedd_jax.conversion import torch_files
 

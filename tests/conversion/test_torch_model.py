@@ -6,7 +6,9 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="PyTorch is missing: pip install -e '.[test-all]'")
+
 
 from sedd_jax.conversion import torch_model, torch_weights
 from sedd_jax.diffusion import graphs, noise_schedules

@@ -22,7 +22,7 @@ from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.data import detokenizers, prepare, shards
 from sedd_jax.runtime import errors, storage
-from tests.support import gcs_emulator, places
+from tests.support import gcs_emulator, places, slow
 
 SHARED = places.SHARED
 
@@ -113,7 +113,7 @@ def test_finished_text_is_never_written_again(tmp_path, source, capsys):
     assert (tmp_path / "out" / "header.json").stat() == before
 
 
-@pytest.mark.parametrize("told", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("told", slow.all_but([signal.SIGKILL], [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
 def test_what_is_interrupted_does_not_look_finished_and_begins_anew(tmp_path, told):
     (tmp_path / "train.txt").write_text("\f".join("some words to be cut " * 200 for _ in range(5000)))
     out = tmp_path / "out"

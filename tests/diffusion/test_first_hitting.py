@@ -14,7 +14,7 @@ from sedd_jax.diffusion import first_hitting, forward, graphs, noise_schedules, 
 from sedd_jax.model import networks
 from sedd_jax.runtime import sharding
 from sedd_jax.sampling import generate, refill, templates, trajectories
-from tests.support import oracles
+from tests.support import oracles, slow
 
 N = 3
 GRAPH = graphs.Absorbing(vocab_size=N, mask_id=N)
@@ -139,6 +139,7 @@ def settings(code_run):
     return run, run.sampling(sampler="first_hitting", num_steps=100, num_samples=8)
 
 
+@pytest.mark.slow
 def test_a_run_is_sampled_with_as_many_evaluations_as_gaps(settings):
     run, sampling = settings
     opened = run.restore()
@@ -156,7 +157,7 @@ def test_a_run_is_sampled_with_as_many_evaluations_as_gaps(settings):
         assert generate.draw_samples(opened, template, few, seed=0)[0].nfe == 4
 
 
-@pytest.mark.parametrize(("gap", "num_steps"), [(0, 100), (1, 100), (5, 3), (32, 20)])
+@pytest.mark.parametrize(("gap", "num_steps"), slow.all_but([(5, 3)], [(0, 100), (1, 100), (5, 3), (32, 20)]))
 def test_as_many_evaluations_are_taken_as_are_said(settings, gap, num_steps, monkeypatch):
     """Of refilled slots, which count what they take, as of batches, which know it beforehand."""
     run, sampling = settings
@@ -182,6 +183,7 @@ def test_as_many_evaluations_are_taken_as_are_said(settings, gap, num_steps, mon
     trajectories.make_programs.cache_clear()
 
 
+@pytest.mark.slow
 def test_watching_changes_nothing(settings):
     run, sampling = settings
     opened, template, shown = run.restore(), templates.parse(run, ""), []

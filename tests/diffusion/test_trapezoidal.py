@@ -147,6 +147,7 @@ def test_leaps_by_blocks_follow_the_rates_of_the_whole_array(name, draw, monkeyp
         assert oracles.chi_square_p(np.bincount(tokens[:, position], minlength=graph.num_states), distribution) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_run_is_sampled_in_two_evaluations_a_step(code_run):
     run = runs.load(code_run)
     opened, sampling = run.restore(), run.sampling(sampler="theta_trapezoidal", num_steps=3, num_samples=8)

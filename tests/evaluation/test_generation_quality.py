@@ -12,6 +12,7 @@ from sedd_jax.cli import main as cli
 from sedd_jax.evaluation import generation_quality, perplexity
 
 
+@pytest.mark.slow
 def test_all_held_out_text_has_the_perplexity_that_evaluation_finds(code_run, judge_run):
     num = runs.load(code_run).split("valid").num_sequences
     samples = generation_quality.Samples(num_samples=num, batch_size=16)

@@ -83,6 +83,7 @@ def test_the_command_prints_and_keeps_what_it_found(code_run, judge_run, capsys)
     assert "--infill=paper takes 100 tokens, the run's sequences have 32" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_baseline_continues_a_prompt_and_fills_nothing_else(judge_run):
     samples = generation_quality.Samples(num_samples=4)
     result = refilling.measure(judge_run, "4{28}", samples=samples)

@@ -40,6 +40,7 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
 
+@pytest.mark.slow
 def test_the_page_holds_every_result(run, judge_run, capsys):
     samples = generation_quality.Samples(num_samples=4, batch_size=4)
     bounds = [perplexity.evaluate(run, settings=perplexity.Settings(num_times=1, seed=seed)) for seed in (0, 1)]

@@ -107,6 +107,7 @@ def test_splash_kernel_interpreted_never_attends_to_padding(causal):
     assert_close(ours, expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_heads", [4, 3], ids=["heads split", "heads whole"])
 @pytest.mark.parametrize("batch", [4, 3], ids=["batch split", "batch whole"])
 def test_sharded_equals_unsharded(num_heads, batch):
@@ -242,6 +243,7 @@ def test_cudnn_on_a_gpu_equals_plain():
     run_python(ON_GPU)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu-plan]'"
 )

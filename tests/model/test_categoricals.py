@@ -10,7 +10,7 @@ from tests.support import oracles
 
 # One outcome of weight 1 and 50,000 of 1e-8 each: 1 draw in 2,000 is rare. Float32 Gumbel noise stops at 16.6, so an
 # outcome of odds below 6e-8 wins only where the common one's own noise is low: a small part of that.
-NUM_RARE, ODDS, NUM_DRAWS = 50_000, 1e-8, 12_000
+NUM_RARE, ODDS, NUM_DRAWS = 50_000, 1e-8, 6_000
 
 
 def count_rare(draw) -> int:
@@ -26,6 +26,7 @@ def test_draw_is_right_at_tiny_odds():
     assert expected / 3 < count_rare(categoricals.draw) < 2 * expected
 
 
+@pytest.mark.slow
 def test_float32_noise_is_wrong_at_tiny_odds():
     """What the test above would see if `draw` used the default noise; so it can fail."""
     rare = count_rare(lambda key, weights: jax.random.categorical(key, jnp.log(weights)))

@@ -10,7 +10,7 @@ import pytest
 from sedd_jax.diffusion import forward, graphs, noise_schedules, steps
 from sedd_jax.model import networks, score_draws, score_heads, tiles
 from sedd_jax.runtime import sharding
-from tests.support import oracles
+from tests.support import oracles, slow
 
 WIDTH, VOCAB, BATCH = 16, 300, 400
 JUMPS = {"euler": steps.euler, "tau_leaping": steps.tau_leaping, "tweedie": steps.tweedie}
@@ -52,7 +52,7 @@ def problem(graph: graphs.Graph, normalized: bool = False):
 
 @pytest.mark.parametrize("draw", sorted(score_draws.DRAWS))
 @pytest.mark.parametrize("jump", [*sorted(JUMPS), "denoise"])
-@pytest.mark.parametrize("name", sorted(GRAPHS))
+@pytest.mark.parametrize("name", slow.all_but(["absorb", "uniform"], sorted(GRAPHS)))
 def test_draws_follow_the_weights_of_the_whole_array(name, jump, draw):
     graph = GRAPHS[name]
     model, features, xt = problem(graph, name == "normalised")
@@ -103,6 +103,7 @@ def test_a_block_and_its_state_are_right_at_tiny_odds():
     assert abs(count - expected) < 5 * expected**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("batch", [BATCH, 3], ids=["divided", "whole"])
 def test_draws_are_the_same_on_every_mesh(shape, batch):

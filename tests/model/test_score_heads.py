@@ -8,19 +8,25 @@ import pytest
 from sedd_jax.diffusion import scores
 from sedd_jax.model import networks, score_heads, tiles
 from sedd_jax.runtime import sharding
+from tests.support import slow
 
 BATCH, LENGTH, WIDTH = 3, 12, 16
 SIGMA = jnp.array([1e-3, 0.7, 6.0])
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(201, True, False), (201, False, False), (256, False, False), (201, True, True)],
-    ids=["scaled", "unscaled", "without padding", "normalised"],
-)
+# Number of states, whether scores are scaled, whether they are normalised.
+HEADS = {
+    "scaled": (201, True, False),
+    "unscaled": (201, False, False),
+    "without padding": (256, False, False),
+    "normalised": (201, True, True),
+}
+
+
+@pytest.fixture(scope="module", params=slow.all_but(["scaled", "normalised"], HEADS))
 def head(request):
     """A network's head with random weights (padding included), features, and tokens."""
-    num_states, scaled, normalized = request.param
+    num_states, scaled, normalized = HEADS[request.param]
     config = networks.NetworkConfig(
         num_states=num_states, hidden_size=WIDTH, scale_by_sigma=scaled, normalize=normalized, dtype="float32"
     )

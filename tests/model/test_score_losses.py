@@ -10,6 +10,7 @@ import pytest
 from sedd_jax.diffusion import graphs, losses, scores
 from sedd_jax.model import autoregression, networks, score_heads, score_losses
 from sedd_jax.runtime import sharding
+from tests.support import slow
 
 BATCH, LENGTH, WIDTH, NUM_TOKENS = 4, 24, 16, 200
 CASES = {
@@ -21,7 +22,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES, ids=CASES)
+@pytest.fixture(scope="module", params=slow.all_but(["absorb", "uniform"], CASES), ids=CASES)
 def case(request):
     """A model, features, noised tokens, which positions count, and the bounds of a position."""
     graph = graphs.GRAPHS[request.param.partition(",")[0] if request.param != "autoregressive" else "absorb"]
@@ -82,6 +83,7 @@ def test_equals_dense(case, size, monkeypatch):
     assert_near(value_and_gradients(score_losses.total, *case), value_and_gradients(dense, *case))
 
 
+@pytest.mark.slow
 def test_nothing_needed_is_no_loss(case):
     model, features, noised, is_needed, bounds_fn = case
     found, *gradients = value_and_gradients(
@@ -100,6 +102,7 @@ def test_cross_entropy_has_no_gradient(case):
             assert all(not leaf.any() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(model.params)))
 
 
+@pytest.mark.slow
 def test_bfloat16_deviates_by_its_rounding(case):
     """Features of 2^-9 and logits of ten or so: scores are off by 2 %, rarely 5."""
     model, features, *inputs = case
@@ -108,17 +111,18 @@ def test_bfloat16_deviates_by_its_rounding(case):
     assert_near(ours, expected, 0.05)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 4, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", slow.all_but(["2x2x2"], ["8x1x1", "1x4x1", "2x2x2"]))
 def test_sharded_equals_unsharded(case, shape):
     model, features, noised, is_needed, bounds_fn = case
     double = lambda x: jnp.concatenate([x, x])
     features, noised, is_needed = jax.tree.map(double, (features, noised, is_needed))
+    sizes = [int(size) for size in shape.split("x")]
     run = lambda model, features: value_and_gradients(score_losses.total, model, features, noised, is_needed, bounds_fn)
     expected = run(model, features)
-    devices = jax.devices()[: int(np.prod(shape))]
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]), devices)
+    devices = jax.devices()[: int(np.prod(sizes))]
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]), devices)
     with jax.set_mesh(mesh):
-        assert score_losses.fits(model.config, features.shape[0] * LENGTH) == (shape[2] == 1)
+        assert score_losses.fits(model.config, features.shape[0] * LENGTH) == (sizes[2] == 1)
         split = jax.device_put(model.params, sharding.tree_shardings(mesh, model.params))
         assert_near(run(model.replace(params=split), features), expected)
 

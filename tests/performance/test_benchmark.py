@@ -107,6 +107,7 @@ def test_a_system_without_such_counts_says_nothing(monkeypatch):
     assert math.isnan(benchmark._busy_ticks())
 
 
+@pytest.mark.slow
 def test_a_published_program_that_fails_says_why_and_ours_goes_on(tmp_path, monkeypatch, capsys):
     (tmp_path / "graph_lib.py").touch()
     (tmp_path / "broken.py").write_text("import sys; sys.exit('No module named torch')")

@@ -15,6 +15,9 @@ from sedd_jax.performance import collectives
 from sedd_jax.runtime import sharding
 from sedd_jax.training import train
 
+# Compiles steps for many meshes.
+pytestmark = pytest.mark.slow
+
 
 def compiled(fn, in_specs, out_specs, *shapes):
     """HLO of fn, which each of 8 devices runs on its shard."""

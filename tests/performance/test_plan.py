@@ -14,6 +14,9 @@ from sedd_jax.cli import main as cli
 from sedd_jax.performance import plan as program
 from sedd_jax.runtime import errors
 
+# Compiles for TPUs, in processes of their own.
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu-plan]'"
 )

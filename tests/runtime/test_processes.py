@@ -118,12 +118,14 @@ def assert_close(workdir, other):
     np.testing.assert_allclose(params["embedding"], expected["embedding"], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(alone, together):
     assert_close(together, alone)
     assert sorted(path.name for path in together.iterdir()) == sorted(path.name for path in alone.iterdir())
     assert (together / "samples" / "00000016.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_tensor_axis_that_crosses_processes_and_sigterm_to_one_of_four(place, alone):
     """Four processes start a run and stop when one gets SIGTERM. One process on another mesh finishes the run."""
     workdir = place / "four"
@@ -138,6 +140,7 @@ def test_a_tensor_axis_that_crosses_processes_and_sigterm_to_one_of_four(place, 
     assert_close(workdir, alone)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_two_goes_on_bit_for_bit(place, together):
     workdir = place / "stopped"
     statuses, err, _ = train(place, workdir, 2, (2, 2, 2), stop_at="step 3/", **NO_SAMPLES)
@@ -150,6 +153,7 @@ def test_a_stopped_run_of_two_goes_on_bit_for_bit(place, together):
     np.testing.assert_array_equal(params["head_kernel"], expected["head_kernel"])
 
 
+@pytest.mark.slow
 def test_prompts_of_two_processes_are_those_of_one_and_go_on_after_a_stop(place, together):
     prompts = place / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"template": f"ab{{{n}}}ba"}) + "\n" for n in (8, 4, 12, 2, 6)))
@@ -172,6 +176,7 @@ def test_prompts_of_two_processes_are_those_of_one_and_go_on_after_a_stop(place,
     assert sorted(json.loads(line)["index"] for line in again) == list(range(5))
 
 
+@pytest.mark.slow
 def test_what_fails_in_the_first_process_ends_the_others(place):
     statuses, err, others = train(place, place / "none", 2, (8, 1, 1), **{"data.tokenizer": "gpt3"})
     assert statuses == [1, 1]

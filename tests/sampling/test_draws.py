@@ -72,6 +72,7 @@ def test_what_is_drawn_at_once_has_the_joint_distribution_of_texts_that_match(pr
     assert oracles.chi_square_p(counts, distribution / distribution.sum()) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
 def test_gaps_of_a_run_match_their_patterns(code_run, sampler):
     run = runs.load(code_run)

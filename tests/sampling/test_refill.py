@@ -125,6 +125,7 @@ def test_padded_lengths_are_few():
     assert refill.padded_length(5, 32) == 32
 
 
+@pytest.mark.slow
 def test_templates_of_other_padded_lengths_are_batches_of_their_own(opened, network, monkeypatch):
     monkeypatch.setattr(refill, "SHORTEST", 8)
     _, texts = draw(opened, ["a{3}", "b = {12}", "a = {4}"], fit=True)

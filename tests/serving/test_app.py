@@ -211,6 +211,7 @@ def test_the_runs_own_settings_are_offered_and_hide_no_others(opened):
     assert found == usual
 
 
+@pytest.mark.slow
 def test_uniform_states_show_what_changes(uniform):
     assert "first_hitting" not in requests.settings_of(uniform.checkpoint.run)[0].choices
     with _serving(uniform) as url:
@@ -230,6 +231,7 @@ def test_uniform_states_show_what_changes(uniform):
         assert "must be one of tweedie, euler, tau_leaping" in message
 
 
+@pytest.mark.slow
 def test_a_baseline_draws_after_text_and_takes_no_sampler(judge_run, capsys):
     with _serving(requests.open_run(judge_run, None)) as url:
         with urllib.request.urlopen(f"{url}/api/run") as response:
@@ -277,6 +279,7 @@ def test_pieces_are_the_text_wherever_characters_are_cut(opened, tokenizer):
 # Many at once
 
 
+@pytest.mark.slow
 def test_64_requests_at_once_are_all_served_and_memory_stays(server, opened):
     process, url = server
     templates = [f"a = {{{1 + seed % 5}}}\nb = {{4}}" for seed in range(64)]
@@ -564,6 +567,7 @@ def _shown(page, kind, column=0):
     return "".join(page.locator(".column").nth(column).locator(f"pre .{kind}").all_text_contents())
 
 
+@pytest.mark.slow
 def test_the_page_fills_a_gap_and_goes_back(server, page, opened):
     page.goto(server[1])
     page.fill("#template", TEMPLATE)
@@ -589,6 +593,7 @@ def test_the_page_fills_a_gap_and_goes_back(server, page, opened):
     assert page.locator("pre").all_text_contents() == [text]
 
 
+@pytest.mark.slow
 def test_a_link_brings_two_samplers_back_side_by_side(server, page, browser, opened, capsys):
     page.goto(server[1])
     page.fill("#template", TEMPLATE)
@@ -632,6 +637,7 @@ def test_the_page_says_what_is_wrong_and_recovers(server, browser):
         assert page.get_by_role("alert").all_text_contents() == [""] * page.get_by_role("alert").count()
 
 
+@pytest.mark.slow
 def test_closing_the_page_stops_the_draw(held, page, browser):
     url, emitted, left, goes_on = held
     page.goto(url)
@@ -654,6 +660,7 @@ def test_closing_the_page_stops_the_draw(held, page, browser):
     assert (1, "done") not in emitted
 
 
+@pytest.mark.slow
 def test_nothing_is_typed_before_the_run_is_known(server, page):
     held = []
     page.route("**/api/run", lambda route: held.append(route))  # playwright sets attributes on what it is given
@@ -665,6 +672,7 @@ def test_nothing_is_typed_before_the_run_is_known(server, page):
     assert page.input_value("#template") == TEMPLATE
 
 
+@pytest.mark.slow
 def test_text_is_no_markup(uniform, page):
     with _serving(uniform) as url:
         page.goto(url)
@@ -674,6 +682,7 @@ def test_text_is_no_markup(uniform, page):
         assert page.locator("img").count() == 0
 
 
+@pytest.mark.slow
 def test_a_narrow_page_stands_below_itself(server, page):
     page.set_viewport_size({"width": 360, "height": 740})
     page.goto(server[1])

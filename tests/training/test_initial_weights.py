@@ -69,6 +69,7 @@ def test_other_tokens_get_a_fresh_embedding_and_head(code_run, fine_tune, tmp_pa
     assert "its tokens are others (characters there, bytes here), so embedding and head are fresh" in said
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_its_source(fine_tune, tmp_path, code_run):
     """A run reads the source once. When it resumes, it does not need it."""
     config = fine_tune(**{"training.num_steps": 3, "training.checkpoint_every": 2})
