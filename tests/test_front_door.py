@@ -48,6 +48,7 @@ def test_it_fills_each_template_once_in_the_order_given(opened):
     assert opened.infill("a = {3}", num_steps=4, num_samples=8, fit=True)[0].startswith("a = ")
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_text_is_exact_for_the_baseline(judge_run):
     run = sedd_jax.open(judge_run)
     text = "a = 1\nb = 22\n" * 4  # A window of the model's length, and a shorter one.

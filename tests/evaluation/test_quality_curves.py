@@ -28,6 +28,7 @@ def run(code_run, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_points_are_those_of_single_measurements(run, judge_run, capsys):
     assert cli.main(["eval", f"--workdir={run}", f"--judge={judge_run}", *ARGUMENTS, "--json"]) == 0
     *printed, last = capsys.readouterr().out.splitlines()

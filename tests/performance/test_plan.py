@@ -15,11 +15,12 @@ from sedd_jax.performance import plan as program
 from sedd_jax.runtime import errors
 
 # Compiles for TPUs, in processes of their own.
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu-plan]'"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu-plan]'"
+    ),
+]
 SMALL = (
     "--config.network.hidden_size=256",
     "--config.network.num_layers=4",

@@ -104,6 +104,7 @@ def test_a_bad_line_is_named(code_run, tmp_path, line, message):
         prompts.read(runs.load(code_run), file)
 
 
+@pytest.mark.slow
 def test_an_autoregressive_run_refuses_text_after_a_gap_before_anything_is_drawn(judge_run, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"template": "a{3}"}\n{"template": "a{3}b"}\n')
