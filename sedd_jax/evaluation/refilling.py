@@ -150,12 +150,12 @@ def _mauve(
     run: runs.Run, judge: judges.Judge, real: Int[np.ndarray, "S W"], draws: list[Int[np.ndarray, "S W"]]
 ) -> dict[str, Any]:
     """MAUVE (Pillutla et al. 2021) of each draw's windows against the real ones, with features of the judge."""
+    if len(real) < _WINDOWS_FOR_MAUVE:
+        return {"without_mauve": f"it takes {_WINDOWS_FOR_MAUVE} windows (--num_samples)"}
     try:
         import mauve
     except ImportError:
         return {"without_mauve": "mauve-text is missing: pip install 'sedd_jax[mauve]'"}
-    if len(real) < _WINDOWS_FOR_MAUVE:
-        return {"without_mauve": f"it takes {_WINDOWS_FOR_MAUVE} windows (--num_samples)"}
     features = lambda rows: judge.features(judge.tokens(run, rows))
     of_real = features(real)
     found = [mauve.compute_mauve(p_features=of_real, q_features=features(filled)).mauve for filled in draws]
