@@ -15,13 +15,11 @@ from sedd_jax.model import networks, score_heads, score_losses
 from sedd_jax.runtime import errors
 
 
-def log_likelihood(
-    model: networks.Model, x0: Int[Array, "B L"], graph: graphs.Graph, dropout_key: Key[Array, ""] | None = None
-) -> Float[Array, "B L"]:
+def log_likelihood(model: networks.Model, x0: Int[Array, "B L"], graph: graphs.Graph) -> Float[Array, "B L"]:
     """log p(x0_l | x0_1, ..., x0_{l-1}) of every token, in nats."""
     masks = _masks(x0, graph)
     inputs, sigma = _inputs(x0, masks)
-    found = networks.apply(model, inputs, sigma, dropout_key)
+    found = networks.apply(model, inputs, sigma)
     summary = score_heads.summarize(model, found, masks, x0, sigma, jnp.ones_like(x0, bool))
     return summary.at_x0 - summary.logsumexp
 

@@ -38,30 +38,16 @@ def mean_bounds(
 
 
 def sequence_bounds(
-    key: Key[Array, ""],
-    model: networks.Model,
-    process: forward.Process,
-    x0: Int[Array, "B L"],
-    t: Float[Array, "B"],
-    dropout_key: Key[Array, ""] | None = None,
+    key: Key[Array, ""], model: networks.Model, process: forward.Process, x0: Int[Array, "B L"], t: Float[Array, "B"]
 ) -> losses.Bounds:
-    """Bounds on -log p(x0) of each sequence, in nats, for one draw of noise at times t.
+    """Bounds on -log p(x0) of each sequence, in nats, for one draw of noise at times t and without dropout.
 
-    For the autoregressive baseline both are -log p(x0) itself,
-    whatever the noise and the time.
-
-    Args:
-        key: key of the noise.
-        model: the network.
-        process: the forward process.
-        x0: clean tokens.
-        t: time of each sequence.
-        dropout_key: key of dropout; None turns dropout off.
+    For the autoregressive baseline both are -log p(x0) itself, whatever the noise and the time.
     """
     if model.config.causal:
-        exact = -autoregression.log_likelihood(model, x0, process.graph, dropout_key).sum(-1)
+        exact = -autoregression.log_likelihood(model, x0, process.graph).sum(-1)
         return losses.Bounds(score_entropy=exact, cross_entropy=exact)
-    return losses.denoising_score_entropy(key, summary_fn(model, process, dropout_key), process, x0, t)
+    return losses.denoising_score_entropy(key, summary_fn(model, process), process, x0, t)
 
 
 def sequence_reconstruction(
@@ -77,13 +63,11 @@ def sequence_reconstruction(
     return process.graph.reconstruction(summary, sigma, xt, x0).sum(-1)
 
 
-def summary_fn(
-    model: networks.Model, process: forward.Process, dropout_key: Key[Array, ""] | None = None
-) -> losses.SummaryFn:
+def summary_fn(model: networks.Model, process: forward.Process) -> losses.SummaryFn:
     """The network as a loss calls it: (xt, x0, sigma) -> `scores.ScoreSummary`, three numbers per position."""
 
     def summarize(xt: Int[Array, "B L"], x0: Int[Array, "B L"], sigma: Float[Array, "B"]) -> scores.ScoreSummary:
-        features = networks.apply(model, xt, sigma, dropout_key)
+        features = networks.apply(model, xt, sigma)
         return score_heads.summarize(model, features, xt, x0, sigma, process.graph.is_noise(xt))
 
     return summarize
