@@ -250,7 +250,8 @@ def test_shards_in_a_bucket_are_read_by_range(tmp_path, source, characters, monk
         here, there = (batches.open_split(directory, "train", 5, tokenizer=characters) for directory in (packed, place))
         asked.clear()
         assert np.array_equal(there.batch(2, batch_size=4, seed=0), here.batch(2, batch_size=4, seed=0))
-        assert 4 <= len([path for path in asked if "train-" in path]) <= 8
+        # Downloads only: gcsfs drops a listing that it no longer needs, and such a request may still arrive here.
+        assert 4 <= len([path for path in asked if path.startswith("/download") and "train-" in path]) <= 8
         assert np.array_equal(there.sequences(), here.sequences())
         assert not local.exists()
         shards.link(tmp_path / "run" / "data", place)
