@@ -1,16 +1,18 @@
 """A strict harness: eight CPU devices and checked shapes; rank promotion, key reuse and warnings are errors."""
 
-import importlib.metadata
 import os
 import shutil
 import subprocess
+import tempfile
+
+from tests.support import compiling
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests spend most of their time compiling, so compilation optimises less.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # The older of its two code generators compiles three times as fast; later versions have only the newer one.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = compiling.flags(num_devices=8)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Workers, and the processes that tests start, share what they compile until the last test has ended.
+    _compiled = tempfile.TemporaryDirectory(prefix="sedd-compiled-")
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 import jax
 import jaxtyping

@@ -99,12 +99,14 @@ def read_hf(spec: str) -> documents.Corpus:
         raise errors.UserError(f"hf:{spec} names no owner", remedy="give one as in hf:OWNER/NAME")
     dataset, _, config = rest.partition("/")
     repository = f"{owner}/{dataset}"
-    if not pathlib.Path(repository).is_dir() and not _answers(os.environ.get("HF_ENDPOINT", _HF)):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # Cached datasets still load, and others fail at once.
     try:
         import datasets
+        import huggingface_hub
     except ImportError as error:
         raise errors.UserError(f"hf:{spec} needs the package datasets", remedy="pip install 'sedd_jax[hf]'") from error
+    if not pathlib.Path(repository).is_dir() and not _answers(os.environ.get("HF_ENDPOINT", _HF)):
+        # Cached datasets still load, and others fail at once. Both packages read HF_HUB_OFFLINE only when imported.
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         sources: Any = datasets.load_dataset(repository, config or None)
     except (OSError, ValueError, RuntimeError) as error:

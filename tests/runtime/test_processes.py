@@ -40,7 +40,7 @@ NO_SAMPLES = {"training.sample_every": 0}  # Saves the compilation of the sampli
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with text and a compilation cache for later processes."""
+    """A directory with text."""
     directory = tmp_path_factory.mktemp("processes")
     small_runs.write_letters(directory, 5_000)
     return directory
@@ -54,7 +54,7 @@ def started(place, num_processes, *arguments):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "sedd_jax", *arguments]
     command += [f"--num_processes={num_processes}", f"--coordinator_address=localhost:{port}"]
-    environment = small_runs.environment(place / "compiled", 8 // num_processes)
+    environment = small_runs.environment(8 // num_processes)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     children = [
         subprocess.Popen([*command, f"--process_id={number}"], env=environment, **pipes)

@@ -24,7 +24,6 @@ import urllib.request
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import sedd_jax.serving
 from sedd_jax import config as configs
@@ -48,21 +47,7 @@ def opened(code_run):
     return requests.open_run(code_run, None)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Where servers and this process keep what they compile, which is most of their time, for each other."""
-    directory = tmp_path_factory.mktemp("compiled")
-    changed = {"jax_compilation_cache_dir": str(directory), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in changed}
-    for values in (changed, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is changed:
-            yield directory
-
-
-def _start(code_run, compiled, *arguments):
+def _start(code_run, *arguments):
     """The process of `sedd serve`, which computes exactly as this one, and the address that it printed."""
     # Where these tests run in the background SIGINT is ignored, and so it would be there.
     code = (
@@ -70,15 +55,15 @@ def _start(code_run, compiled, *arguments):
         "from sedd_jax.cli import main; sys.argv[0] = 'sedd'; main.run()"
     )
     command = [sys.executable, "-c", code, "serve", f"--workdir={code_run}", "--port=0", *arguments]
-    environment, here = small_runs.environment(compiled, len(jax.devices())), places.REPOSITORY
+    environment, here = small_runs.environment(len(jax.devices())), places.REPOSITORY
     process = subprocess.Popen(command, env=environment, cwd=here, stdout=subprocess.PIPE)
     return process, process.stdout.readline().decode().strip()
 
 
 @pytest.fixture(scope="module")
-def server(code_run, compiled):
+def server(code_run):
     """A server in a process of its own: process and address."""
-    process, url = _start(code_run, compiled)
+    process, url = _start(code_run)
     yield process, url
     process.terminate()
     process.communicate()
@@ -523,8 +508,8 @@ def test_without_the_extra_it_says_what_to_install(code_run, capsys, monkeypatch
     assert "pip install 'sedd_jax[serve]'" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_it_while_it_draws(code_run, compiled):
-    process, url = _start(code_run, compiled, "--host=localhost")
+def test_ctrl_c_ends_it_while_it_draws(code_run):
+    process, url = _start(code_run, "--host=localhost")
     with process:
         assert url.startswith("http://localhost:")
         with urllib.request.urlopen(f"{url}/api/draw?num_steps=4096", timeout=60) as response:

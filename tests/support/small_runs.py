@@ -5,6 +5,8 @@ import os
 
 import numpy as np
 
+from tests.support import compiling
+
 
 def write_letters(directory, size):
     """Files train.txt, valid.txt and test.txt of random letters; the source that names them."""
@@ -14,14 +16,9 @@ def write_letters(directory, size):
     return f"text:{directory}/{{split}}.txt"
 
 
-def environment(compiled, num_devices=1):
-    """For a process with CPU devices that optimises little and keeps every compiled program in a directory."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=1",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment(num_devices=1):
+    """For a process with CPU devices. It shares the compiled programs of this test run."""
+    return os.environ | {"XLA_FLAGS": compiling.flags(num_devices)}
 
 
 def without_speed(metrics):

@@ -1,6 +1,6 @@
 """A run that is killed many times, also during saves, ends with the weights of one that was never stopped.
 
-Each life is a real process of `sedd train`. Processes share a cache of compiled programs.
+Each life is a real process of `sedd train`.
 """
 
 import json
@@ -17,9 +17,9 @@ import pytest
 
 from sedd_jax import runs
 from sedd_jax.evaluation import perplexity
-from tests.support import gcs_emulator, slow, small_runs
+from tests.support import gcs_emulator, small_runs
 
-NUM_KILLS = 20
+FEW, MANY = 2, 20  # kills
 SETTINGS = {
     "data.length": 16,
     "network.hidden_size": 32,
@@ -27,7 +27,7 @@ SETTINGS = {
     "network.num_heads": 2,
     "network.cond_dim": 16,
     "network.dtype": "float32",
-    "training.num_steps": 3 * NUM_KILLS,
+    "training.num_steps": 18,
     "training.batch_size": 8,
     "training.log_every": 1,
     "training.eval_every": 0,
@@ -44,10 +44,13 @@ def place(tmp_path_factory):
     return directory
 
 
+LONG = {"training.num_steps": 3 * MANY}
+
+
 def start(place, workdir, *arguments, variables=None, **settings):
     values = SETTINGS | {"data.source": f"text:{place}/{{split}}.txt"} | settings
     command = [sys.executable, "-m", "sedd_jax", "train", f"--workdir={workdir}", *arguments]
-    environment = small_runs.environment(place / "compiled") | (variables or {})
+    environment = small_runs.environment() | (variables or {})
     command += [f"--config.{name}={value}" for name, value in values.items()]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -61,9 +64,18 @@ def train(*arguments, **settings):
 
 @pytest.fixture(scope="module")
 def uninterrupted(place):
+    """The directory of a run of 18 steps."""
     status, err = train(place, place / "uninterrupted")
     assert status == 0, err
     return place / "uninterrupted"
+
+
+@pytest.fixture(scope="module")
+def long_uninterrupted(place):
+    """The directory of a run of 60 steps."""
+    status, err = train(place, place / "long_uninterrupted", **LONG)
+    assert status == 0, err
+    return place / "long_uninterrupted"
 
 
 def assert_same_run(workdir, expected):
@@ -90,49 +102,65 @@ def live_and_die(child, generator, workdir, how):
     return saving
 
 
-@pytest.mark.parametrize("num_kills", slow.all_but([2], [2, NUM_KILLS]))
-def test_kills_change_nothing(place, uninterrupted, num_kills):
-    workdir, generator = place / f"killed{num_kills}", random.Random(0)
-    endings, during_saves = [], 0
+def kill_often(place, workdir, num_kills, settings):
+    """Kills a run, then lets it finish. Returns whether a save was in progress each time."""
+    generator, endings, during_saves = random.Random(0), [], []
     for number in range(num_kills):
-        child = start(place, workdir)
-        during_saves += live_and_die(child, generator, workdir, (signal.SIGTERM, signal.SIGKILL)[number % 2])
+        child = start(place, workdir, **settings)
+        during_saves.append(live_and_die(child, generator, workdir, (signal.SIGTERM, signal.SIGKILL)[number % 2]))
         endings.append(child.returncode)
     # A run that had finished early would have been killed fewer times.
     assert 0 not in endings
     assert endings.count(75) >= num_kills // 4
     assert endings.count(-signal.SIGKILL) == num_kills // 2
-    assert during_saves >= 1 or num_kills < NUM_KILLS
-    status, err = train(place, workdir)
+    status, err = train(place, workdir, **settings)
     assert status == 0, err
     assert f"resumed {workdir}" in err
-    assert_same_run(workdir, uninterrupted)
-    # No partial files are left.
-    assert sorted(path.name for path in workdir.iterdir()) == sorted(path.name for path in uninterrupted.iterdir())
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["58", "60"]
+    return during_saves
+
+
+def assert_nothing_is_left(place, workdir, expected, checkpoints):
+    """No partial files."""
+    assert sorted(path.name for path in workdir.iterdir()) == sorted(path.name for path in expected.iterdir())
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == checkpoints
     assert not [path for path in place.iterdir() if "partial" in path.name]
+
+
+def test_kills_change_nothing(place, uninterrupted):
+    workdir = place / "killed"
+    kill_often(place, workdir, FEW, {})
+    assert_same_run(workdir, uninterrupted)
+    assert_nothing_is_left(place, workdir, uninterrupted, ["16", "18"])
+
+
+@pytest.mark.slow
+def test_many_kills_change_nothing(place, long_uninterrupted):
+    workdir = place / "killed often"
+    assert any(kill_often(place, workdir, MANY, LONG))
+    assert_same_run(workdir, long_uninterrupted)
+    assert_nothing_is_left(place, workdir, long_uninterrupted, ["58", "60"])
 
 
 def test_a_damaged_checkpoint_is_used_by_nobody_and_the_one_before_only_when_told(place, uninterrupted):
     workdir = place / "damaged"
     shutil.copytree(uninterrupted, workdir)
-    largest = max((workdir / "checkpoints" / "60" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    largest = max((workdir / "checkpoints" / "18" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     status, err = train(place, workdir)
     assert status == 1
-    assert err.startswith(f"sedd train: checkpoint {workdir}/checkpoints/60 is damaged or cannot be read (")
-    assert err.endswith("--step=58 uses the one before it\n")
+    assert err.startswith(f"sedd train: checkpoint {workdir}/checkpoints/18 is damaged or cannot be read (")
+    assert err.endswith("--step=16 uses the one before it\n")
     assert err.count("\n") == 1
-    status, err = train(place, workdir, "--step=58")
+    status, err = train(place, workdir, "--step=16")
     assert status == 0, err
-    assert f"resumed {workdir} at step 58" in err
+    assert f"resumed {workdir} at step 16" in err
     assert_same_run(workdir, uninterrupted)
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_run_and_names_the_last_good_step(place, uninterrupted, small_disk):
+def test_a_full_disk_stops_the_run_and_names_the_last_good_step(place, long_uninterrupted, small_disk):
     workdir = small_disk / "run"
-    status, err = train(place, workdir, **{"training.keep_checkpoints": 40})
+    status, err = train(place, workdir, **LONG, **{"training.keep_checkpoints": 40})
     assert status == 1
     last = err.splitlines()[-1]
     assert last.startswith("sedd train: ")
@@ -143,18 +171,18 @@ def test_a_full_disk_stops_the_run_and_names_the_last_good_step(place, uninterru
     # The lines before are progress of the run.
     assert all(line.startswith("step ") for line in err.splitlines()[:-1])
     subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
-    status, err = train(place, workdir, **{"training.keep_checkpoints": 40})
+    status, err = train(place, workdir, **LONG, **{"training.keep_checkpoints": 40})
     assert status == 0, err
     assert f"resumed {workdir} at step {newest}" in err
-    assert_same_run(workdir, uninterrupted)
+    assert_same_run(workdir, long_uninterrupted)
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_survives_the_loss_of_its_machine(place, uninterrupted, tmp_path):
+def test_a_run_in_a_bucket_survives_the_loss_of_its_machine(place, long_uninterrupted, tmp_path):
     with gcs_emulator.Server("bucket") as server:
         # Each machine keeps its local copy of the run in its cache.
         first, second = (server.environment() | {"XDG_CACHE_HOME": str(tmp_path / name)} for name in ("one", "two"))
-        workdir, seldom = "gs://bucket/runs/mine", {"training.checkpoint_every": 20}
+        workdir, seldom = "gs://bucket/runs/mine", LONG | {"training.checkpoint_every": 20}
         child = start(place, workdir, variables=first, **seldom)
         wait_for_steps(child, 45)
         child.kill()
@@ -165,16 +193,16 @@ def test_a_run_in_a_bucket_survives_the_loss_of_its_machine(place, uninterrupted
         assert status == 0, err
         assert f"resumed {workdir} at step" in err
         assert small_runs.without_speed(server.blobs["runs/mine/metrics.jsonl"].data.decode()) == small_runs.logged(
-            uninterrupted
+            long_uninterrupted
         )
         names = {name.split("/")[2] for name in server.blobs}
-        assert names == {path.name for path in uninterrupted.iterdir()}
+        assert names == {path.name for path in long_uninterrupted.iterdir()}
         command = [sys.executable, "-m", "sedd_jax", "eval", f"--workdir={workdir}", "--num_times=1", "--json"]
-        environment = small_runs.environment(place / "compiled") | first
+        environment = small_runs.environment() | first
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    expected = perplexity.evaluate(uninterrupted, settings=perplexity.Settings(num_times=1))
+    expected = perplexity.evaluate(long_uninterrupted, settings=perplexity.Settings(num_times=1))
     assert found["workdir"] == workdir
     assert found["step"] == expected["step"]
     assert found["score_entropy"] == pytest.approx(expected["score_entropy"], rel=1e-4)
