@@ -14,6 +14,7 @@ import pytest
 from sedd_jax import checkpoints
 from sedd_jax.model import train_state
 from sedd_jax.runtime import sharding
+from tests.support import slow
 
 # After a failure Python also reports exceptions in leftover threads of Orbax.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -146,7 +147,7 @@ def damage(path, how):
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "flipped"])
+@pytest.mark.parametrize("how", slow.all_but(["flipped"], ["missing", "truncated", "flipped"]))
 def test_damage_is_found_and_the_one_before_named(saved_twice, tmp_path, how):
     """Whichever file is damaged, an error names the checkpoint, or the file held nothing that matters.
 

@@ -26,6 +26,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, capsys):
     assert "'The " in printed
 
 
+@pytest.mark.slow
 def test_the_script_trains_fills_gaps_and_bounds(tmp_path, capsys):
     main = runpy.run_path(str(EXAMPLES / "train_and_infill.py"))["main"]
     main(str(tmp_path / "run"), num_steps=2)

@@ -37,6 +37,7 @@ def _samples(capsys, workdir, *flags):
     return json.loads(printed.out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_run_trains_samples_and_is_evaluated_with_both(toy_run, capsys):
     found = _samples(capsys, toy_run, "--num_steps=3")
     assert {(one["sampler"], one["num_steps"], one["nfe"]) for one in found} == {("toy", 3, 7)}

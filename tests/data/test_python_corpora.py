@@ -36,6 +36,7 @@ def test_python_docs_keep_a_small_alphabet():
     assert " \n" not in text
 
 
+@pytest.mark.slow
 def test_python_docs_are_the_same_in_another_process():
     command = (
         "import hashlib; from sedd_jax.data import python_corpora; "

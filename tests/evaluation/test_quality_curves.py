@@ -85,6 +85,7 @@ def test_points_that_another_judge_has_read_are_not_taken_for_this_ones(run, jud
         assert point["gen_ppl_pooled"] == pytest.approx(old["gen_ppl_pooled"] ** 1.1)
 
 
+@pytest.mark.slow
 def test_under_a_control_all_draws_are_precise(run, judge_run):
     curve = quality_curves.Curve(samplers=["tweedie"], num_evaluations=[3])
     found = quality_curves.measure(run, str(judge_run), curve, samples=SAMPLES, temperature=0.8)

@@ -21,6 +21,7 @@ def count_rare(draw) -> int:
     )
 
 
+@pytest.mark.slow
 def test_draw_is_right_at_tiny_odds():
     expected = NUM_DRAWS * NUM_RARE * ODDS
     assert expected / 3 < count_rare(categoricals.draw) < 2 * expected

@@ -4,6 +4,7 @@ Nothing here uses the closed forms of `sedd_jax`; `exact_score_fn` and `dense_dr
 them. `sample` and `take_steps` run the engine of sampling without a network.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -32,9 +33,12 @@ def rate_matrix(graph: graphs.Graph) -> np.ndarray:
     return q
 
 
+@functools.lru_cache(maxsize=1000)
 def kernel(graph: graphs.Graph, sigma: float) -> np.ndarray:
     """exp(sigma Q), [V, V]: p(xt = row | x0 = column)."""
-    return scipy.linalg.expm(sigma * rate_matrix(graph))
+    found = scipy.linalg.expm(sigma * rate_matrix(graph))
+    found.flags.writeable = False  # Others get the same array.
+    return found
 
 
 def ratios(graph: graphs.Graph, sigma: float, xt: int, x0: int) -> np.ndarray:
