@@ -31,7 +31,7 @@ _DECODE = {
     ),
     subwords.WordPiece: (
         "",
-        'pieces = open("vocab.txt", encoding="utf-8").read().splitlines()\n'
+        'pieces = open("vocab.txt", encoding="utf-8").read().split("\\n")\n'
         'print(" ".join(pieces[token] for token in tokens[0]))',
     ),
     subwords.SentencePiece: (

@@ -25,6 +25,7 @@ class PackedSplit:
         num_characters: characters of the text that the tokens stand for.
         num_words: words of that text.
         sha256: hash of the checksums of the split's shards.
+        tokenizer: if given, ids that are none of its tokens are refused when they are read.
     """
 
     tokens: shards.Tokens
@@ -32,6 +33,7 @@ class PackedSplit:
     num_characters: int
     num_words: int
     sha256: str
+    tokenizer: tokenizers.Tokenizer | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -52,7 +54,7 @@ class PackedSplit:
 
     def sequences(self) -> Integer[np.ndarray, "S L"]:
         """All sequences in the order of the text, without the last tokens that do not fill a sequence."""
-        return self.tokens.read(0, self.num_sequences * self.length).reshape(-1, self.length)
+        return self._checked(self.tokens.read(0, self.num_sequences * self.length).reshape(-1, self.length))
 
     def batch(self, step: int, *, batch_size: int, seed: int, rows: slice = slice(None)) -> Int[np.ndarray, "rows L"]:
         """Rows `rows` of the training batch at `step` (int32).
@@ -73,7 +75,12 @@ class PackedSplit:
                 for epoch in np.unique(epochs)
             ]
         )
-        return self.tokens.gather(starts, self.length)
+        return self._checked(self.tokens.gather(starts, self.length))
+
+    def _checked(self, ids: Integer[np.ndarray, "rows L"]) -> Integer[np.ndarray, "rows L"]:
+        if self.tokenizer is not None:
+            tokenizers.check_encoded(ids, self.tokenizer)
+        return ids
 
 
 @functools.lru_cache(maxsize=4)
@@ -122,6 +129,7 @@ def open_split(
         num_characters=counts["num_characters"],
         num_words=counts["num_words"],
         sha256=hashlib.sha256(json.dumps(counts["shards"]).encode()).hexdigest(),
+        tokenizer=tokenizer,
     )
 
 

@@ -94,6 +94,7 @@ def _encode(tokenizer: tokenizers.Tokenizer, task: list[documents.Document], is_
         text = document.text if is_first and index == 0 else joiner + document.text
         try:
             ids = tokenizer.encode(text)
+            tokenizers.check_encoded(ids, tokenizer)
         except errors.UserError as error:
             raise error.at(document.place) from error
         parts += [ids, end]

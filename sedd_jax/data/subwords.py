@@ -134,7 +134,17 @@ class WordPiece:
             raise errors.UserError(
                 f"{self.path} is not UTF-8 text ({error})", remedy="give BERT's own vocabulary file"
             ) from error
-        return {piece: id_ for id_, piece in enumerate(text.splitlines())}
+        lines = text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        pieces: dict[str, int] = {}
+        for id_, piece in enumerate(lines):
+            if not piece or piece in pieces:
+                problem = f"repeats the piece {piece!r} of line {pieces[piece] + 1}" if piece else "is empty"
+                raise errors.UserError(
+                    f"{self.path}:{id_ + 1} {problem}, so ids after it are uncertain",
+                    remedy="give BERT's own vocabulary file",
+                )
+            pieces[piece] = id_
+        return pieces
 
     @functools.cached_property
     def _model(self):

@@ -4,25 +4,20 @@ A source names files by a glob pattern. If the pattern contains {split}, each sp
 name in that place. The valid split may also be called validation, dev or heldout.
 """
 
-import contextlib
 import functools
 import glob
-import gzip
+import itertools
 import json
-import lzma
 import os
 import pathlib
 import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from sedd_jax.data import documents
-from sedd_jax.runtime import errors
+from sedd_jax.runtime import compressed, errors
 
 _NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev", "heldout"), "test": ("test",)}
-_DECOMPRESSION_ERRORS = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error)
 Reader = Callable[[Sequence[str], documents.Part], Iterator[documents.Document]]
 
 
@@ -47,7 +42,7 @@ class Line(NamedTuple):
 
 
 def read_text(pattern: str) -> documents.Corpus:
-    """Open text files in UTF-8, which may be compressed as .gz, .xz or .zip.
+    """Open text files in UTF-8, which may be compressed; see `compressed.opened`.
 
     A form feed or the end of a file ends a document. Blank documents are left out. If held-out splits have no files of
     their own, they are cut off the end of train at a line, which may be inside a document.
@@ -67,15 +62,21 @@ def read_jsonl(pattern: str) -> documents.Corpus:
 
     Blank lines are left out.
     """
-    pattern, _, field = pattern.partition("#")
-    parse = functools.partial(_json_field, field=field or "text")
+    pattern, field = _divided(pattern)
+    parse = functools.partial(_json_field, field=field)
     return _corpus(pattern, functools.partial(_records, parse=parse, skips_blank=True))
 
 
 def read_parquet(pattern: str) -> documents.Corpus:
     """Open Parquet files: GLOB#column, by default the column text."""
-    pattern, _, column = pattern.partition("#")
-    return _corpus(pattern, functools.partial(_parquet, column=column or "text"))
+    pattern, column = _divided(pattern)
+    return _corpus(pattern, functools.partial(_parquet, column=column))
+
+
+def _divided(pattern: str) -> tuple[str, str]:
+    """The pattern of files, and the field that holds the text. A # before a / belongs to the pattern."""
+    files, _, field = pattern.rpartition("#")
+    return (pattern, "text") if not files or "/" in field else (files, field or "text")
 
 
 def _corpus(pattern: str, reader: Reader) -> documents.Corpus:
@@ -94,8 +95,34 @@ def _corpus(pattern: str, reader: Reader) -> documents.Corpus:
 
 
 def _matching(pattern: str, split: str) -> list[str]:
-    found = glob.glob(pattern.replace("{split}", split), recursive=True)
-    return sorted(path for path in found if pathlib.Path(path).is_file())
+    """The files that match, sorted. A name that exists as it is written is no pattern.
+
+    Raises:
+        errors.UserError: if a link leads nowhere, a directory may not be listed, or the name is not that of a file.
+    """
+    pattern = os.path.expanduser(pattern.replace("{split}", split))
+    if os.path.lexists(pattern):
+        _check_file(pattern)
+        return [pattern]
+    folders = itertools.accumulate(pathlib.Path(pattern).parent.parts, os.path.join)
+    for folder in sorted({path for part in folders for path in glob.glob(part, recursive=True)}):
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            raise errors.UserError(f"{folder} may not be listed, and files in it may match", remedy="make it readable")
+    found = [path for path in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(path)]
+    for path in found:
+        _check_file(path)
+    return found
+
+
+def _check_file(path: str) -> None:
+    if not os.path.exists(path):
+        raise errors.UserError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist", remedy="mend or remove it"
+        )
+    if os.path.isdir(path):
+        raise errors.UserError(f"{path} is a directory", remedy=f"name the files in it, as in {path.rstrip('/')}/*")
+    if not os.path.isfile(path):
+        raise errors.UserError(f"{path} is not a regular file, and text is read twice", remedy="write it to a file")
 
 
 def _text(paths: Sequence[str], part: documents.Part) -> Iterator[documents.Document]:
@@ -106,41 +133,41 @@ def _text(paths: Sequence[str], part: documents.Part) -> Iterator[documents.Docu
     wanted = None
     if not part.is_whole:
         number, size = 0, 0
-        for line in _lines(paths):
+        for line in lines(paths):
             number, size = number + 1, size + len(line.text)
         wanted = part.indices(size)
         if number == 1:
-            line = next(_lines(paths))
+            line = next(lines(paths))
             yield from _joined([line._replace(text=line.text[wanted.start : wanted.stop])], part)
             return
-    end, path, lines = 0, "", []
-    for line in _lines(paths):
+    end, path, held = 0, "", []
+    for line in lines(paths):
         end += len(line.text)
         if wanted is not None and not wanted.start < end <= wanted.stop:
             continue
         if line.path != path:
-            yield from _joined(lines, part)
+            yield from _joined(held, part)
         path = line.path
-        lines.append(line)
+        held.append(line)
         if line.text.endswith("\f"):
-            yield from _joined(lines, part)
-    yield from _joined(lines, part)
+            yield from _joined(held, part)
+    yield from _joined(held, part)
 
 
-def _joined(lines: list[Line], part: documents.Part) -> Iterator[documents.Document]:
-    """The document that `lines` make, unless it is blank. Empties the list."""
-    text = "".join(line.text for line in lines).removesuffix("\f").strip("\n")
+def _joined(held: list[Line], part: documents.Part) -> Iterator[documents.Document]:
+    """The document that held lines make, unless it is blank. Empties the list."""
+    text = "".join(line.text for line in held).removesuffix("\f").strip("\n")
     if text.strip():
-        place = next(line.place for line in lines if line.text.strip())
-        yield documents.Document(text, place, part.progress(lines[-1].done))
-    lines.clear()
+        place = next(line.place for line in held if line.text.strip())
+        yield documents.Document(text, place, part.progress(held[-1].done))
+    held.clear()
 
 
 def _records(
     paths: Sequence[str], part: documents.Part, *, parse: Callable[[Line], str], skips_blank: bool = False
 ) -> Iterator[documents.Document]:
     """Documents of one line each."""
-    records = lambda: (line for line in _lines(paths) if not (skips_blank and line.text.isspace()))
+    records = lambda: (line for line in lines(paths) if not (skips_blank and line.text.isspace()))
     wanted = None if part.is_whole else part.indices(sum(1 for _ in records()))
     for index, line in enumerate(records()):
         if wanted is None or index in wanted:
@@ -148,17 +175,31 @@ def _records(
 
 
 def _json_field(line: Line, field: str) -> str:
+    text = line.text.strip()
     try:
-        record = json.loads(line.text.strip())
+        record = json.loads(text)
     except (ValueError, RecursionError) as error:
+        _refuse_array(line)
         raise errors.UserError(f"{line.place} is not JSON ({error})", remedy="correct or remove the line") from error
     if not isinstance(record, dict) or field not in record:
+        if isinstance(record, list):
+            _refuse_array(line)
         found = f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
         raise errors.UserError(
             f"{line.place} has no field {field!r}, {found}",
             remedy=f"name the field that holds the text, as in #{field}",
         )
     return _checked(record[field], f"{line.place}, field {field!r},")
+
+
+def _refuse_array(line: Line) -> None:
+    """Raises errors.UserError if a line that is no object is the start of a JSON file without lines."""
+    if line.number == 1 and re.match(r"\s*(\[|\{\s*$)", line.text):
+        whole, one_by_one = ("an array", "'.[]'") if line.text.lstrip().startswith("[") else ("objects over lines", ".")
+        raise errors.UserError(
+            f"{line.path} is JSON, but {whole}, not an object on each line",
+            remedy=f"jq -c {one_by_one} {line.path} > {pathlib.Path(line.path).stem}.jsonl",
+        )
 
 
 def _parquet(paths: Sequence[str], part: documents.Part, *, column: str) -> Iterator[documents.Document]:
@@ -214,25 +255,25 @@ def _checked(value: object, what: str) -> str:
         raise errors.UserError(
             f"{what} holds half a surrogate pair at character {error.start}", remedy="remove it"
         ) from error
+    _refuse_null(value, what)
     return value
 
 
-def _lines(paths: Sequence[str]) -> Iterator[Line]:
-    """Yield every line of files. A byte order mark is dropped, and \r\n becomes \n."""
+def lines(paths: Sequence[str]) -> Iterator[Line]:
+    """Yields every line of text files, which may be compressed. A byte order mark is dropped, and \\r\\n becomes \\n.
+
+    Raises:
+        errors.UserError: if a file is damaged or no text; see `compressed.opened`.
+    """
     total = sum(map(os.path.getsize, paths))
     before = 0
     for path in paths:
-        try:
-            with open(path, "rb") as raw, _OPENERS.get(pathlib.Path(path).suffix, contextlib.nullcontext)(raw) as file:
-                for number, content in enumerate(file, start=1):
-                    text = _decoded(content, path, number)
-                    done = (before + raw.tell()) / total
-                    for part in [text] if "\f" not in text else re.findall("[^\f]*\f|[^\f]+", text):
-                        yield Line(part, path, number, done)
-        except _DECOMPRESSION_ERRORS as error:
-            raise errors.UserError(
-                f"{path} cannot be decompressed ({error})", remedy="copy or compress it again"
-            ) from error
+        with compressed.opened(path) as (raw, file):
+            for number, content in enumerate(file, start=1):
+                text = _decoded(content, path, number)
+                done = (before + raw.tell()) / total
+                for part in [text] if "\f" not in text else re.findall("[^\f]*\f|[^\f]+", text):
+                    yield Line(part, path, number, done)
         before += os.path.getsize(path)
 
 
@@ -242,21 +283,17 @@ def _decoded(content: bytes, path: str, number: int) -> str:
     except UnicodeDecodeError as error:
         raise errors.UserError(
             f"{path}:{number} is not UTF-8: byte {content[error.start]:#04x} at byte {error.start} of the line",
-            remedy="convert the file, for example with iconv -t utf-8",
+            remedy="convert the file, for example with iconv -f latin1 -t utf-8",
         ) from error
     text = text.removeprefix("\ufeff") if number == 1 else text
-    return text[:-2] + "\n" if text.endswith("\r\n") else text
+    text = text[:-2] + "\n" if text.endswith("\r\n") else text
+    _refuse_null(text, f"{path}:{number}")
+    return text
 
 
-def _unzipped(raw: BinaryIO) -> Any:
-    """Open the only file of a ZIP archive."""
-    try:
-        archive = zipfile.ZipFile(raw)
-        if len(archive.namelist()) != 1:
-            raise zipfile.BadZipFile(f"it holds {len(archive.namelist())} files, not one")
-        return archive.open(archive.namelist()[0])
-    except (NotImplementedError, OSError, RuntimeError) as error:
-        raise zipfile.BadZipFile(str(error)) from error
-
-
-_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zip": _unzipped}
+def _refuse_null(text: str, what: str) -> None:
+    """Raises errors.UserError if a text has a character that no text has, as what is not text does."""
+    if "\0" in text:
+        raise errors.UserError(
+            f"{what} holds U+0000 at character {text.index(chr(0))}", remedy="remove it, or give text if this is none"
+        )

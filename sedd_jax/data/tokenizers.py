@@ -16,6 +16,9 @@ import string
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+from jaxtyping import Integer
+
 from sedd_jax.data import alphabets, subwords
 from sedd_jax.runtime import errors
 
@@ -114,6 +117,25 @@ def read(path: pathlib.Path) -> Tokenizer:
 def num_ids(tokenizer: Tokenizer) -> int:
     """Number of ids of a tokenizer: its real tokens, and its own mask if it has one."""
     return tokenizer.vocab_size + (tokenizer.mask_id is not None)
+
+
+def check_encoded(ids: Integer[np.ndarray, "*p"], tokenizer: Tokenizer) -> None:
+    """Raises errors.UserError if ids that stand for text are no tokens: graphs have no state for them.
+
+    Args:
+        ids: what a tokenizer or prepared text holds.
+        tokenizer: the tokenizer.
+    """
+    stop = num_ids(tokenizer)
+    wrong = (ids < 0) | (ids >= stop)
+    if tokenizer.mask_id is not None:
+        wrong |= ids == tokenizer.mask_id
+    if wrong.any():
+        raise errors.UserError(
+            f"id {ids[wrong][0]} is no token of this tokenizer, which has ids below {stop}"
+            + ("" if tokenizer.mask_id is None else f", of which {tokenizer.mask_id} is the mask"),
+            remedy="prepare the text again, with a tokenizer file that is whole",
+        )
 
 
 def joiner(tokenizer: Tokenizer) -> str:

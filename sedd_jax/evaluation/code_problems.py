@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from sedd_jax import config as configs
 from sedd_jax import runs
+from sedd_jax.data import text_files
 from sedd_jax.evaluation import generation_quality, results, sandbox, tables
 from sedd_jax.runtime import errors, storage
 from sedd_jax.sampling import templates
@@ -49,18 +50,18 @@ def read(path: str | os.PathLike[str]) -> list[Problem]:
             "is not a file", field="problems", value=path, remedy="give one in the format of HumanEval.jsonl"
         )
     found = []
-    for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for line in text_files.lines([str(path)]):
         try:
-            content = json.loads(line)
+            content = json.loads(line.text)
             wanted = {name: content[name] for name in _FIELDS} | {"suffix": content.get("suffix")}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise errors.UserError(
                 f"this line is not a problem with {', '.join(_FIELDS)} ({type(error).__name__}: {error})",
-                place=f"{path}:{number}",
+                place=line.place,
                 remedy="mend or remove it",
             ) from error
         if not all(isinstance(value, str) for value in wanted.values() if value is not None):
-            raise errors.UserError(f"{', '.join(_FIELDS)} and suffix must be text", place=f"{path}:{number}")
+            raise errors.UserError(f"{', '.join(_FIELDS)} and suffix must be text", place=line.place)
         found.append(Problem(**wanted))
     if not found:
         raise errors.UserError("has no problem in it", field="problems", value=path, remedy="give another file")

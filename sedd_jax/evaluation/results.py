@@ -57,7 +57,7 @@ def read_parts(run: runs.Run, name: str) -> list[dict[str, Any]]:
     """The finished parts of a long measurement, from which it resumes after an interruption."""
     storage.download(run.workdir, DIRECTORY)
     file = run.local / DIRECTORY / f"{name}.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] if file.exists() else []
 
 
 def write_parts(run: runs.Run, name: str, parts: Sequence[dict[str, Any]]) -> None:

@@ -1,11 +1,13 @@
 """Tests of batches: each is a function of (seed, step), and over epochs every token is read equally often."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from sedd_jax.data import batches, shards
+from sedd_jax.data import alphabets, batches, shards
+from sedd_jax.runtime import errors
 
 
 def _split(num_tokens, length, shard_tokens=None):
@@ -31,6 +33,15 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert np.array_equal(first, _split(1003, 10).batch(7, batch_size=8, seed=1))
     assert not np.array_equal(first, split.batch(8, batch_size=8, seed=1))
     assert not np.array_equal(first, split.batch(7, batch_size=8, seed=2))
+
+
+def test_ids_that_are_no_tokens_are_never_trained_on():
+    """Text that was prepared with a damaged vocabulary, by an earlier version."""
+    split = dataclasses.replace(_split(260, 10), tokenizer=alphabets.Bytes())
+    with pytest.raises(errors.UserError, match=r"id 25[6-9] is no token of this tokenizer"):
+        [split.batch(step, batch_size=8, seed=1) for step in range(4)]
+    with pytest.raises(errors.UserError, match="id 256 is no token of this tokenizer"):
+        split.sequences()
 
 
 @pytest.mark.parametrize("shard_tokens", [7, 100, 1002])

@@ -117,6 +117,14 @@ def test_unknown_tokens_are_counted(tmp_path, source):
     assert (counts["num_unknown"], counts["num_tokens"]) == (4, 7)
 
 
+def test_ids_that_are_no_tokens_are_not_packed(tmp_path, source, byte_pairs, monkeypatch):
+    """A tokenizer that gives an id without a state is named with the document, and nothing is written."""
+    monkeypatch.setattr(tokenizers, "num_ids", lambda _: 98)
+    with pytest.raises(errors.UserError, match=r"train.txt:1: id \d+ is no token of this tokenizer"):
+        _pack(source, byte_pairs, tmp_path / "p")
+    assert not shards.is_packed(tmp_path / "p")
+
+
 def test_shards_and_processes_change_no_token(tmp_path, monkeypatch, byte_pairs):
     text = "\f".join("word " * (number % 50) + str(number) for number in range(60_000))
     (tmp_path / "train.txt").write_text(text)

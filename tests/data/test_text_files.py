@@ -4,6 +4,7 @@ import glob
 import gzip
 import json
 import lzma
+import os
 import zipfile
 
 import numpy as np
@@ -115,7 +116,8 @@ def test_json_lines_give_their_field_whole(tmp_path):
         (b'{"text": null}', r"test.jsonl:2, field 'text', holds NoneType, not text"),
         (b'{"text": "a\\ud800"}', r"test.jsonl:2, field 'text', holds half a surrogate pair at character 1"),
         (b'{"text": "caf\xe9"}', r"test.jsonl:2 is not UTF-8: byte 0xe9 at byte 13 of the line"),
-        (b"\x00" * 50, r"test.jsonl:2 is not JSON"),
+        (b"\x00" * 50, r"test.jsonl:2 holds U\+0000 at character 0: remove it"),
+        (b'{"text": "a\\u0000"}', r"test.jsonl:2, field 'text', holds U\+0000 at character 1"),
         (b"[" * 100_000, r"test.jsonl:2 is not JSON"),
     ],
 )
@@ -166,11 +168,53 @@ def test_text_errors_name_the_file_and_the_remedy(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             _texts(text_files.read_text(f"{tmp_path}/{name}"), "train")
-    with zipfile.ZipFile(tmp_path / "two.txt.zip", "w") as archive:
-        archive.writestr("a", "a")
-        archive.writestr("b", "b")
-    with pytest.raises(ValueError, match=r"two.txt.zip cannot be decompressed \(it holds 2 files, not one\)"):
-        _texts(text_files.read_text(f"{tmp_path}/two.txt.zip"), "train")
+
+
+@pytest.mark.parametrize("content", ['[\n{"text": "a"}\n]', '[{"text": "a"}]', '{\n"text": "a"\n}'])
+def test_json_that_is_not_lines_is_told_how_to_become_lines(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(
+        errors.UserError, match=r"a.json is JSON, but .*, not an object on each line: jq -c .* > a.jsonl"
+    ):
+        _texts(text_files.read_jsonl(f"{tmp_path}/a.json"), "train")
+
+
+def test_a_name_that_exists_is_no_pattern(tmp_path):
+    (tmp_path / "c#").mkdir()
+    for name in ("Novels [1851].txt", "c#/a#b.jsonl"):
+        (tmp_path / name).write_text('{"text": "one"}\n' * 30)
+    assert _texts(text_files.read_text(f"{tmp_path}/Novels [1851].txt"), "train")
+    for pattern in ("c#/a#b.jsonl#text", "c#/*.jsonl", "c#/*.jsonl#"):
+        assert "one" in _texts(text_files.read_jsonl(f"{tmp_path}/{pattern}"), "train")
+
+
+def test_the_home_directory_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("one\n" * 30)
+    assert _texts(text_files.read_text("~/a.txt"), "train")
+    assert _texts(text_files.read_text("~/*.txt"), "train")
+
+
+def test_nothing_that_was_asked_for_is_left_out_in_silence(tmp_path, monkeypatch):
+    """Held-out text behind a link that leads nowhere would otherwise be cut off the training text."""
+    (tmp_path / "train.txt").write_text("one\n" * 30)
+    (tmp_path / "valid.txt").symlink_to(tmp_path / "gone.txt")
+    for pattern in ("{split}.txt", "{split}*.txt", "v*.txt"):
+        with pytest.raises(errors.UserError, match=r"valid.txt is a link to .*gone.txt, which does not exist: mend or"):
+            text_files.read_text(f"{tmp_path}/{pattern}")
+    with pytest.raises(
+        errors.UserError, match=rf"{tmp_path}/ is a directory: name the files in it, as in {tmp_path}/\*"
+    ):
+        text_files.read_text(f"{tmp_path}/")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(errors.UserError, match="pipe is not a regular file, and text is read twice"):
+        text_files.read_text(f"{tmp_path}/pipe")
+    (tmp_path / "closed" / "inner").mkdir(parents=True)
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "closed" not in str(path) and allowed(path, mode))
+    for pattern in ("*/*/*.txt", "**/*.txt"):
+        with pytest.raises(errors.UserError, match="closed may not be listed, and files in it may match"):
+            text_files.read_text(f"{tmp_path}/{pattern}")
 
 
 def test_blank_files_hold_no_document(tmp_path):

@@ -189,6 +189,42 @@ def test_a_vocabulary_that_is_no_text_is_named(vocabulary_file):
         _build(f"wordpiece:{vocabulary_file}")
 
 
+def test_a_vocabulary_is_cut_at_newlines_only(vocabulary_file):
+    """BERT's Chinese vocabulary has a piece that is U+2028, at which str.splitlines cuts."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u2028", "\x85", "\x0b", "the", "a\u2029b"]
+    for content in ("\n".join(pieces), "\n".join(pieces) + "\n", "\ufeff" + "\r\n".join(pieces) + "\r\n"):
+        vocabulary_file.write_text(content, encoding="utf-8", newline="")
+        tokenizer = _build(f"wordpiece:{vocabulary_file}")
+        assert tokenizer.vocab_size == len(pieces) - 1
+        assert tokenizer.encode("the").tolist() == [8]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["[UNK]", "[SEP]", "[MASK]", "the", "cat", "the"], r"vocab.txt:6 repeats the piece 'the' of line 4"),
+        (["[UNK]", "[SEP]", "", "[MASK]", "the"], r"vocab.txt:3 is empty, so ids after it are uncertain"),
+        (["[UNK]", "[SEP]", "[MASK]", "the", "", ""], r"vocab.txt:5 is empty"),
+    ],
+)
+def test_a_vocabulary_whose_ids_are_uncertain_is_refused(vocabulary_file, lines, message):
+    vocabulary_file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(errors.UserError, match=message):
+        _build(f"wordpiece:{vocabulary_file}")
+
+
+def test_ids_that_are_no_tokens_are_refused(vocabulary_file):
+    tokenizer = _build(f"wordpiece:{vocabulary_file}")
+    tokenizers.check_encoded(np.array([0, 3, 9]), tokenizer)
+    for wrong in (10, -1, 4):
+        with pytest.raises(errors.UserError, match=f"id {wrong} is no token .* ids below 10, of which 4 is the mask"):
+            tokenizers.check_encoded(np.array([0, wrong]), tokenizer)
+    with pytest.raises(
+        errors.UserError, match="id 256 is no token of this tokenizer, which has ids below 256: prepare"
+    ):
+        tokenizers.check_encoded(np.array([[256]]), _build("bytes"))
+
+
 def test_ranks_that_cannot_be_fetched_are_an_error_with_a_remedy(monkeypatch):
     def get_encoding(name):
         raise OSError("no network")

@@ -1,5 +1,6 @@
 """pass@k counts attempts that pass their problem's tests; what is given of a program is kept."""
 
+import gzip
 import itertools
 import json
 import platform
@@ -109,6 +110,14 @@ def test_the_command_measures_a_file(code_run, problems, capsys):
     assert (result["num_problems"], result["num_samples"], result["nfe"]) == (4, 1, 5)
     assert cli.main(arguments) == 2
     assert "--problems=FILE must be given with --suite=humaneval" in capsys.readouterr().err
+
+
+def test_problems_are_read_as_they_are_distributed(tmp_path):
+    """HumanEval.jsonl.gz; a problem may have U+2028 in it."""
+    problem = {**PREFIX, "prompt": PREFIX["prompt"] + "# \u2028\n"}
+    path = tmp_path / "HumanEval.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps(problem, ensure_ascii=False) + "\n").encode()))
+    assert [one.prompt for one in code_problems.read(path)] == [problem["prompt"]]
 
 
 @pytest.mark.parametrize(
