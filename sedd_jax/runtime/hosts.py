@@ -9,13 +9,24 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from sedd_jax.runtime import errors
+
 CPUINFO = pathlib.Path("/proc/cpuinfo")
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+CONTAINER_MEMORY = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 
 def processor() -> str:
     """The name of the processor model."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int:
+    """Memory of this machine, or what its container may use of it if that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # No container, or one without a limit, whose file says "max".
+        return min(total, int(CONTAINER_MEMORY.read_text()))
+    return total
 
 
 def use_huge_pages() -> None:
@@ -46,20 +57,33 @@ def revision() -> str | None:
 
 
 def cache_directory() -> pathlib.Path:
-    """The directory for files that this program can make or download again."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "sedd_jax"
+    """The directory for files that this program can make or download again.
+
+    Raises:
+        errors.UserError: where the user has no home directory.
+    """
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return pathlib.Path(given) / "sedd_jax"
+    try:
+        return pathlib.Path.home() / ".cache" / "sedd_jax"
+    except RuntimeError as error:
+        raise errors.UserError("this user has no home directory", remedy="set HOME or XDG_CACHE_HOME") from error
 
 
 def keep_compiled_programs() -> None:
     """Turns on JAX's persistent compilation cache, in the user's cache directory.
 
-    JAX then keeps programs that take over a second to compile. If JAX_COMPILATION_CACHE_DIR is set, nothing changes.
+    JAX then keeps programs that take over a second to compile. If JAX_COMPILATION_CACHE_DIR is set, nothing changes,
+    nor if the user has no home directory; `sedd doctor` says so.
     """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
     # Each processor model gets its own cache. JAX does not distinguish them, but a program for one may fail on another.
     core = _cpuinfo()
     features = core.get("flags", core.get("Features"))
     kind = hashlib.sha256(f"{platform.machine()} {core.get('model name')} {features}".encode()).hexdigest()[:12]
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_directory() / kind))
+    with contextlib.suppress(errors.UserError):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_directory() / kind)
 
 
 def compile_for_others() -> None:

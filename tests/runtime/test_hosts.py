@@ -1,11 +1,12 @@
 """Settings for the host machine, on fake machines."""
 
 import os
+import pathlib
 import sys
 
 import pytest
 
-from sedd_jax.runtime import hosts
+from sedd_jax.runtime import errors, hosts
 
 CPUINFO = "processor\t: 0\nmodel name\t: Some CPU 1\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nmodel name\t: other\n"
 
@@ -59,6 +60,30 @@ def test_the_users_cache_stays(machine):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = "/mine"
     hosts.keep_compiled_programs()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/mine"
+
+
+def test_without_a_home_nothing_is_kept_and_a_directory_that_is_needed_is_asked_for(machine, monkeypatch):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pathlib.Path, "home", fail)
+    assert hosts.cache_directory() == pathlib.Path("/cache/sedd_jax")
+    os.environ["XDG_CACHE_HOME"] = ""
+    hosts.keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    with pytest.raises(errors.UserError, match="no home directory: set HOME or XDG_CACHE_HOME"):
+        hosts.cache_directory()
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("1048576\n", 1048576), (f"{2**60}\n", None), ("max\n", None), (None, None)]
+)
+def test_memory_is_at_most_what_the_container_may_use(machine, tmp_path, monkeypatch, limit, expected):
+    monkeypatch.setattr(hosts, "CONTAINER_MEMORY", tmp_path / "memory.max")
+    if limit:
+        hosts.CONTAINER_MEMORY.write_text(limit)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert hosts.memory_bytes() == (expected or total)
 
 
 def test_processor_is_the_first_cores(machine):
