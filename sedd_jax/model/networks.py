@@ -141,9 +141,9 @@ class ScoreNetwork(nn.Module):
         keys = None
         if dropout_key is not None and config.dropout > 0:
             keys = jax.random.split(_generator_key(dropout_key, config.dropout_generator), config.num_layers)
-        block, is_unrolled = Block, _is_unrolled(config, xt.size)
+        block, unrolls = Block, is_unrolled(config, xt.size)
         # In an unrolled loop XLA merges what `elementwise` computes again with the original.
-        if config.remat == "blocks" or (config.remat == "elementwise" and not is_unrolled):
+        if config.remat == "blocks" or (config.remat == "elementwise" and not unrolls):
             block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         blocks = nn.scan(
             block,
@@ -151,7 +151,7 @@ class ScoreNetwork(nn.Module):
             split_rngs={"params": True},
             length=config.num_layers,
             in_axes=(nn.broadcast, 0, nn.broadcast),
-            unroll=config.num_layers if is_unrolled else 1,
+            unroll=config.num_layers if unrolls else 1,
         )
         x, _ = blocks(config, name="blocks")(x, condition, keys, lengths)
         shift, scale = jnp.split(_modulation(2, config, "final_modulation", condition), 2, axis=-1)
@@ -321,7 +321,7 @@ def _dropout(key: Key[Array, ""] | None, rate: float, x: Float[Array, "B L D"]) 
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0.0)
 
 
-def _is_unrolled(config: NetworkConfig, num_tokens: Any) -> bool:
+def is_unrolled(config: NetworkConfig, num_tokens: Any) -> bool:
     """Whether the loop over blocks is unrolled, for a batch of `num_tokens` tokens on all devices.
 
     `jax.export` passes a symbol as the number of tokens; then `config.layer_loop` must not be "auto" on a GPU.

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from sedd_jax.diffusion import forward, losses, scores
+from sedd_jax.diffusion import forward, graphs, losses, scores
 from sedd_jax.model import autoregression, networks, score_heads, score_losses
 
 
@@ -31,10 +31,16 @@ def mean_bounds(
     """
     if model.config.causal:
         return autoregression.mean_bounds(model, x0, process.graph, dropout_key)
-    inputs = losses.noised(key, process, x0, t)
+    return noised_bounds(model, process.graph, losses.noised(key, process, x0, t), dropout_key)
+
+
+def noised_bounds(
+    model: networks.Model, graph: graphs.Graph, inputs: losses.Noised, dropout_key: Key[Array, ""] | None = None
+) -> losses.Bounds:
+    """`mean_bounds` of sequences that are noised already."""
     features = networks.apply(model, inputs.xt, inputs.sigma, dropout_key)
-    bounds_fn = functools.partial(losses.of_positions, process.graph)
-    return score_losses.total(model, features, inputs, process.graph.is_noise(inputs.xt), bounds_fn)
+    bounds_fn = functools.partial(losses.of_positions, graph)
+    return score_losses.total(model, features, inputs, graph.is_noise(inputs.xt), bounds_fn)
 
 
 def sequence_bounds(

@@ -211,7 +211,7 @@ def _compile(
         return known | {"fits": False, "why": _one_line(str(error))}
     used: Any = compiled.memory_analysis()
     with jax.set_mesh(mesh):
-        memory = _by_kind(inputs, mesh)
+        memory = gib_by_kind(inputs, mesh)
     memory["activations" if sample else "gradients, activations"] = (
         used.peak_memory_in_bytes - used.argument_size_in_bytes
     ) / accelerators.GIB
@@ -241,7 +241,7 @@ def _lower_sampling_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[networ
         return params, programs.advance_fn.lower(inputs, key, slots, 0, rules.repeats)
 
 
-def _by_kind(inputs: networks.Params | train_state.TrainState, mesh: jax.sharding.Mesh) -> dict[str, float]:
+def gib_by_kind(inputs: networks.Params | train_state.TrainState, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """GiB per device of the arrays that a step starts with."""
 
     def size(tree: Any) -> float:

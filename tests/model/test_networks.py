@@ -160,7 +160,7 @@ def test_the_loop_over_layers_changes_nothing(tiny, reference, remat, layer_loop
 def test_layers_are_unrolled_where_it_pays_and_fits(monkeypatch, platform, kind, changes, tokens, unrolled):
     monkeypatch.setattr(networks.sharding, "platform", lambda: platform)
     monkeypatch.setattr(networks.sharding, "device_kind", lambda: kind)
-    assert networks._is_unrolled(networks.NetworkConfig(num_states=50258, **changes), tokens) is unrolled
+    assert networks.is_unrolled(networks.NetworkConfig(num_states=50258, **changes), tokens) is unrolled
 
 
 def test_bfloat16_is_close(tiny, reference):
