@@ -11,7 +11,7 @@ Wings, each above those that it imports:
 |---|---|
 | `cli/` | the command line |
 | `front_door` | the same for Python: `open`, `train` |
-| `performance/` | benchmarks, and plans for devices that are not here |
+| `performance/` | benchmarks, plans for devices that are not here, and the examination of this machine |
 | `training/` | the training loop and what it writes |
 | `evaluation/` | likelihood, quality of samples, infilling, code |
 | `serving/` | the page of `sedd serve` |

@@ -309,7 +309,32 @@ def plan(argv: list[str]) -> None:
         print(json.dumps(result))
 
 
-_TAKE_CONFIGS = ("train", "bench", "plan")
+def doctor(argv: list[str]) -> int:
+    """Examine this machine: what it has, what a config gets, whether its numbers are right, what to change.
+
+    sedd doctor [--config=FILE] [--config.a.b=value ...] [--json]
+    """
+    from sedd_jax.performance import inventory
+
+    inventory.check_imports()
+    values = flags.FlagValues()
+    _, number, choice = arguments.definers(values)
+    number("vocab_size", None, "tokens without the mask; the tokenizer's if not given", 1)
+    choice("json", False, "end with one line of JSON")
+    given = arguments.parse_config(doctor, values, argv)
+    if given is None:
+        return 0
+    as_json = given.pop("json")
+    from sedd_jax.performance import doctor as program
+
+    result = program.examine(**given)
+    print(program.table(result))
+    if as_json:
+        print(json.dumps(result))
+    return 0 if result["trains"] else 1
+
+
+_TAKE_CONFIGS = ("train", "bench", "plan", "doctor")
 _TAKE_SAMPLING = ("eval", "sample", "tune-grid")
 COMMANDS: dict[str, arguments.Command] = {
     "prepare": prepare,
@@ -321,6 +346,7 @@ COMMANDS: dict[str, arguments.Command] = {
     "convert": convert,
     "bench": bench,
     "plan": plan,
+    "doctor": doctor,
 }
 
 
