@@ -2,10 +2,13 @@
 
 import contextlib
 import functools
+import io
 import json
 import logging as python_logging
+import os
 import pathlib
 import platform
+import select
 import shlex
 import sys
 from importlib import metadata
@@ -15,6 +18,7 @@ from absl import flags, logging
 from sedd_jax.cli import arguments
 from sedd_jax.runtime import errors, hosts
 
+_HELP = ("--help", "-h", "help")
 TRY_AGAIN = 75  # EX_TEMPFAIL: launchers restart a run that exits with this status.
 
 
@@ -25,7 +29,24 @@ def run() -> None:
     # The command reports a failure once; threads of libraries would repeat it.
     sys.unraisablehook = lambda _: None
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
-    sys.exit(main(sys.argv[1:]))
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, it was closed, and stays open now.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # A terminal that is not UTF-8 shows other characters so.
+    status = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if not _reader_is_gone():
+            status = _fail("sedd", f"the results cannot be printed ({error.strerror})", 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python prints what is left once more at its end.
+    sys.exit(status)
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as `head` does not after its lines."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def main(argv: list[str]) -> int:
@@ -35,15 +56,15 @@ def main(argv: list[str]) -> int:
     A failure that the user can mend is one line on stderr. Any other exception is a bug of this program: it propagates
     with a note that asks for a report.
     """
-    if not argv or argv[0] in ("--help", "-h", "help"):
-        print(usage())
-        return 0 if argv else 2
-    name, *rest = argv
-    if name not in COMMANDS:
+    name, *rest = argv or ["help"]
+    if name not in COMMANDS and name not in _HELP:
         return _fail("sedd", f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
     logging.set_verbosity(logging.FATAL)
     logging.use_absl_handler()
     try:
+        if name in _HELP:
+            print(usage())
+            return 0 if argv else 2
         return COMMANDS[name](rest) or 0
     except flags.Error as error:
         return _fail(f"sedd {name}", f"{error}; see `sedd {name} --help`", 2)
@@ -55,6 +76,8 @@ def main(argv: list[str]) -> int:
         what = ": the same command goes on from what is finished" if can_resume else ""
         return _fail(f"sedd {name}", f"interrupted{what}", 130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 0
         if isinstance(error, OSError) and error.errno is not None:
             # The operating system refused: the disk is full, or a file may not be read.
             return _fail(f"sedd {name}", " ".join(errors.reason(error).split()), 1)

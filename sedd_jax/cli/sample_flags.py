@@ -2,12 +2,13 @@
 
 import json
 import pathlib
+import tempfile
 from typing import Any
 
 from absl import flags
 
 from sedd_jax.cli import arguments
-from sedd_jax.runtime import errors
+from sedd_jax.runtime import errors, hosts
 
 _SETTINGS = ("num_steps", "num_samples", "sampler", "draw")
 
@@ -58,7 +59,7 @@ def draw(given: dict[str, Any], *, is_first: bool) -> str:
     settings = {name: given[name] for name in (*_SETTINGS, *arguments.refinements()) if given[name] is not None}
     written = templates.Written(**{name: given[name] for name in templates.Written._fields})
     ends = refill.Ends(fit=given["fit"], stop_at_eos=given["stop_at_eos"])
-    out = pathlib.Path(given["out"]) if given["out"] else None
+    out = hosts.local_path(given["out"]) if given["out"] else None
     # These use continuous batching, which writes each text to `out` as soon as it is finished.
     is_refilled = bool(given["prompts"]) or any(ends)
     with terminals.watcher(shows_text=given["watch"]) as watch:
@@ -67,8 +68,8 @@ def draw(given: dict[str, Any], *, is_first: bool) -> str:
             sizes = {"num_tokens": given["num_tokens"], "block": given["block"]}
             samples = sliding_blocks.sample(given["workdir"], written, **sizes, **common)
         elif is_refilled:
-            asked = pathlib.Path(given["prompts"]) if given["prompts"] else written
-            samples = prompts.sample(given["workdir"], asked, ends=ends, out=given["out"], **common)
+            asked = hosts.local_path(given["prompts"]) if given["prompts"] else written
+            samples = prompts.sample(given["workdir"], asked, ends=ends, out=str(out or ""), **common)
         else:
             samples = generate.generate(given["workdir"], written, **common)
     if out and is_first and not is_refilled:
@@ -95,7 +96,21 @@ def _check(given: dict[str, Any]) -> None:
             field="prompts",
             remedy="write them into the file",
         )
-    if given["out"] and not pathlib.Path(given["out"]).absolute().parent.is_dir():
-        raise errors.UserError(
-            "is in a directory that does not exist", field="out", value=given["out"], remedy="make it first"
-        )
+    if given["out"]:
+        _check_out(hosts.local_path(given["out"]).absolute())
+
+
+def _check_out(path: pathlib.Path) -> None:
+    """Raises errors.UserError if a file cannot be written; nothing is drawn in vain."""
+    refuse = lambda problem, remedy: errors.UserError(problem, field="out", value=path, remedy=remedy)
+    if path.is_dir():
+        raise refuse("is a directory", f"name a file in it, as in {path / 'samples.jsonl'}")
+    if not path.parent.is_dir():
+        raise refuse("is in a directory that does not exist", "make it first")
+    try:
+        if path.exists():
+            path.open("ab").close()
+        if not path.exists() or path.is_file():
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise refuse(f"cannot be written ({error.strerror})", "name a file in another directory") from error

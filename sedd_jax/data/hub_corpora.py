@@ -109,9 +109,10 @@ def read_hf(spec: str) -> documents.Corpus:
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         sources: Any = datasets.load_dataset(repository, config or None)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # Where a file is damaged, the reason is the cause.
         raise errors.UserError(
-            f"hf:{spec} cannot be loaded ({error})",
+            f"hf:{spec} cannot be loaded ({error.__cause__ or error})",
             remedy="check the name and the network; if a script makes the dataset, look for a copy in Parquet, because "
             "scripts are no longer run",
         ) from error

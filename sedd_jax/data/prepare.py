@@ -1,10 +1,9 @@
 """Prepare text once: tokenize a source and write token shards that any number of runs can read."""
 
-import os
 from typing import Any
 
 from sedd_jax.data import batches, corpora, shards, tokenizers
-from sedd_jax.runtime import errors, storage, terminals
+from sedd_jax.runtime import errors, hosts, storage, terminals
 
 _MEASURED_TOKENS = 2**24  # enough for the entropies, whose pairs then take half a gigabyte with GPT-2's tokens
 _SHOWN_TOKENS = 200
@@ -44,7 +43,7 @@ def prepare(source: str, tokenizer_spec: str, directory: storage.Directory, *, n
             partial,
             source=source,
             tokenizer_spec=tokenizer_spec,
-            num_workers=num_workers or os.cpu_count() or 1,
+            num_workers=num_workers or hosts.num_cores(),
             report=report,
         )
     storage.upload(directory)

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import Int, Integer
 
 from sedd_jax.data import documents, encoders, tokenizers
@@ -297,7 +296,8 @@ def _digest(path: pathlib.Path) -> str:
 def _check_size(path: storage.Directory, expected: int) -> None:
     if not path.exists():
         raise errors.UserError(f"{path} is missing", remedy=_REPAIR)
-    size = epath.Path(path).stat().length
+    # The stat of epath looks up the owner's name, and there may be none.
+    size = path.stat().st_size if isinstance(path, pathlib.Path) else path.stat().length
     if size != expected:
         raise errors.UserError(f"{path} is damaged ({size} bytes, written as {expected})", remedy=_REPAIR)
 

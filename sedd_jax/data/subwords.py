@@ -5,10 +5,8 @@ import dataclasses
 import functools
 import hashlib
 import io
-import os
 import pathlib
 import re
-import types
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -16,12 +14,15 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from sedd_jax.data import alphabets
-from sedd_jax.runtime import errors
+from sedd_jax.runtime import errors, hosts
 
 # GPT-2 cuts text with this pattern before it merges bytes. It matches contractions; words, numbers and signs, each with
 # an optional space before it; and white space.
 _GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _END_OF_TEXT = "<|endoftext|>"
+# tiktoken cannot match the pattern with a longer run of white space.
+_LONGEST_BLANKS = 100_000
+_BLANKS = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # what \s means to tiktoken
 _BLOCK = "\u2581"
 _SPECIAL_PIECE = re.compile(r"\[\w+\]")  # matches [SEP] and [unused7], but not the pieces [ and ]
 _LINE = 4096  # characters of a line that SentencePiece learns from
@@ -82,7 +83,15 @@ class GPT2:
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
         """Token ids (int32) of `text`. If it contains <|endoftext|>, these are ordinary characters."""
-        return np.array(self._encoding.encode_ordinary(text), np.int32)
+        ids: list[int] = []
+        done = 0
+        for found in re.finditer(rf"{_BLANKS}{{{_LONGEST_BLANKS},}}", text):
+            # GPT-2's pattern takes all white space but the last character, which may belong to a word, as one piece.
+            stop = found.end() - (found.end() < len(text))
+            ids += self._encoding.encode_ordinary(text[done : found.start()])
+            ids += self._encoding._encode_single_piece(text[found.start() : stop])
+            done = stop
+        return np.array(ids + self._encoding.encode_ordinary(text[done:]), np.int32)
 
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
         """Text of `ids`. Bytes that are not valid UTF-8 become U+FFFD."""
@@ -219,7 +228,8 @@ class SentencePiece:
 
     @functools.cached_property
     def _processor(self):
-        sentencepiece = _import_sentence_piece()
+        import sentencepiece
+
         try:
             return sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.model, validate=True))
         except (ValueError, RuntimeError) as error:
@@ -294,7 +304,8 @@ def learn_sentence_piece(vocab_size: int, documents: Iterable[str]) -> SentenceP
     Raises:
         errors.UserError: if the text does not yield that many pieces.
     """
-    sentencepiece = _import_sentence_piece()
+    import sentencepiece
+
     lines = (line for document in documents for line in document.split("\n"))
     pieces = (line[start : start + _LINE] for line in lines for start in range(0, len(line), _LINE))
     model = io.BytesIO()
@@ -306,7 +317,7 @@ def learn_sentence_piece(vocab_size: int, documents: Iterable[str]) -> SentenceP
             vocab_size=vocab_size,
             input_sentence_size=_NUM_LINES,
             max_sentence_length=4 * _LINE,
-            num_threads=os.cpu_count(),
+            num_threads=hosts.num_cores(),
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -344,14 +355,6 @@ def gpt2(path: str | None) -> GPT2:
 def word_piece(path: str) -> WordPiece:
     """WordPiece tokenizer with the vocabulary of a file."""
     return WordPiece(path=path, sha256=hashlib.sha256(content(path)).hexdigest())
-
-
-def _import_sentence_piece() -> types.ModuleType:
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise errors.UserError("sentencepiece is not installed", remedy="pip install sentencepiece") from error
-    return sentencepiece
 
 
 def content(path: str) -> bytes:

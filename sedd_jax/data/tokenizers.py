@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from sedd_jax.data import alphabets, subwords
-from sedd_jax.runtime import errors
+from sedd_jax.runtime import errors, hosts
 
 Tokenizer = (
     alphabets.Characters | alphabets.Bytes | alphabets.Ids | subwords.GPT2 | subwords.WordPiece | subwords.SentencePiece
@@ -180,7 +180,11 @@ def _characters(documents: Documents) -> alphabets.Characters:
 def _sentence_piece(argument: str, documents: Documents) -> subwords.SentencePiece:
     if argument.isdecimal():
         return subwords.learn_sentence_piece(int(argument), documents())
-    return subwords.load_sentence_piece(argument)
+    return subwords.load_sentence_piece(_absolute(argument))
+
+
+def _absolute(name: str) -> str:
+    return str(hosts.local_path(name).absolute())
 
 
 def _ids(count: str) -> alphabets.Ids:
@@ -204,8 +208,8 @@ _BUILDERS: dict[str, Callable[[str, Documents], Tokenizer]] = {
     "characters": lambda argument, documents: _characters(documents),
     "text8": lambda argument, documents: _TEXT8,
     "bytes": lambda argument, documents: alphabets.Bytes(),
-    "gpt2": lambda argument, documents: subwords.gpt2(str(pathlib.Path(argument).absolute()) if argument else None),
-    "wordpiece": lambda argument, documents: subwords.word_piece(str(pathlib.Path(argument).absolute())),
+    "gpt2": lambda argument, documents: subwords.gpt2(_absolute(argument) if argument else None),
+    "wordpiece": lambda argument, documents: subwords.word_piece(_absolute(argument)),
     "sentencepiece": _sentence_piece,
     "ids": lambda argument, documents: _ids(argument),
 }

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.data import text_files
 from sedd_jax.evaluation import generation_quality, results, sandbox, tables
-from sedd_jax.runtime import errors, storage
+from sedd_jax.runtime import errors, hosts, storage
 from sedd_jax.sampling import templates
 
 ATTEMPTS = generation_quality.Samples(num_samples=10)
@@ -45,7 +44,8 @@ def read(path: str | os.PathLike[str]) -> list[Problem]:
     Raises:
         errors.UserError: where there is no such file, or a line is not a problem.
     """
-    if not pathlib.Path(path).is_file():
+    path = hosts.local_path(os.fspath(path))
+    if not path.is_file():
         raise errors.UserError(
             "is not a file", field="problems", value=path, remedy="give one in the format of HumanEval.jsonl"
         )
@@ -114,7 +114,7 @@ def measure(
     result = {
         **results.circumstances(run, opened.step),
         "problems": str(problems),
-        "data_sha256": hashlib.sha256(pathlib.Path(problems).read_bytes()).hexdigest(),
+        "data_sha256": hashlib.sha256(hosts.local_path(problems).read_bytes()).hexdigest(),
         "num_problems": len(found),
         "num_samples": attempts.num_samples,
         **generation_quality.described(run, sampling),
@@ -223,5 +223,5 @@ def _code(run: runs.Run, problem: Problem, row: Int[np.ndarray, "L"], template: 
 
 def _run_all(programs: Sequence[str], timeout_s: float) -> list[sandbox.Outcome]:
     """Runs programs in parallel, one on each core."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(hosts.num_cores()) as pool:
         return list(pool.map(lambda program: sandbox.run(program, timeout_s=timeout_s), programs))

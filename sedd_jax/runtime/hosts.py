@@ -29,6 +29,23 @@ def memory_bytes() -> int:
     return total
 
 
+def local_path(name: str) -> pathlib.Path:
+    """The path with this name. A ~ at its start, which shells leave in --flag=~/NAME, is the user's home directory.
+
+    Raises:
+        errors.UserError: if it begins with ~ and there is no such home directory.
+    """
+    try:
+        return pathlib.Path(name).expanduser()
+    except RuntimeError as error:
+        raise errors.UserError(f"{name} names a home directory that is not known", remedy="write it out") from error
+
+
+def num_cores() -> int:
+    """Cores that this process may use, which a job scheduler or a container may limit to some of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_huge_pages() -> None:
     """Restarts this process with huge pages in malloc, if the system gives them on request (madvise, glibc 2.35).
 

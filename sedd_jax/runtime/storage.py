@@ -32,7 +32,7 @@ def directory(name: str | os.PathLike[str]) -> Directory:
     """
     name = os.fspath(name)
     if not name.startswith("gs://"):
-        return pathlib.Path(name)
+        return hosts.local_path(name)
     try:
         import fsspec
         import gcsfs  # noqa: F401, which fsspec finds

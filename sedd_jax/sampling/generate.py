@@ -298,8 +298,14 @@ def to_line(sample: Sample) -> str:
 
 
 def write_jsonl(samples: list[Sample], path: pathlib.Path) -> None:
-    """Writes the samples to a file, one `to_line` each."""
-    path.write_text("".join(map(to_line, samples)), encoding="utf-8")
+    """Writes the samples to a file, one `to_line` each. Another file of this name is replaced by the whole one."""
+    content = "".join(map(to_line, samples))
+    if path.exists() and not path.is_file():  # Such as /dev/stdout.
+        path.write_text(content, encoding="utf-8")
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(path)
 
 
 def texts(run: runs.Run, tokens: Int[Array | np.ndarray, "B L"], length: int) -> list[str]:

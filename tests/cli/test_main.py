@@ -1,6 +1,8 @@
 """The edge of the command line: what becomes one line, what shows a traceback, and the exit statuses."""
 
 import errno
+import os
+import shlex
 import subprocess
 import sys
 
@@ -98,6 +100,50 @@ def test_any_other_exception_is_a_bug_that_asks_for_a_report(fails, error):
     assert "This is a bug in sedd. Please report it" in note
     assert "sedd eval '--workdir=my run'" in note
     assert f"numpy {np.__version__}" in note
+
+
+def _piped(command, monkeypatch, unbuffered):
+    """Statuses of a shell's pipe, and standard error."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    sedd = f"{shlex.quote(sys.executable)} -m sedd_jax"
+    script = f'{command.replace("sedd ", f"{sedd} ")}; echo "${{PIPESTATUS[@]}}" >&3'
+    read, write = os.pipe()
+    done = subprocess.run(
+        ["bash", "-c", f"exec 3>&{write}; {script}"], capture_output=True, text=True, pass_fds=[write], timeout=120
+    )
+    os.close(write)
+    with os.fdopen(read) as statuses:
+        return statuses.read().split(), done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("reader", ["head -n 1", "true"])
+def test_a_reader_that_has_seen_enough_is_no_failure(monkeypatch, reader, unbuffered):
+    statuses, err = _piped(f"sedd train --help | {reader}", monkeypatch, unbuffered)
+    assert (statuses, err) == (["0", "0"], "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_standard_output_is_one_line(monkeypatch, unbuffered):
+    statuses, err = _piped("sedd --help > /dev/full", monkeypatch, unbuffered)
+    assert statuses == ["1"]
+    assert err.startswith("sedd")
+    assert err.endswith("No space left on device\n") or err.endswith("(No space left on device)\n")
+    assert err.count("\n") == 1
+
+
+def test_a_closed_standard_output_is_no_failure(monkeypatch):
+    assert _piped("sedd --help >&-", monkeypatch, "") == (["0"], "")
+
+
+def test_a_terminal_that_is_not_utf_8_shows_other_characters_as_it_can():
+    code = (
+        "import sys; from sedd_jax.cli import main as cli; "
+        "cli.COMMANDS['eval'] = lambda argv: print('1.5 ± 0.1 ░'); sys.argv = ['sedd', 'eval']; cli.run()"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1.5 \\xb1 0.1 \\u2591\n", "")
 
 
 def test_a_bug_in_a_command_shows_its_traceback_and_the_request():

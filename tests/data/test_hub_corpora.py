@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from sedd_jax.data import hub_corpora
+from sedd_jax.runtime import errors
 
 ROWS = {"train": [f"train {number} é" for number in range(40)], "valid": ["one", "two"]}
 # Settings that send requests to an address where nothing answers.
@@ -94,6 +95,21 @@ def test_hugging_face_datasets_give_their_column(tmp_path):
     assert wrong == "hf:owner/name#number has no text in 'number': name one of body, as in #body"
     with pytest.raises(ValueError, match="tfds:mnist has no column of text"):
         hub_corpora._column("tfds:mnist", "", [])
+
+
+@pytest.mark.parametrize(
+    ("second", "why"), [('{"text": "tw', "JSON parse error"), ('{"body": "two", "number": 1}\n', "column names")]
+)
+def test_torn_and_uneven_files_are_one_line(tmp_path, monkeypatch, second, why):
+    pytest.importorskip("datasets", reason="needs pip install 'sedd_jax[hf]'")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "owner" / "name" / "train-0.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "owner" / "name" / "train-1.jsonl").write_text(second)
+    with pytest.raises(errors.UserError, match=f"hf:owner/name cannot be loaded .*{why}") as raised:
+        hub_corpora.read_hf("owner/name")
+    assert "An error occurred while generating the dataset (" not in str(raised.value)
 
 
 def test_hugging_face_datasets_say_at_once_what_is_missing(tmp_path):

@@ -1,9 +1,11 @@
 """Tests of prepared text: it does not depend on shards or processes, and damage or changes are reported."""
 
 import base64
+import grp
 import hashlib
 import json
 import pathlib
+import pwd
 import shutil
 
 import numpy as np
@@ -115,6 +117,19 @@ def test_unknown_tokens_are_counted(tmp_path, source):
     vocabulary.write_text("[UNK]\n[SEP]\n[MASK]\ncc\n")
     counts, _ = _tokens(_pack(source, tokenizers.build(f"wordpiece:{vocabulary}", lambda: ()), tmp_path / "p"), "train")
     assert (counts["num_unknown"], counts["num_tokens"]) == (4, 7)
+
+
+def test_owners_without_a_name_are_no_matter(tmp_path, source, characters, monkeypatch):
+    """In containers and on network file systems files belong to numbers."""
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    packed = _pack(source, characters, tmp_path / "packed")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(grp, "getgrgid", unknown)
+    assert len(shards.open_split(packed, "test")[1]) > 0
+    shards.verify(packed)
 
 
 def test_ids_that_are_no_tokens_are_not_packed(tmp_path, source, byte_pairs, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import tiktoken
 
-from sedd_jax.data import alphabets, tokenizers
+from sedd_jax.data import alphabets, subwords, tokenizers
 from sedd_jax.runtime import errors
 from tests.support import places
 
@@ -187,6 +187,26 @@ def test_a_vocabulary_that_is_no_text_is_named(vocabulary_file):
     vocabulary_file.write_bytes(b"[UNK]\n\xff\n")
     with pytest.raises(errors.UserError, match=r"vocab.txt is not UTF-8 text .*0xff"):
         _build(f"wordpiece:{vocabulary_file}")
+
+
+def test_long_white_space_gets_the_tokens_that_it_always_has(ranks_file, monkeypatch):
+    tokenizer = _build(f"gpt2:{ranks_file}")
+    blanks = [" ", "\n", "\t", "\xa0", "\u2003", "\u2028"]
+    generator = np.random.default_rng(0)
+    texts = ["".join(generator.choice([*blanks, *blanks, "a", "'s", "7", "!"], size=40)) for _ in range(300)]
+    texts += ["   ", "a   ", "   a", "a   b", "a  \n\n b", "a \x1c\x1c\x1c b"]
+    expected = [tokenizer.encode(text).tolist() for text in texts]
+    for longest in (2, 3, 5):
+        monkeypatch.setattr(subwords, "_LONGEST_BLANKS", longest)
+        assert [tokenizer.encode(text).tolist() for text in texts] == expected
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\r\n"])
+def test_a_document_with_a_million_blanks_is_tokenized(ranks_file, blank):
+    """tiktoken cannot match its pattern there, and ends with what is no Exception."""
+    text = f"a{blank * 1_500_000}b"
+    tokenizer = _build(f"gpt2:{ranks_file}")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_a_vocabulary_is_cut_at_newlines_only(vocabulary_file):

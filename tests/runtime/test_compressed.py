@@ -97,7 +97,7 @@ def test_plain_text_is_read_unless_its_name_promises_compression(tmp_path):
     for name in ("book", "book.txt.gz"):
         (tmp_path / name).write_bytes(TEXT)
     assert _read(tmp_path / "book") == TEXT
-    with pytest.raises(errors.UserError, match="book.txt.gz cannot be decompressed"):
+    with pytest.raises(errors.UserError, match=r"book.txt.gz cannot be decompressed"):
         _read(tmp_path / "book.txt.gz")
 
 

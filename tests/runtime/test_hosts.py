@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sedd_jax.runtime import errors, hosts
+from sedd_jax.runtime import errors, hosts, storage
 
 CPUINFO = "processor\t: 0\nmodel name\t: Some CPU 1\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nmodel name\t: other\n"
 
@@ -84,6 +84,23 @@ def test_memory_is_at_most_what_the_container_may_use(machine, tmp_path, monkeyp
         hosts.CONTAINER_MEMORY.write_text(limit)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert hosts.memory_bytes() == (expected or total)
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert hosts.local_path("~/runs/x") == pathlib.Path("/home/me/runs/x")
+    assert hosts.local_path("runs/~x") == pathlib.Path("runs/~x")
+    assert storage.directory("~/runs/x") == pathlib.Path("/home/me/runs/x")
+    with pytest.raises(errors.UserError, match="~nobody-of-this-name/x names a home directory that is not known"):
+        hosts.local_path("~nobody-of-this-name/x")
+
+
+def test_cores_are_those_of_the_job(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert hosts.num_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert hosts.num_cores() == 128
 
 
 def test_processor_is_the_first_cores(machine):
