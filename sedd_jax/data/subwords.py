@@ -233,9 +233,7 @@ class SentencePiece:
         try:
             return sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.model, validate=True))
         except (ValueError, RuntimeError) as error:
-            raise errors.UserError(
-                "what should be a SentencePiece model is not one", remedy="give the .model file"
-            ) from error
+            raise errors.UserError("this is no SentencePiece model", remedy="give the .model file") from error
 
     @functools.cached_property
     def _block_ids(self) -> list[int]:

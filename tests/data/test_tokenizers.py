@@ -351,7 +351,7 @@ def test_pieces_of_a_file_keep_their_unknown_and_their_mask(tmp_path):
     for unknown in ("aza", "a▁a"):
         assert tokenizer.encode(unknown).tolist().count(tokenizer.unk_id) == 1
     path.write_bytes(b"no model")
-    with pytest.raises(ValueError, match=r"should be a SentencePiece model is not one: give the \.model file"):
+    with pytest.raises(ValueError, match=r"this is no SentencePiece model: give the \.model file"):
         _build(f"sentencepiece:{path}")
 
 
