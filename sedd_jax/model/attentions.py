@@ -26,6 +26,7 @@ TPU_LANES = 128
 RESIDUALS = "attention"
 
 
+@jax.named_scope("attention")
 def attend(
     qkv: Float[Array, "B L Q"],
     num_heads: int,

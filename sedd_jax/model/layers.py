@@ -54,11 +54,13 @@ def modulated_norm(
     return _modulated_norm_forward(x, weight, shift, scale)[0]
 
 
+@jax.named_scope("norm")
 def _modulated_norm_forward(x, weight, shift, scale):
     row = _Row.of(x)
     return row.normalize(x) * weight[None, None] * (1 + scale) + shift, (x, row, weight, scale)
 
 
+@jax.named_scope("norm")
 def _modulated_norm_backward(residuals, gradient):
     x, row, weight, scale = residuals
     normalized = row.normalize(x)

@@ -136,7 +136,8 @@ class ScoreNetwork(nn.Module):
             "embedding", _uniform_init(config.hidden_size), (config.padded_states, config.hidden_size)
         )
         # Lookups in a table that is sharded on its features make XLA rematerialise the result. So replicate it first.
-        x = sharding.constrain(sharding.replicate(embedding)[xt], "batch", None, None)
+        with jax.named_scope("embedding"):
+            x = sharding.constrain(sharding.replicate(embedding)[xt], "batch", None, None)
         condition = nn.silu(SigmaEmbedding(config.cond_dim, name="sigma_embedding")(sigma))
         keys = None
         if dropout_key is not None and config.dropout > 0:
@@ -313,6 +314,7 @@ def _generator_key(key: Key[Array, ""], generator: str) -> Key[Array, ""]:
     return jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl=generator)
 
 
+@jax.named_scope("dropout")
 def _dropout(key: Key[Array, ""] | None, rate: float, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     """Inverted dropout; the result is float32, for the residual stream."""
     x = x.astype(jnp.float32)

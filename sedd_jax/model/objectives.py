@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
@@ -31,7 +32,9 @@ def mean_bounds(
     """
     if model.config.causal:
         return autoregression.mean_bounds(model, x0, process.graph, dropout_key)
-    return noised_bounds(model, process.graph, losses.noised(key, process, x0, t), dropout_key)
+    with jax.named_scope("noise"):
+        inputs = losses.noised(key, process, x0, t)
+    return noised_bounds(model, process.graph, inputs, dropout_key)
 
 
 def noised_bounds(

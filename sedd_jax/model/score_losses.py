@@ -35,6 +35,7 @@ class _Positions(NamedTuple):
     is_needed: Bool[Array, "B L"]
 
 
+@jax.named_scope("head")
 def total(
     model: networks.Model,
     features: Float[Array, "B L D"],
