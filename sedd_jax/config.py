@@ -80,6 +80,9 @@ class TrainingConfig:
         checkpoint_every: optimizer steps between checkpoints; the last step is always saved.
         keep_checkpoints: number of newest checkpoints to keep.
         keep_checkpoints_every: also keep all checkpoints at multiples of this step; 0 means none.
+        deterministic: whether GPUs use only kernels that give the same bits every time, and are slower; CPUs and TPUs
+            have no others.
+        profile: START:STEPS traces so many steps after step START into profiles/; "" traces none.
     """
 
     num_steps: int = 400_000
@@ -92,6 +95,8 @@ class TrainingConfig:
     checkpoint_every: int = 5_000
     keep_checkpoints: int = 3
     keep_checkpoints_every: int = 0
+    deterministic: bool = False
+    profile: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +126,7 @@ Nested = Mapping[str, Any] | ml_collections.ConfigDict
 
 # Fields that may change when a run resumes; all others determine its parameters.
 MAY_CHANGE = (
-    r"training\.(num_steps|log_every|eval_\w+|sample_every|\w*checkpoint\w*)",
+    r"training\.(num_steps|log_every|eval_\w+|sample_every|\w*checkpoint\w*|deterministic|profile)",
     r"sampling\..*",
     r"mesh\..*",
     r"network\.(remat|layer_loop|attention)",
@@ -280,15 +285,13 @@ def validate(config: Config) -> None:
     if network.normalize and not network.scale_by_sigma:
         remedy = f"set {errors.name('config.network.scale_by_sigma')}=True"
         raise refuse("network.normalize", "fixes the sum of the scores, which depends on sigma", remedy)
-    sampling_config.validate(
-        config.sampling,
-        config.graph.name,
-        has_mask=graph_class(config.graph).has_mask,
-        is_diffusion=is_diffusion(config),
-    )
+    has_mask = graph_class(config.graph).has_mask
+    sampling_config.validate(config.sampling, config.graph.name, has_mask=has_mask, is_diffusion=is_diffusion(config))
     if training.batch_size % training.num_micro_batches:
         divisor = f"{errors.name('config.training.num_micro_batches')}={training.num_micro_batches}"
         raise refuse("training.batch_size", f"must be divisible by {divisor}")
+    if training.profile and not re.fullmatch(r"[0-9]+:0*[1-9][0-9]*", training.profile):
+        raise refuse("training.profile", "is not START:STEPS", "give 1000:3, say, for steps 1001 to 1003")
     if not 0 < noise.eps < 1:
         raise refuse("noise.eps", "must be between 0 and 1")
     if not 0 < noise.sigma_min < noise.sigma_max:

@@ -67,6 +67,10 @@ def test_issue_configs_exist():
         ({"noise": {"eps": 1.0}}, "config.noise.eps=1.0 must be between 0 and 1"),
         ({"network": {"dropout": 1.0}}, "config.network.dropout=1.0 must be below 1"),
         ({"network": {"dtype": "float16"}}, "choose one of float32, bfloat16"),
+        *(
+            ({"training": {"profile": text}}, f"config.training.profile={text} is not START:STEPS: give 1000:3")
+            for text in ("1000", "3:0", "-1:3", "3:-1", "a:b", "1:2:3", "1:2.5")
+        ),
     ],
 )
 def test_bad_values_get_one_line_with_the_value_and_the_remedy(partial, message):
@@ -95,7 +99,8 @@ def test_json_round_trip():
 
 def test_a_resumed_run_may_change_how_long_it_runs_but_not_what_it_is():
     old = configs.Config()
-    longer = dataclasses.replace(old, training=dataclasses.replace(old.training, num_steps=7, eval_every=3))
+    changed = {"num_steps": 7, "eval_every": 3, "profile": "3:2", "deterministic": True}
+    longer = dataclasses.replace(old, training=dataclasses.replace(old.training, **changed))
     assert configs.changes(old, longer) == []
     other = dataclasses.replace(old, optimizer=dataclasses.replace(old.optimizer, learning_rate=1e-3))
     assert configs.changes(old, other) == ["config.optimizer.learning_rate was 0.0003 and is now 0.001"]

@@ -475,6 +475,7 @@ ADDED = (
     {"init_from": ""},
     {"sampling.grid": "uniform", "sampling.corrector_steps": 0},
     {"sampling.temperature": 1.0, "sampling.top_p": 1.0, "sampling.guidance": 1.0},
+    {"training.deterministic": False, "training.profile": ""},
 )
 NAMED_REMAT = 2
 

@@ -22,10 +22,10 @@ from sedd_jax.evaluation import likelihoods
 from sedd_jax.model import networks, objectives, optimizers, train_state, work
 from sedd_jax.runtime import accelerators, errors, processes, sharding, storage
 from sedd_jax.sampling import generate, templates
-from sedd_jax.training import initial_weights, loss_curves, metric_writers
+from sedd_jax.training import compilation, initial_weights, loss_curves, metric_writers, profiles
 
 # Files that training writes in addition to checkpoints.
-_WRITTEN = ("metrics.jsonl", "loss.png", "samples/*", "tensorboard/**/*")
+_WRITTEN = ("metrics.jsonl", "loss.png", "samples/*", "tensorboard/**/*", "profiles/**/*")
 Metrics = dict[str, Any]
 StepFn = Callable[[train_state.TrainState, Int[Array, "B L"]], tuple[train_state.TrainState, Metrics]]
 
@@ -43,6 +43,7 @@ class _Session:
         mesh: the devices.
         saved: its checkpoints.
         writer: where metrics and messages go.
+        profile: traces the steps that `training.profile` names.
         told_to_stop: (step just taken) -> whether SIGTERM has come.
         again: the command that resumes the run, in words.
     """
@@ -51,6 +52,7 @@ class _Session:
     mesh: jax.sharding.Mesh
     saved: checkpoints.Checkpoints
     writer: metric_writers.Writer
+    profile: profiles.Profile
     told_to_stop: Callable[[int], bool]
     again: str
 
@@ -100,13 +102,23 @@ def train(
         # A second SIGTERM must not end a save in progress.
         with processes.told_to_stop() as told_to_stop, contextlib.closing(saved), jax.set_mesh(mesh):
             state, step, said = initial_state(run, optimizer, mesh, saved, from_step)
-            step_fn = make_step_fn(run, optimizer, mesh, state)
-            with _make_writer(run, mesh, step, stream) as writer:
+            step_fn: Any = make_step_fn(run, optimizer, mesh, state)
+            if profiles.is_due(run.config.training, step):
+                step_fn = lower_step(run, mesh)[1].compile()  # Its text says which module each kernel belongs to.
+            with (
+                _make_writer(run, mesh, step, stream) as writer,
+                contextlib.closing(profiles.Profile(run, step_fn, writer.say)) as profile,
+            ):
                 if said:
                     writer.say(said)
-                again = "the same command" if from_step is None else "the same command without --step"
                 session = _Session(
-                    run=run, mesh=mesh, saved=saved, writer=writer, told_to_stop=told_to_stop, again=again
+                    run=run,
+                    mesh=mesh,
+                    saved=saved,
+                    writer=writer,
+                    profile=profile,
+                    told_to_stop=told_to_stop,
+                    again="the same command" if from_step is None else "the same command without --step",
                 )
                 return _loop(session, step_fn, state, step)
     except OSError as error:
@@ -131,7 +143,8 @@ def train_step(
     num_micro = run.config.training.num_micro_batches
     base_key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
     key_times, key_micro = jax.random.split(jax.random.fold_in(base_key, state.step))
-    t = losses.sample_times(key_times, x0.shape[0])
+    with jax.named_scope("noise"):
+        t = losses.sample_times(key_times, x0.shape[0])
 
     def loss_fn(params: networks.Params, key: Key[Array, ""], x0: Int[Array, "b L"], t: Float[Array, "b"]):
         key_noise, key_dropout = jax.random.split(key)
@@ -149,9 +162,10 @@ def train_step(
     parts = (jax.random.split(key_micro, num_micro), deal(x0), deal(t))
     (loss, cross_entropy, grads), _ = jax.lax.scan(micro_batch, zeros, parts)
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
-    ema_params = optimizers.update_ema(state.ema_params, params, state.step + 1, run.config.optimizer.ema_decay)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        ema_params = optimizers.update_ema(state.ema_params, params, state.step + 1, run.config.optimizer.ema_decay)
     metrics = {
         "train/loss": loss / x0.shape[1],
         "train/grad_norm": optax.tree.norm(grads),
@@ -215,6 +229,7 @@ def make_step_fn(
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, None),
         donate_argnums=0,
+        compiler_options=compilation.options(run.config.training),
     )
 
 
@@ -243,6 +258,7 @@ def _loop(session: _Session, step_fn: StepFn, state: train_state.TrainState, ste
         )
         writer.say(f"resumed {run.workdir} at step {step}{nothing}")
     while step < settings.num_steps:
+        session.profile.begin(step, state)
         state, metrics = step_fn(state, _batch(run, data, step, session.mesh))
         step += 1
         written["step"] = step
@@ -251,6 +267,7 @@ def _loop(session: _Session, step_fn: StepFn, state: train_state.TrainState, ste
             _check_finite(*pending, saved)
         pending = (step, metrics)
         stops = session.told_to_stop(step) and step < settings.num_steps
+        session.profile.end(step, metrics, is_last=stops or step == settings.num_steps)
         due = functools.partial(_is_due, step, settings.num_steps)
         if due(settings.log_every):
             _check_finite(step, metrics, saved)
