@@ -1,19 +1,15 @@
 #!/usr/bin/env bash
-# XLA compiler flags for TPUs (LIBTPU_INIT_ARGS) and GPUs (XLA_FLAGS). They are set only here.
+# Puts the compilers' flags for TPUs (LIBTPU_INIT_ARGS) and GPUs (XLA_FLAGS) in front of those in the environment.
 #
 #   source launch/accelerator_flags.sh
 #
-# Every launcher sources this file. Flags that are already in these variables come last, so they win. JAX and libtpu
-# refuse to start with an unknown flag; tests/test_launch.py starts both with these flags. `sedd plan` uses them, too.
+# The flags, and why, are in sedd_jax/runtime/accelerator_flags.txt. `sedd` reads the same file and sets what is missing;
+# this script is for launchers, whose dry runs show them, and for other programs.
 
-tpu_flags=(
-  # Overlaps the all-reduce of gradients over mesh.data with computation. All-gathers over mesh.fsdp overlap by default.
-  --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true
-)
-gpu_flags=(
-  # Schedules NCCL's collectives to overlap with kernels.
-  --xla_gpu_enable_latency_hiding_scheduler=true
-)
-export LIBTPU_INIT_ARGS="${tpu_flags[*]}${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"
-export XLA_FLAGS="${gpu_flags[*]}${XLA_FLAGS:+ $XLA_FLAGS}"
-unset tpu_flags gpu_flags
+flags_of() { # PREFIX: the flags that begin with it, in a line
+  grep "^$1" "$(dirname "${BASH_SOURCE[0]}")/../sedd_jax/runtime/accelerator_flags.txt" | paste -sd' '
+}
+LIBTPU_INIT_ARGS="$(flags_of --xla_tpu_)${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"
+XLA_FLAGS="$(flags_of --xla_gpu_)${XLA_FLAGS:+ $XLA_FLAGS}"
+export LIBTPU_INIT_ARGS XLA_FLAGS
+unset -f flags_of

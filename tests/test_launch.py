@@ -18,6 +18,7 @@ import time
 import pytest
 import yaml
 
+from sedd_jax.runtime import hosts
 from tests.support import places
 
 # Job schedulers, and scripts in processes of their own.
@@ -75,6 +76,9 @@ class Place:
         self.root, self.bin = directory / "check out", directory / "bin"
         shutil.copytree(ROOT / "launch", self.root / "launch")
         shutil.copytree(ROOT / "configs", self.root / "configs")
+        runtime = self.root / "sedd_jax/runtime"
+        runtime.mkdir(parents=True)
+        shutil.copy(hosts.ACCELERATOR_FLAGS, runtime)
         for name in ("sedd", "make", "nvidia-smi", "srun", "scontrol", "git", "gcloud", "xpk", "sleep"):
             write_program(self.bin / name, FAKE)
         self.environment = {"PATH": f"{self.bin}:/usr/bin:/bin", "SEDD": "sedd"}
@@ -191,8 +195,9 @@ def test_sedd_gets_the_flags_of_accelerators_and_the_users_last(place):
     (argv, alone), (same, flags) = (place.launch("gpu_host.sh", **each)[3][0] for each in ({}, mine))
     assert argv == same == ["sedd", "train", "--config=configs/owt_small.py", "--workdir=runs/owt_small"]
     assert alone["JAX_PLATFORMS"] == "cuda"
-    assert "--xla_gpu_" in alone["XLA_FLAGS"]
-    assert "--xla_tpu_" in alone["LIBTPU_INIT_ARGS"]
+    for variable, prefix in (("XLA_FLAGS", "--xla_gpu_"), ("LIBTPU_INIT_ARGS", "--xla_tpu_")):
+        ours = [line for line in hosts.ACCELERATOR_FLAGS.read_text().splitlines() if line.startswith(prefix)]
+        assert alone[variable] == " ".join(ours) != ""
     assert flags == {
         "XLA_FLAGS": f"{alone['XLA_FLAGS']} --xla_mine=1",
         "LIBTPU_INIT_ARGS": f"{alone['LIBTPU_INIT_ARGS']} --xla_tpu_mine=1",
@@ -253,7 +258,7 @@ def stop(place, *arguments):
     shutil.copy(place.root / ".venv/bin/sedd", place.bin)
     # The archive for a worker of a TPU slice. Nothing needs to be installed there.
     write_program(place.bin / "python3", "#!/bin/sh\n")
-    subprocess.run(["tar", "-czf", "sedd.tar.gz", "launch", ".venv"], cwd=place.root, check=True)
+    subprocess.run(["tar", "-czf", "sedd.tar.gz", "launch", "sedd_jax", ".venv"], cwd=place.root, check=True)
     (place.bin / "sleep").unlink()
     (place.bin / "answers").write_text("{}")
     knobs = {"CONFIG": "configs/quickstart.py", "WORKDIR": "gs://my-bucket/run", "ARGUMENTS": ""}

@@ -26,6 +26,7 @@ def run() -> None:
     """Entry point of the console script."""
     hosts.use_huge_pages()
     hosts.keep_compiled_programs()
+    hosts.use_accelerator_flags()
     # The command reports a failure once; threads of libraries would repeat it.
     sys.unraisablehook = lambda _: None
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from sedd_jax.runtime import errors
 
 CPUINFO = pathlib.Path("/proc/cpuinfo")
+ACCELERATOR_FLAGS = pathlib.Path(__file__).with_name("accelerator_flags.txt")
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CONTAINER_MEMORY = pathlib.Path("/sys/fs/cgroup/memory.max")
 
@@ -101,6 +102,21 @@ def keep_compiled_programs() -> None:
     kind = hashlib.sha256(f"{platform.machine()} {core.get('model name')} {features}".encode()).hexdigest()[:12]
     with contextlib.suppress(errors.UserError):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_directory() / kind)
+
+
+def use_accelerator_flags() -> None:
+    """Adds the flags in `ACCELERATOR_FLAGS` to the environment. Call it before importing JAX.
+
+    A flag that is set already, by the user or a launcher, stays as it is.
+    """
+    flags = ACCELERATOR_FLAGS.read_text().splitlines()
+    for variable, prefix in (("LIBTPU_INIT_ARGS", "--xla_tpu_"), ("XLA_FLAGS", "--xla_gpu_")):
+        given = os.environ.get(variable, "").split()
+        if given and not given[0].startswith("-"):
+            continue  # The name of a file of flags.
+        names = [flag.partition("=")[0] for flag in given]
+        missing = [flag for flag in flags if flag.startswith(prefix) and flag.partition("=")[0] not in names]
+        os.environ[variable] = " ".join([*missing, *given])
 
 
 def compile_for_others() -> None:

@@ -1,7 +1,9 @@
 """Settings for the host machine, on fake machines."""
 
+import importlib.util
 import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -117,3 +119,67 @@ def test_silence_ends_and_keeps_errors(capfd):
         fail()
     os.write(2, b"heard")
     assert capfd.readouterr().err == "heard"
+
+
+def test_flags_of_accelerators_come_before_the_users_who_wins(machine):
+    gpu, tpu = "--xla_gpu_enable_latency_hiding_scheduler", "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce"
+    os.environ["XLA_FLAGS"] = "--xla_mine=1"
+    for _ in range(2):  # `sedd` may start itself again.
+        hosts.use_accelerator_flags()
+        assert os.environ["XLA_FLAGS"] == f"{gpu}=true --xla_mine=1"
+        assert os.environ["LIBTPU_INIT_ARGS"] == f"{tpu}=true"
+    os.environ["XLA_FLAGS"] = f"--xla_mine=1 {gpu}=false"
+    hosts.use_accelerator_flags()
+    assert os.environ["XLA_FLAGS"] == f"--xla_mine=1 {gpu}=false"
+
+
+def test_a_file_of_flags_stays(machine):
+    os.environ["XLA_FLAGS"] = "/mine"
+    hosts.use_accelerator_flags()
+    assert os.environ["XLA_FLAGS"] == "/mine"
+
+
+STARTS = """
+import jax, os
+from sedd_jax.cli import main
+main.main = lambda argv: 0
+try:
+    main.run()
+except SystemExit:
+    print(os.environ["XLA_FLAGS"], flush=True)
+"""
+# NVIDIA's plugin reads the flags, too, when it compiles, for which no GPU has to be here.
+COMPILES = {
+    "XLA": "jax.numpy.zeros(1)",
+    "NVIDIA": """
+from jax.experimental import topologies
+h100 = '''gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 19 } runtime_version { major: 13 }'''
+devices = topologies.get_topology_desc(platform="cuda", target_config=h100, topology="1x1x1").devices
+x = jax.ShapeDtypeStruct((8,), "float32", sharding=jax.sharding.SingleDeviceSharding(devices[0]))
+jax.jit(lambda x: x + 1).lower(x).compile()
+""",
+}
+
+
+@pytest.mark.parametrize("compiler", COMPILES)
+@pytest.mark.parametrize("unknown", ["", "--xla_gpu_of_no_version=true"])
+def test_sedd_sets_flags_that_the_compilers_here_know(compiler, unknown):
+    """Both end the process where they do not know a flag."""
+    if compiler == "NVIDIA" and importlib.util.find_spec("jax_plugins") is None:
+        pytest.skip("JAX for NVIDIA GPUs is not installed: pip install '.[gpu]'")
+    environment = os.environ | {
+        "XLA_FLAGS": unknown,
+        "JAX_PLATFORMS": "cpu",
+        "GLIBC_TUNABLES": "",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    }
+    command = [sys.executable, "-c", STARTS + COMPILES[compiler]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "--xla_gpu_enable_latency_hiding_scheduler=true" in done.stdout, done.stderr
+    assert (done.returncode != 0) == bool(unknown), done.stderr
