@@ -201,8 +201,8 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
         storage.upload(workdir, "config.json")
         return
     # In a bucket, where files appear one by one, a start that was killed may have left these.
-    ours = {"data", "tokenizer.json", *tokenizers.FILES.values()} if storage.is_remote(workdir) else set()
-    if workdir.exists() and (not workdir.is_dir() or {path.name for path in workdir.iterdir()} - ours):
+    ours = ("data", "tokenizer.json", *tokenizers.FILES.values()) if storage.is_remote(workdir) else ()
+    if not storage.is_free(workdir, *ours):
         raise errors.UserError(
             "exists and is not a run directory", field="workdir", value=workdir, remedy="give another"
         )

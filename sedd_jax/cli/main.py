@@ -2,20 +2,17 @@
 
 import contextlib
 import functools
-import io
 import json
 import logging as python_logging
-import os
 import pathlib
 import platform
-import select
 import shlex
 import sys
 from importlib import metadata
 
 from absl import flags, logging
 
-from sedd_jax.cli import arguments
+from sedd_jax.cli import arguments, output
 from sedd_jax.runtime import errors, hosts
 
 _HELP = ("--help", "-h", "help")
@@ -30,24 +27,10 @@ def run() -> None:
     # The command reports a failure once; threads of libraries would repeat it.
     sys.unraisablehook = lambda _: None
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, it was closed, and stays open now.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # A terminal that is not UTF-8 shows other characters so.
+    output.prepare()
     status = main(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        if not _reader_is_gone():
-            status = _fail("sedd", f"the results cannot be printed ({error.strerror})", 1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python prints what is left once more at its end.
-    sys.exit(status)
-
-
-def _reader_is_gone() -> bool:
-    """Whether standard output is a pipe that nobody reads any more, as `head` does not after its lines."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    why = output.finish()
+    sys.exit(_fail("sedd", f"the results cannot be printed ({why})", 1) if why else status)
 
 
 def main(argv: list[str]) -> int:
@@ -77,7 +60,7 @@ def main(argv: list[str]) -> int:
         what = ": the same command goes on from what is finished" if can_resume else ""
         return _fail(f"sedd {name}", f"interrupted{what}", 130)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+        if isinstance(error, BrokenPipeError) and output.reader_is_gone():
             return 0
         if isinstance(error, OSError) and error.errno is not None:
             # The operating system refused: the disk is full, or a file may not be read.

@@ -22,7 +22,7 @@ from sedd_jax.conversion import (
 )
 from sedd_jax.data import subwords, tokenizers
 from sedd_jax.model import networks, optimizers, train_state
-from sedd_jax.runtime import errors, hosts, storage
+from sedd_jax.runtime import errors, hosts, locks, storage
 
 FORMATS = ("torch", "jax", "stablehlo")
 WEIGHTS = {"ema": "ema_params", "raw": "params"}
@@ -109,8 +109,10 @@ def convert(
             raise errors.UserError(
                 "is unknown", field=field, value=value, remedy=f"choose one of {', '.join(filter(None, known))}"
             )
-    if directory.exists():
-        raise errors.UserError("exists", field="to", value=directory, remedy=f"use another {errors.name('to')}")
+    if not storage.is_free(directory):
+        raise errors.UserError(
+            "exists and is not empty", field="to", value=directory, remedy=f"use another {errors.name('to')}"
+        )
     has_torch = importlib.util.find_spec("torch") is not None
     if verify and not has_torch:
         raise errors.UserError(
@@ -138,7 +140,7 @@ def convert(
             remedy="leave it out",
         )
     compares = has_torch if verify is None else verify
-    with storage.new_directory(directory) as partial:
+    with locks.owned(directory, "to"), storage.new_directory(directory) as partial:
         if to_format == "jax":
             compared = _write_run(partial, model, compares)
         else:

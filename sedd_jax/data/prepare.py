@@ -3,7 +3,7 @@
 from typing import Any
 
 from sedd_jax.data import batches, corpora, shards, tokenizers
-from sedd_jax.runtime import errors, hosts, storage, terminals
+from sedd_jax.runtime import errors, hosts, locks, storage, terminals
 
 _MEASURED_TOKENS = 2**24  # enough for the entropies, whose pairs then take half a gigabyte with GPT-2's tokens
 _SHOWN_TOKENS = 200
@@ -28,26 +28,27 @@ def prepare(source: str, tokenizer_spec: str, directory: storage.Directory, *, n
         raise errors.UserError(
             "already holds prepared text", field="out", value=directory, remedy="use it, or choose another directory"
         )
-    if not storage.is_remote(directory) and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if not storage.is_remote(directory) and not storage.is_free(directory):
         raise errors.UserError(
             "exists and is not empty", field="out", value=directory, remedy="choose another directory"
         )
-    corpus = corpora.find(source)
-    tokenizer = tokenizers.build(tokenizer_spec, corpus.texts)
-    storage.clear(directory)
     local = storage.local_copy(directory)
-    with terminals.progress() as report, storage.new_directory(local) as partial:
-        shards.pack(
-            corpus,
-            tokenizer,
-            partial,
-            source=source,
-            tokenizer_spec=tokenizer_spec,
-            num_workers=num_workers or hosts.num_cores(),
-            report=report,
-        )
-    storage.upload(directory)
-    storage.clear(directory)
+    with locks.owned(local, "out"):
+        corpus = corpora.find(source)
+        tokenizer = tokenizers.build(tokenizer_spec, corpus.texts)
+        storage.clear(directory)
+        with terminals.progress() as report, storage.new_directory(local) as partial:
+            shards.pack(
+                corpus,
+                tokenizer,
+                partial,
+                source=source,
+                tokenizer_spec=tokenizer_spec,
+                num_workers=num_workers or hosts.num_cores(),
+                report=report,
+            )
+        storage.upload(directory)
+        storage.clear(directory)
 
 
 def describe(directory: storage.Directory) -> dict[str, Any]:

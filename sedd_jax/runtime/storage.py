@@ -16,10 +16,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from sedd_jax.runtime import errors, hosts
+from sedd_jax.runtime import errors, hosts, locks
 
 Directory = pathlib.Path | epath.Path
 CHECKPOINTS = "checkpoints"
+PARTIAL = ".partial"  # A directory of this name is an unfinished one that a kill has left.
 _LAST = ("config.json", "header.json")  # These mark a run or prepared text as complete, so they are written last.
 _sent: dict[pathlib.Path, tuple[int, int]] = {}  # Size and time of each local file as it is in the bucket.
 
@@ -116,19 +117,37 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         return bucket.cat_ranges(list(files), list(starts), list(stops), on_error="raise")
 
 
+def is_free(place: Directory, *ours: str) -> bool:
+    """Whether a directory can be made here: there is none, or an empty one, `ours` and what a kill has left aside."""
+    if not place.exists():
+        return True
+    return place.is_dir() and {path.name for path in place.iterdir()} <= {PARTIAL, locks.INSIDE, *ours}
+
+
 @contextlib.contextmanager
 def new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary local directory beside `final`, renamed to `final` on success and deleted on failure."""
-    partial = final.parent / f".{final.name}.partial"
+    """A temporary local directory that becomes `final` on success and is deleted on failure.
+
+    It is beside `final` and renamed. If `final` is an empty directory, perhaps a mount point, a link or the current
+    one, it is inside, and its content is moved, what marks it as complete last.
+    """
+    named, final = final, pathlib.Path(os.path.realpath(final))
+    is_inside = final.is_dir()
+    partial = final / PARTIAL if is_inside else final.parent / f".{final.name}{PARTIAL}"
     try:
         if partial.exists():
             shutil.rmtree(partial)  # Left by a process that was killed.
         partial.mkdir(parents=True)
     except OSError as error:
-        raise errors.UserError(f"cannot write to {final} ({error.strerror})", remedy="use another directory") from error
+        raise errors.UserError(f"cannot write to {named} ({error.strerror})", remedy="use another directory") from error
     try:
         yield partial
-        partial.rename(final)
+        if not is_inside:
+            partial.rename(final)
+            return
+        for path in sorted(partial.iterdir(), key=lambda path: (_is_last(path.name), path.name)):
+            path.rename(final / path.name)
+        partial.rmdir()
     except BaseException:
         shutil.rmtree(partial)
         raise

@@ -20,7 +20,7 @@ from sedd_jax.data import batches
 from sedd_jax.diffusion import losses
 from sedd_jax.evaluation import likelihoods
 from sedd_jax.model import networks, objectives, optimizers, train_state, work
-from sedd_jax.runtime import accelerators, errors, processes, sharding, storage
+from sedd_jax.runtime import accelerators, errors, locks, processes, sharding, storage
 from sedd_jax.sampling import generate, templates
 from sedd_jax.training import compilation, initial_weights, loss_curves, metric_writers, profiles
 
@@ -86,45 +86,51 @@ def train(
     check_batch(config, mesh)
     if config.init_from and not storage.holds(workdir, "config.json"):
         initial_weights.check(config)
-    processes.first_then_all("start", lambda: runs.start(workdir, config))
-    if not storage.holds(workdir, "config.json"):
-        raise errors.UserError(
-            f"does not exist for {processes.describe()}",
-            field="workdir",
-            value=workdir,
-            remedy="give a directory that all processes share, or gs://",
-        )
-    run = runs.load(workdir)
-    optimizer = optimizers.make_optimizer(config.optimizer)
-    keep = {"keep": config.training.keep_checkpoints, "keep_every": config.training.keep_checkpoints_every}
-    saved = checkpoints.Checkpoints(run.checkpoint_dir, **keep)
-    try:
-        # A second SIGTERM must not end a save in progress.
-        with processes.told_to_stop() as told_to_stop, contextlib.closing(saved), jax.set_mesh(mesh):
-            state, step, said = initial_state(run, optimizer, mesh, saved, from_step)
-            step_fn: Any = make_step_fn(run, optimizer, mesh, state)
-            if profiles.is_due(run.config.training, step):
-                step_fn = lower_step(run, mesh)[1].compile()  # Its text says which module each kernel belongs to.
-            with (
-                _make_writer(run, mesh, step, stream) as writer,
-                contextlib.closing(profiles.Profile(run, step_fn, writer.say)) as profile,
-            ):
-                if said:
-                    writer.say(said)
-                session = _Session(
-                    run=run,
-                    mesh=mesh,
-                    saved=saved,
-                    writer=writer,
-                    profile=profile,
-                    told_to_stop=told_to_stop,
-                    again="the same command" if from_step is None else "the same command without --step",
-                )
-                return _loop(session, step_fn, state, step)
-    except OSError as error:
-        raise errors.UserError(
-            errors.reason(error), remedy=f"{_newest(saved)}; make {workdir} writable, then the same command goes on"
-        ) from error
+    with contextlib.ExitStack() as owner:
+        processes.first_then_all("start", lambda: _start(owner, workdir, config))
+        if not storage.holds(workdir, "config.json"):
+            raise errors.UserError(
+                f"does not exist for {processes.describe()}",
+                field="workdir",
+                value=workdir,
+                remedy="give a directory that all processes share, or gs://",
+            )
+        run = runs.load(workdir)
+        optimizer = optimizers.make_optimizer(config.optimizer)
+        keep = {"keep": config.training.keep_checkpoints, "keep_every": config.training.keep_checkpoints_every}
+        saved = checkpoints.Checkpoints(run.checkpoint_dir, **keep)
+        try:
+            # A second SIGTERM must not end a save in progress.
+            with processes.told_to_stop() as told_to_stop, contextlib.closing(saved), jax.set_mesh(mesh):
+                state, step, said = initial_state(run, optimizer, mesh, saved, from_step)
+                step_fn: Any = make_step_fn(run, optimizer, mesh, state)
+                if profiles.is_due(run.config.training, step):
+                    step_fn = lower_step(run, mesh)[1].compile()  # Its text says which module each kernel belongs to.
+                with (
+                    _make_writer(run, mesh, step, stream) as writer,
+                    contextlib.closing(profiles.Profile(run, step_fn, writer.say)) as profile,
+                ):
+                    if said:
+                        writer.say(said)
+                    session = _Session(
+                        run=run,
+                        mesh=mesh,
+                        saved=saved,
+                        writer=writer,
+                        profile=profile,
+                        told_to_stop=told_to_stop,
+                        again="the same command" if from_step is None else "the same command without --step",
+                    )
+                    return _loop(session, step_fn, state, step)
+        except OSError as error:
+            raise errors.UserError(
+                errors.reason(error), remedy=f"{_newest(saved)}; make {workdir} writable, then the same command goes on"
+            ) from error
+
+
+def _start(owner: contextlib.ExitStack, workdir: storage.Directory, config: configs.Config) -> None:
+    owner.enter_context(locks.owned(storage.local_copy(workdir), "workdir"))
+    runs.start(workdir, config)
 
 
 def train_step(

@@ -403,7 +403,7 @@ def test_tokens_of_an_unknown_order_are_asked_for(tmp_path):
         ({"step": 3}, "step=3 selects a checkpoint of a run directory: give the file"),
         ({"source": pathlib.Path("nowhere/at/all")}, "from=nowhere/at/all does not exist"),
         ({"source": pathlib.Path("nowhere.ckpt")}, "from=nowhere.ckpt does not exist"),
-        ({"directory": GOLDEN}, "exists: use another to"),
+        ({"directory": GOLDEN}, "exists and is not empty: use another to"),
     ],
 )
 def test_impossible_arguments_are_refused(tmp_path, given, message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -63,3 +64,50 @@ def test_a_download_that_was_stopped_begins_again(bucket, monkeypatch):
     assert sorted(path.name for path in (local / "data").iterdir()) == ["test-00000.bin", "train-00000.bin"]
     storage.download(place, "data")
     assert (local / "data" / "header.json").read_text() == "header.json"
+
+
+def _make(final, *names):
+    with storage.new_directory(final) as partial:
+        for name in names:
+            (partial / name).mkdir()
+
+
+@pytest.mark.parametrize("name", ["new", "deep/new", "empty", "link", "dangling", "."])
+def test_a_new_directory_may_be_a_link_an_empty_one_or_the_current_one(tmp_path, monkeypatch, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to("scratch")
+    (tmp_path / "dangling").symlink_to("elsewhere")
+    if name == ".":
+        monkeypatch.chdir(tmp_path / "empty")
+    final = pathlib.Path(name) if name == "." else tmp_path / name
+    assert storage.is_free(final)
+    with pytest.raises(FileExistsError):
+        _make(final, "a", "a")
+    assert storage.is_free(final)
+    _make(final, "a", "config.json")
+    assert sorted(path.name for path in final.iterdir()) == ["a", "config.json"]
+    assert not storage.is_free(final)
+    assert (tmp_path / name).is_symlink() == (name in ("link", "dangling"))
+    assert not list(tmp_path.rglob("*partial*"))
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_what_a_kill_has_left_of_a_new_directory_goes(tmp_path, exists):
+    final = tmp_path / "new"
+    if exists:
+        final.mkdir()
+    left = final / ".partial" if exists else tmp_path / ".new.partial"
+    (left / "old").mkdir(parents=True)
+    assert storage.is_free(final)
+    _make(final, "a")
+    assert [path.name for path in final.iterdir()] == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_what_marks_a_directory_as_complete_is_moved_last(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    moved, rename = [], pathlib.Path.rename
+    monkeypatch.setattr(pathlib.Path, "rename", lambda path, to: [moved.append(path.name), rename(path, to)][1])
+    _make(tmp_path / "empty", "config.json", "data", "tokenizer.json")
+    assert moved == ["data", "tokenizer.json", "config.json"]

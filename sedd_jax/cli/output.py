@@ -1,0 +1,31 @@
+"""Standard output: any terminal, and any reader."""
+
+import io
+import os
+import select
+import sys
+
+
+def prepare() -> None:
+    """Lets any text be printed: characters that a terminal lacks are escaped, and a closed output takes nothing."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, it stays open.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as `head` does not after its lines."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def finish() -> str | None:
+    """Writes what was printed, once; why it cannot be written, or None if it can or nobody wants it."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        wanted = not reader_is_gone()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try again at its end.
+        return error.strerror if wanted else None
+    return None

@@ -1,0 +1,76 @@
+"""One owner at a time for a local directory that is being made or trained."""
+
+import contextlib
+import datetime
+import fcntl
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+from typing import TextIO
+
+from sedd_jax.runtime import errors
+
+INSIDE = ".lock"  # The file in a directory whose parent may not be written.
+
+
+@contextlib.contextmanager
+def owned(place: pathlib.Path, field: str) -> Iterator[None]:
+    """Owns a directory, which need not exist yet. The system ends this with the process, however that ends.
+
+    Where a file system has no locks, or nothing may be written beside the directory, there is no protection.
+
+    Args:
+        place: the directory.
+        field: the input that names it, for the error.
+
+    Raises:
+        errors.UserError: if another process owns it; names the process, its host, and since when.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(_locked(_file_of(place)))
+        except BlockingIOError as error:
+            raise errors.UserError(
+                f"is in use by {error.args[0] or 'another process'}",
+                field=field,
+                value=place,
+                remedy="wait until it ends, or stop it",
+            ) from error
+        except OSError:
+            file = None
+        if file is not None:
+            now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
+            file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[TextIO]:
+    """A file that no other process has locked. Raises BlockingIOError with its content if one has."""
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise BlockingIOError(file.read()) from None
+            # An owner removes its file at its end. Who has opened that one begins again.
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                continue
+            try:
+                yield file
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _file_of(place: pathlib.Path) -> pathlib.Path:
+    """The file that stands for a directory, by whatever name it is given: beside it, or in it where that is closed."""
+    place = pathlib.Path(os.path.realpath(place))
+    if place.is_dir() and not os.access(place.parent, os.W_OK):
+        return place / INSIDE
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place.parent / f".{place.name}.lock"
