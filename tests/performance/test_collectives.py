@@ -124,6 +124,30 @@ def test_between_slices_and_in_a_loop_whose_first_round_was_peeled_off():
     ]
 
 
+GPUS = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %g = ((f32[4]{0}, f32[8]{0}), (f32[32]{0}, f32[64]{0})) all-gather-start(%a), replica_groups={{0,1,2,3,4,5,6,7},{8}}
+  %s = ((bf16[64]{0}), bf16[8]{0}) reduce-scatter-start(%c), channel_id=2, replica_groups=[2,8]<=[16], dimensions={0}
+  %r = f32[100]{0} all-reduce-start(%d), replica_groups=mesh['a'=8,'b'=1,'c'=2], device_ids=([2,8]T(1,0)) {'c'}
+  %w = f32[100]{0} all-reduce-start(%d), channel_id=4, replica_groups=mesh['a'=16,'b'=1] {'a'}
+  %t = f32[100]{0} all-reduce-start(%d), channel_id=5, replica_groups=[8,2]<=[2,8]T(1,0)
+}
+"""
+
+
+def test_gpus_of_two_hosts_send_what_leaves_a_host_once():
+    """NCCL's operations as XLA writes them for two hosts of 8 GPUs, in each notation of groups."""
+    gathered, scattered, *summed = collectives.collectives(GPUS, host_devices=8)
+    assert (gathered.kind, gathered.group_size, gathered.bytes_sent) == ("all-gather", 8, 7 / 8 * 4 * 96)
+    assert (scattered.kind, scattered.shapes, scattered.bytes_sent) == ("reduce-scatter", (("bf16", (8,)),), 7 * 16)
+    assert gathered.num_hosts == scattered.num_hosts == 1
+    assert gathered.bytes_between_hosts == 0
+    # Peers of the other host; all 16, whose ring leaves a host at one of 8 GPUs; peers again.
+    assert [(one.group_size, one.num_hosts) for one in summed] == [(2, 2), (16, 2), (2, 2)]
+    assert [one.bytes_between_hosts for one in summed] == [400, 2 * 15 / 16 * 400 / 8, 400]
+    assert [one.bytes_within_hosts for one in summed] == [0, 2 * 15 / 16 * 400, 0]
+
+
 @functools.cache
 def step_text(shape):
     """HLO of a training step of a tiny network, compiled for a mesh of this shape."""
