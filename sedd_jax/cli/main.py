@@ -290,15 +290,16 @@ def bench(argv: list[str]) -> None:
 
 
 def plan(argv: list[str]) -> None:
-    """Compile a config's step for a TPU slice without having one: does it fit, what does it cost.
+    """Compile a config's step for TPUs or GPUs without having them: does it fit, what does it cost.
 
-    sedd plan --config=configs/owt_small.py --topology=v5e:4x4 [--sample] [--config.a.b=value ...]
+    sedd plan --config=configs/owt_small.py --topology=v5e:4x4|h100:8 [--sample] [--config.a.b=value ...]
     """
     hosts.compile_for_others()
     values = flags.FlagValues()
     text, number, choice = arguments.definers(values)
-    text("topology", None, "TPU generation and chips along each axis, such as v5e:4x4")
-    number("num_slices", 1, "number of slices of that shape")
+    text("topology", None, "TPU and chips along each axis, such as v5e:4x4, or GPU and their number in a host: h100:8")
+    number("num_slices", 1, "number of TPU slices of that shape")
+    number("num_hosts", 1, "number of hosts with so many GPUs")
     number("vocab_size", None, "tokens without the mask; the tokenizer's if not given")
     choice("sample", False, "compile a sampling step instead of a training step")
     choice("json", False, "end with one line of JSON")
@@ -306,12 +307,13 @@ def plan(argv: list[str]) -> None:
     if given is None:
         return
     if not given["topology"]:
-        raise flags.IllegalFlagValueError("--topology=NAME must be given, such as v5e:4x4")
+        raise flags.IllegalFlagValueError("--topology=NAME must be given, such as v5e:4x4 or h100:8")
     as_json = given.pop("json")
     from sedd_jax.performance import plan as program
+    from sedd_jax.performance import plan_tables
 
     result = program.plan(**given)
-    print(program.table(result))
+    print(plan_tables.table(result))
     if as_json:
         print(json.dumps(result))
 

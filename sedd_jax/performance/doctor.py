@@ -13,7 +13,7 @@ from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.data import tokenizers
 from sedd_jax.model import attentions, networks, optimizers, train_state
-from sedd_jax.performance import inventory, plan, self_test
+from sedd_jax.performance import compiled_steps, inventory, self_test
 from sedd_jax.runtime import accelerators, errors, hosts, sharding
 from sedd_jax.training import train
 
@@ -197,7 +197,7 @@ def _memory(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[str, list[inventory
     optimizer = optimizers.make_optimizer(run.config.optimizer)
     shapes = jax.eval_shape(lambda: train_state.create(jax.random.key(0), run.network, optimizer))
     try:
-        parts = plan.gib_by_kind(shapes, mesh)
+        parts = compiled_steps.gib_by_kind(shapes, mesh)
     except ValueError as error:
         # JAX's error for an array that its axes do not divide.
         why = f"the mesh does not divide the network ({inventory.first_line(error)})"

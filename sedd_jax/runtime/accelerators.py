@@ -11,9 +11,13 @@ a GPU it is the name that the CUDA driver gives. Numbers are per JAX device, fro
   it is not published.
 - V100: https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf
 - A100: https://www.nvidia.com/en-us/data-center/a100/, "Specifications".
-- L4, H100, H200: https://www.nvidia.com/en-us/data-center/ followed by l4, h100 or h200, "Specifications". These give
-  matrix rates "with sparsity"; a dense product reaches half of that.
+- L4, L40S, H100, H200: https://www.nvidia.com/en-us/data-center/ followed by l4, l40s, h100 or h200, "Specifications".
+  These give matrix rates "with sparsity"; a dense product reaches half of that.
 - B200: https://www.nvidia.com/en-us/data-center/dgx-b200/, "Specifications", one eighth of the machine.
+- Between the GPUs of a host: NVLink from the same pages, published for both directions together (A100 600 GB/s, H100
+  and H200 900, B200 1800), and for the L40S its PCIe bus (64); the rows hold half of it. Between hosts: the network
+  cards of NVIDIA's DGX machines, one a GPU (https://docs.nvidia.com/dgx/: A100 200 Gb/s, H100, H200 and B200 400). For
+  hosts of L40S there is no such figure.
 
 Memory is the nominal size; a program may use less (`jax.Device.memory_stats()["bytes_limit"]`).
 """
@@ -30,9 +34,10 @@ class Accelerator:
         peak_flops: dense bfloat16 FLOP/s.
         hbm_bytes: bytes of device memory.
         hbm_bandwidth: bytes/s between device memory and chip.
-        ici_bandwidth: bytes/s that a TPU sends to its neighbours over all links; 0 for a GPU.
-        dcn_bandwidth: bytes/s that a TPU sends to other slices over the data-center network; 0 for a GPU, or if no
-            figure is published.
+        ici_bandwidth: bytes/s that a device sends over all links to its neighbours, on a GPU those of its host; 0 if
+            `sedd plan` does not know the device.
+        dcn_bandwidth: bytes/s that a device sends over the data-center network to other slices or hosts; 0 if no figure
+            is published.
     """
 
     name: str
@@ -86,16 +91,45 @@ V100_SXM_32 = Accelerator(name="V100 SXM 32 GB", peak_flops=125e12, hbm_bytes=32
 V100_PCIE_16 = Accelerator(name="V100 PCIe 16 GB", peak_flops=112e12, hbm_bytes=16 * GB, hbm_bandwidth=900e9)
 V100_PCIE_32 = Accelerator(name="V100 PCIe 32 GB", peak_flops=112e12, hbm_bytes=32 * GB, hbm_bandwidth=900e9)
 A100_SXM_40 = Accelerator(name="A100 SXM 40 GB", peak_flops=312e12, hbm_bytes=40 * GB, hbm_bandwidth=1555e9)
-A100_SXM_80 = Accelerator(name="A100 SXM 80 GB", peak_flops=312e12, hbm_bytes=80 * GB, hbm_bandwidth=2039e9)
+A100_SXM_80 = Accelerator(
+    name="A100 SXM 80 GB",
+    peak_flops=312e12,
+    hbm_bytes=80 * GB,
+    hbm_bandwidth=2039e9,
+    ici_bandwidth=600e9 / 2,
+    dcn_bandwidth=200e9 / 8,
+)
 A100_PCIE_40 = Accelerator(name="A100 PCIe 40 GB", peak_flops=312e12, hbm_bytes=40 * GB, hbm_bandwidth=1555e9)
 A100_PCIE_80 = Accelerator(name="A100 PCIe 80 GB", peak_flops=312e12, hbm_bytes=80 * GB, hbm_bandwidth=1935e9)
 L4 = Accelerator(name="L4", peak_flops=242e12 / 2, hbm_bytes=24 * GB, hbm_bandwidth=300e9)
-H100_SXM = Accelerator(name="H100 SXM", peak_flops=1979e12 / 2, hbm_bytes=80 * GB, hbm_bandwidth=3350e9)
+L40S = Accelerator(name="L40S", peak_flops=733e12 / 2, hbm_bytes=48 * GB, hbm_bandwidth=864e9, ici_bandwidth=64e9 / 2)
+H100_SXM = Accelerator(
+    name="H100 SXM",
+    peak_flops=1979e12 / 2,
+    hbm_bytes=80 * GB,
+    hbm_bandwidth=3350e9,
+    ici_bandwidth=900e9 / 2,
+    dcn_bandwidth=400e9 / 8,
+)
 H100_PCIE = Accelerator(name="H100 PCIe", peak_flops=1513e12 / 2, hbm_bytes=80 * GB, hbm_bandwidth=2000e9)
 H100_NVL = Accelerator(name="H100 NVL", peak_flops=1671e12 / 2, hbm_bytes=94 * GB, hbm_bandwidth=3900e9)
-H200_SXM = Accelerator(name="H200 SXM", peak_flops=1979e12 / 2, hbm_bytes=141 * GB, hbm_bandwidth=4800e9)
+H200_SXM = Accelerator(
+    name="H200 SXM",
+    peak_flops=1979e12 / 2,
+    hbm_bytes=141 * GB,
+    hbm_bandwidth=4800e9,
+    ici_bandwidth=900e9 / 2,
+    dcn_bandwidth=400e9 / 8,
+)
 H200_NVL = Accelerator(name="H200 NVL", peak_flops=1671e12 / 2, hbm_bytes=141 * GB, hbm_bandwidth=4800e9)
-B200 = Accelerator(name="B200", peak_flops=4500e12 / 2, hbm_bytes=180 * GB, hbm_bandwidth=8000e9)
+B200 = Accelerator(
+    name="B200",
+    peak_flops=4500e12 / 2,
+    hbm_bytes=180 * GB,
+    hbm_bandwidth=8000e9,
+    ici_bandwidth=1800e9 / 2,
+    dcn_bandwidth=400e9 / 8,
+)
 
 ACCELERATORS = {
     "TPU v4": TPU_V4,
@@ -115,6 +149,7 @@ ACCELERATORS = {
     "NVIDIA A100-PCIE-40GB": A100_PCIE_40,
     "NVIDIA A100 80GB PCIe": A100_PCIE_80,
     "NVIDIA L4": L4,
+    "NVIDIA L40S": L40S,
     "NVIDIA H100 80GB HBM3": H100_SXM,
     "NVIDIA H100 PCIe": H100_PCIE,
     "NVIDIA H100 NVL": H100_NVL,

@@ -120,8 +120,10 @@ def use_accelerator_flags() -> None:
 
 
 def compile_for_others() -> None:
-    """Keeps JAX from looking for a TPU on this machine, to compile for one elsewhere. Call it before importing JAX."""
+    """Keeps JAX from looking for devices on this machine, to compile for others. Call it before importing JAX."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    # JAX's plugin for GPUs then loads without CUDA's libraries.
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import pytest
 from sedd_jax import config as configs
 from sedd_jax.cli import main as cli
 from sedd_jax.performance import plan as program
+from sedd_jax.performance import slices
 from sedd_jax.runtime import errors
 
 # Compiles for TPUs, in processes of their own.
@@ -64,6 +65,12 @@ def test_a_step_that_fits():
     assert result["days"] == pytest.approx(400_000 * slowest / 86_400)
     assert "fits" in out
     assert err == ""
+    # What the kernels of the matrix units do is what the model needs, with a head on half of the positions.
+    done = sum(of["flops"] for of in result["kernels"]["kinds"].values())
+    assert done == pytest.approx(flops, rel=0.15)
+    assert result["estimate"]["seconds"] >= result["kernels"]["seconds"] > slowest
+    assert result["estimate"]["utilization"] < result["utilization"]
+    assert "nothing was measured on a TPU" in out
 
 
 def test_a_step_that_does_not_fit_gets_a_change_that_was_compiled():
@@ -120,6 +127,7 @@ def test_a_sampling_step_on_two_slices():
         (["--topology=v5e:4x4", "--config.training.batch_size=10"], "leaves 10 sequences for 16 devices"),
         (["--topology=v5e:4x4", "--config.mesh.tensor=5"], "does not fill 16 devices"),
         (["--topology=v5e:4x4", "--num_slices=0"], "--num_slices=0 must be at least 1"),
+        (["--topology=v5e:4x4", "--num_hosts=2"], "--num_hosts=2 is for GPUs: a larger slice has more hosts"),
         (
             ["--topology=v5e:3x5"],
             "--topology=v5e:3x5 is no slice of a v5e, which has chips along 2 axes, even along the first two, 256",
@@ -134,7 +142,7 @@ def test_wrong_arguments(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["", ":", "v5e", "v5litepod:4x4", "h100:8", "v7x:2x2x1", "v3:2x2", "V5E:4x4", "v5:2x2x2"]
+    "name", ["", ":", "v5e", "v5litepod:4x4", "h300:8", "v7x:2x2x1", "v3:2x2", "V5E:4x4", "v5:2x2x2"]
 )
 def test_names_that_are_no_slice_get_the_known_ones(name):
     given = f"topology={name or repr(name)}"
@@ -194,7 +202,7 @@ def test_devices_and_their_memory_are_what_the_compiler_says():
         ("tpu7x:2x2x1", 1): (half, 8),
         ("tpu7x:4x4x4", 1): (half, 128),
     }
-    assert {topology.partition(":")[0] for topology, _ in expected} == program.SLICES.keys()
+    assert {topology.partition(":")[0] for topology, _ in expected} == slices.SLICES.keys()
     done = run_alone("-c", SLICES, json.dumps(list(expected)))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
