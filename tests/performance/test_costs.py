@@ -37,3 +37,7 @@ def test_a_transfer_to_the_chip_of_a_tpu_runs_beside_kernels():
     assert found["kinds"]["transfers"]["bytes_read"] == SIZE
     # Two sums of three arrays, and what the last kernel writes. The transfer shares the memory's rate.
     assert found["seconds"] == pytest.approx((6 + 1 + 1) * SIZE / chip.hbm_bandwidth)
+    # While the matrix units work, memory has time for it.
+    product = "  %product = f32[4096,4096]{1,0} dot(%p, %p), lhs_contracting_dims={1}\n  ROOT"
+    found = costs.costs(TEXT.replace("  ROOT", product), chip, None, 0.5)
+    assert found["seconds"] == pytest.approx((6 + 1) * SIZE / chip.hbm_bandwidth + 2 * 4096**3 / chip.peak_flops)

@@ -44,6 +44,13 @@ def test_a_layer_of_a_stack_is_all_that_a_fusion_reads_and_writes():
     assert [part.opcode for part in out.parts()].count("dynamic-slice") == 1
 
 
+def test_of_what_is_converted_first_a_fusion_reads_the_layer_that_it_cuts():
+    cut = "  %half = bf16[12,8,4]{2,1,0} convert(%a)\n  ROOT %cut = bf16[1,8,4]{2,1,0} dynamic-slice(%half"
+    text = STACK.replace("  ROOT %cut = f32[1,8,4]{2,1,0} dynamic-slice(%a", cut)
+    (*_, out) = hlo.parse(text).entry.instructions
+    assert out.bytes_read == 2 * 4 * 8 * 4 + 4
+
+
 @pytest.mark.parametrize(
     ("array", "num_bytes"),
     [
