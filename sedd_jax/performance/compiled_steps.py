@@ -166,7 +166,7 @@ def _speeds(
     networks_alone = [of for name, of in floors.items() if name not in ("arithmetic", "memory")]
     in_kernels = known["kernels"]["seconds"]
     # TPUs overlap collectives with kernels. GPUs may; what they overlap is not known.
-    estimate = in_kernels + sum(networks_alone) if is_gpu else max(in_kernels, *networks_alone)
+    estimate = max(in_kernels + (sum(networks_alone) if is_gpu else 0.0), *floors.values())
     return {
         "flops_per_device": flops,
         "estimate": {"seconds": estimate, "basis": prices.basis(accelerator, is_gpu)} | speed(estimate),

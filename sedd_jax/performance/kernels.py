@@ -196,11 +196,10 @@ def _operations(one: hlo.Instruction) -> float:
 
 def _attention_flops(one: hlo.Instruction, attention: str) -> float:
     """All pairs of positions count, those that a mask leaves out too."""
-    # [B, L, H, K] for cuDNN, [B, H, L, K] for splash, whose first operands are small tables.
-    array = next(operand.arrays[0] for operand in one.operands if len(operand.arrays[0].sizes) == 4)
-    size = array.sizes[3]
-    length = array.sizes[1] if "cudnn" in attention else array.sizes[2]
-    return 2.0 * _ATTENTION[attention] * array.num_elements // size * length * size
+    # [B, L, H, K] for cuDNN; [B, H, L, K] for splash, after small tables, and without B if that is 1.
+    array = next(x for operand in one.operands for x in operand.arrays if x.dtype == "bf16" and len(x.sizes) > 2)
+    length = array.sizes[1 if "cudnn" in attention else -2]
+    return 2.0 * _ATTENTION[attention] * array.num_elements * length
 
 
 def _flops(one: hlo.Instruction) -> float:

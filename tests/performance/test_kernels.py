@@ -74,6 +74,15 @@ def test_kinds(text, kind, flops, written):
     assert (found.kind, found.flops, found.bytes_written) == (kind, flops, written)
 
 
+@pytest.mark.parametrize(("name", "products"), [("splash_mha_fwd_residuals.1", 2), ("splash_mha_dkv_no_residuals", 4)])
+@pytest.mark.parametrize("batch", ["", "3,"])
+def test_attention_of_a_tpu(name, products, batch):
+    """A batch of one has no axis; tables of what to skip come first."""
+    line = f'bf16[{batch}2,16,8] custom-call(%p0, %p1, %p1, %p1), custom_call_target="tpu_custom_call"'
+    found = only(program(line, ["s8[1,2,2]", f"bf16[{batch}2,16,8]"]).replace("%out", f"%{name}"))
+    assert found.flops == products * 2 * (3 if batch else 1) * 2 * 16 * 16 * 8
+
+
 def test_instructions_that_run_nothing_are_no_kernels():
     text = program("(f32[4]{0}) tuple(%p0)", ["f32[4]{0}"])
     sums = "  %sum = f32[4]{0} all-reduce-start(%p0), replica_groups={{0,1}}\n  ROOT"

@@ -118,6 +118,7 @@ def test_a_sampling_step_on_two_slices():
     )
     assert status == 0, err
     assert "sampling step of 256 x 4, 8 sequences of 256, 8191 tokens" in out
+    assert "estimate " in out
     assert "on 2 x v5e:2x2: 8 devices (TPU v5e), mesh data 8, fsdp 1, tensor 1" in out
 
 
