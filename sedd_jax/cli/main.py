@@ -310,10 +310,9 @@ def plan(argv: list[str]) -> None:
         raise flags.IllegalFlagValueError("--topology=NAME must be given, such as v5e:4x4 or h100:8")
     as_json = given.pop("json")
     from sedd_jax.performance import plan as program
-    from sedd_jax.performance import plan_tables
 
     result = program.plan(**given)
-    print(plan_tables.table(result))
+    print(program.table(result))
     if as_json:
         print(json.dumps(result))
 

@@ -10,7 +10,7 @@ from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.diffusion import steps
 from sedd_jax.model import networks, train_state, work
-from sedd_jax.performance import benchmark_ours, collectives, costs, gpus, prices
+from sedd_jax.performance import benchmark_ours, collectives, costs, gpus
 from sedd_jax.runtime import accelerators, sharding
 from sedd_jax.sampling import generate, trajectories
 from sedd_jax.training import train
@@ -169,7 +169,7 @@ def _speeds(
     estimate = max(in_kernels + (sum(networks_alone) if is_gpu else 0.0), *floors.values())
     return {
         "flops_per_device": flops,
-        "estimate": {"seconds": estimate, "basis": prices.basis(accelerator, is_gpu)} | speed(estimate),
+        "estimate": {"seconds": estimate, "basis": costs.basis(accelerator, is_gpu)} | speed(estimate),
         **speed(max(floors.values())),
         **({"num_steps": num_steps} if sample else {}),
     }

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from sedd_jax.performance import gpus, hlo, kernels, prices
+from sedd_jax.performance import costs, gpus, hlo, kernels
 from sedd_jax.runtime import accelerators
 
 NOTHING = kernels.Kernel(
@@ -43,26 +43,26 @@ def kernel(**fields):
     ],
 )
 def test_rates_that_an_h200_was_measured_at(fields, milliseconds):
-    start = prices.on_gpu(NOTHING, H200)
+    start = costs.on_gpu(NOTHING, H200)
     assert 0 < start < 1e-5
-    assert prices.on_gpu(kernel(**fields), H200) - start == pytest.approx(1e-3 * milliseconds, rel=1e-3)
+    assert costs.on_gpu(kernel(**fields), H200) - start == pytest.approx(1e-3 * milliseconds, rel=1e-3)
 
 
 def test_other_gpus_differ_by_peak_and_bandwidth():
     moves, multiplies = kernel(bytes_read=1e10), kernel(kind="products", flops=1e14)
     h100, a100 = gpus.GPUS["h100"], gpus.GPUS["a100"]
-    assert prices.on_gpu(moves, h100) / prices.on_gpu(moves, H200) == pytest.approx(4800 / 3350, rel=0.01)
-    assert prices.on_gpu(multiplies, h100) == prices.on_gpu(multiplies, H200)
-    assert prices.on_gpu(multiplies, a100) / prices.on_gpu(multiplies, H200) == pytest.approx(989.5 / 312, rel=0.01)
+    assert costs.on_gpu(moves, h100) / costs.on_gpu(moves, H200) == pytest.approx(4800 / 3350, rel=0.01)
+    assert costs.on_gpu(multiplies, h100) == costs.on_gpu(multiplies, H200)
+    assert costs.on_gpu(multiplies, a100) / costs.on_gpu(multiplies, H200) == pytest.approx(989.5 / 312, rel=0.01)
 
 
 def test_a_tpu_is_priced_at_its_nominal_rates():
     chip = accelerators.TPU_V5E
-    assert prices.on_tpu(kernel(bytes_read=800e6, bytes_written=19e6, flops=1e9), chip) == pytest.approx(1e-3)
-    assert prices.on_tpu(kernel(bytes_read=1e6, flops=197e9), chip) == pytest.approx(1e-3)
+    assert costs.on_tpu(kernel(bytes_read=800e6, bytes_written=19e6, flops=1e9), chip) == pytest.approx(1e-3)
+    assert costs.on_tpu(kernel(bytes_read=1e6, flops=197e9), chip) == pytest.approx(1e-3)
 
 
 def test_an_estimate_says_where_it_was_compared():
-    assert "67.5 ms against 65.9" in prices.basis(accelerators.H200_SXM, True)
-    assert "not measured" in prices.basis(accelerators.H100_SXM, True)
-    assert "nothing was measured" in prices.basis(accelerators.TPU_V5E, False)
+    assert "67.5 ms against 65.9" in costs.basis(accelerators.H200_SXM, True)
+    assert "not measured" in costs.basis(accelerators.H100_SXM, True)
+    assert "nothing was measured" in costs.basis(accelerators.TPU_V5E, False)
