@@ -15,7 +15,7 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers
 
 from sedd_jax.model import networks, train_state
-from sedd_jax.runtime import errors, storage
+from sedd_jax.runtime import errors, interrupts, storage
 
 # Saved as separate items, so that evaluation and sampling can read the moving average alone.
 _TREES = ("params", "ema_params", "opt_state")
@@ -89,7 +89,7 @@ class Checkpoints:
         items = {name: getattr(state, name) for name in _TREES}
         items["progress"] = {"step": state.step, "checksums": _checksums(items)}
         args = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
-        with self._naming_failures():
+        with self._naming_failures(), interrupts.deferred():
             saved = self._manager.save(step, args=args)
         if not saved:
             raise RuntimeError(f"checkpoint of step {step} was not saved: {self._directory} holds {self.steps()}")
@@ -101,7 +101,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until no save is in progress; raises OSError if one failed."""
-        with self._naming_failures():
+        with self._naming_failures(), interrupts.deferred():
             self._manager.wait_until_finished()
 
     def restore(self, step: int, like: train_state.TrainState) -> train_state.TrainState:
@@ -128,7 +128,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until no save is in progress and closes the directory; raises OSError if a save failed."""
-        with self._naming_failures():
+        with self._naming_failures(), interrupts.deferred():
             self._manager.close()
 
     def _restore(self, step: int, trees: dict[str, Any], everywhere: NamedSharding) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from importlib import metadata
 from absl import flags, logging
 
 from sedd_jax.cli import arguments, output
-from sedd_jax.runtime import errors, hosts
+from sedd_jax.runtime import errors, hosts, interrupts
 
 _HELP = ("--help", "-h", "help")
 TRY_AGAIN = 75  # EX_TEMPFAIL: launchers restart a run that exits with this status.
@@ -24,8 +24,7 @@ def run() -> None:
     hosts.use_huge_pages()
     hosts.keep_compiled_programs()
     hosts.use_accelerator_flags()
-    # The command reports a failure once; threads of libraries would repeat it.
-    sys.unraisablehook = lambda _: None
+    interrupts.keep()
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     output.prepare()
     status = main(sys.argv[1:])

@@ -91,11 +91,14 @@ def read_pickle(path: pathlib.Path) -> Any:
 
     try:
         is_zip = zipfile.is_zipfile(path)
+        damaged = _damaged_members(path) if is_zip else []
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
     except Exception as error:
         raise errors.UserError(
             f"{path} cannot be read as a PyTorch file ({_brief(error)})", remedy="copy it again"
         ) from error
+    if damaged:
+        raise errors.UserError(f"{path} is damaged: {damaged[0]} is not what was written", remedy="copy it again")
     foreign = [name for name in names if name not in _NAMES and name.partition(".")[0] not in _LIBRARIES]
     if foreign:
         raise errors.UserError(
@@ -111,6 +114,16 @@ def read_pickle(path: pathlib.Path) -> Any:
             f"{path} cannot be read as tensors alone ({_brief(error)}), and nothing of it was run",
             remedy="copy it again, or save the tensors alone",
         ) from error
+
+
+def _damaged_members(path: pathlib.Path) -> list[str]:
+    """Members of a ZIP archive whose bytes do not have their checksum, or that are compressed, as torch.save does not.
+
+    PyTorch checks neither.
+    """
+    with zipfile.ZipFile(path) as archive:
+        compressed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+        return compressed or [name for name in [archive.testzip()] if name]
 
 
 def to_arrays(state: Any, path: pathlib.Path) -> dict[str, np.ndarray]:

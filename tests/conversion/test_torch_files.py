@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is missing: pip install -e 
 import safetensors.numpy
 
 from sedd_jax.conversion import torch_files
+from sedd_jax.runtime import errors
 
 ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b.c": np.float32([1.5, -2])}
 
@@ -99,6 +100,26 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, function, as_zip):
         torch_files.read_weights(tmp_path)
     assert "\n" not in str(caught.value)
     assert not witness.exists()
+
+
+def test_a_byte_that_changed_is_damage_though_pytorch_reads_it(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"w": torch.arange(1000, dtype=torch.float32)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(np.arange(500, 510, dtype=np.float32).tobytes()) + 2] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path)["w"], torch.arange(1000.0))
+    with pytest.raises(errors.UserError, match=r"x.pth is damaged: x/data/0 is not what was written: copy it again"):
+        torch_files.read_pickle(path)
+
+
+def test_compressed_members_are_not_read_as_if_they_were_not(tmp_path):
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth") as whole, zipfile.ZipFile(tmp_path / "y.pth", "w") as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name), zipfile.ZIP_DEFLATED)
+    with pytest.raises(errors.UserError, match=r"y.pth is damaged: x/\S+ is not what was written"):
+        torch_files.read_pickle(tmp_path / "y.pth")
 
 
 def test_libraries_in_a_pickle_stay_out_of_this_process(tmp_path):

@@ -1,0 +1,98 @@
+"""Ctrl-C is never lost: not in a callback of the garbage collector, and not while a library runs an event loop."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from sedd_jax.runtime import interrupts
+
+# A command that says when it begins, and is nearly always in a callback of the garbage collector, as JAX has one.
+COMMAND = """
+import gc, sys, time
+from sedd_jax.cli import main as cli
+
+def work(argv):
+    gc.callbacks.append(lambda *_: time.sleep(0.05))
+    print("begun", flush=True)
+    while True:
+        gc.collect()
+
+cli.COMMANDS["sample"] = work
+sys.argv = ["sedd", "sample"]
+import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.run()
+"""
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_an_interrupt_in_a_callback_of_the_garbage_collector_ends_a_command(attempt):
+    child = subprocess.Popen([sys.executable, "-c", COMMAND], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "begun\n"
+    child.send_signal(signal.SIGINT)
+    try:
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert (child.returncode, err) == (130, "sedd sample: interrupted\n")
+
+
+def test_other_exceptions_that_are_dropped_stay_unsaid(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    interrupts.keep()
+
+    class Late:
+        def __del__(self):
+            raise ValueError("unsaid")
+
+    Late()
+    assert "unsaid" not in capfd.readouterr().err
+
+
+def _interrupted_loop():
+    """An event loop that takes an interrupt for itself, as it does if Python's own handler is there."""
+
+    async def work():
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(0)
+        return "whole"
+
+    return asyncio.run(work())
+
+
+@pytest.fixture
+def default_handler():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_deferred_comes_after_the_whole_work(default_handler):
+    found = []
+    with pytest.raises(KeyboardInterrupt), interrupts.deferred():  # noqa: PT012
+        found.append(_interrupted_loop())
+        found.append("and more")
+    assert found == ["whole", "and more"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_without_an_interrupt_nothing_happens(default_handler):
+    with interrupts.deferred():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_threads_are_left_alone(default_handler):
+    found = []
+
+    def work():
+        with interrupts.deferred():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [signal.default_int_handler]
