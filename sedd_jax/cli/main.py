@@ -156,10 +156,13 @@ def evaluate(argv: list[str]) -> None:
         return
     given = arguments.parse(values, argv, "workdir")
     arguments.join_processes(given)
-    result, shown = eval_flags.measure(values, given)
-    print(shown)
-    if given["json"]:
-        print(json.dumps(result))
+    from sedd_jax.evaluation import results
+
+    with results.printed_first():
+        result, shown = eval_flags.measure(values, given)
+        print(shown)
+        if given["json"]:
+            print(json.dumps(result))
 
 
 def sample(argv: list[str]) -> None:
@@ -200,12 +203,14 @@ def tune_grid(argv: list[str]) -> None:
     given = arguments.parse(values, argv, "workdir")
     arguments.join_processes(given)
     as_json, workdir = given.pop("json"), given.pop("workdir")
+    from sedd_jax.evaluation import results
     from sedd_jax.evaluation import tune_grid as program
 
-    result = program.tune(workdir, **given)
-    print(program.table(result))
-    if as_json:
-        print(json.dumps(result))
+    with results.printed_first():
+        result = program.tune(workdir, **given)
+        print(program.table(result))
+        if as_json:
+            print(json.dumps(result))
 
 
 def serve(argv: list[str]) -> int:

@@ -118,8 +118,9 @@ def measure(
     result["judge_samples"] = _of_judge(run, reader, samples)
     result["picture"] = f"{name}.png"
     if processes.is_first():
-        _write_csv(result, results.path(run, f"{name}.csv"))
-        plot(result, results.path(run, result["picture"]))
+        with results.keeping():
+            _write_csv(result, results.path(run, f"{name}.csv"))
+            plot(result, results.path(run, result["picture"]))
     results.keep(run, name, result)
     return result
 

@@ -1,21 +1,55 @@
 """Keeps results in RUN/evaluations as KIND-HASH.json, with all that is needed to repeat the measurement."""
 
+import contextlib
+import contextvars
 import datetime
 import hashlib
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.runtime import processes, storage
+from sedd_jax.runtime import errors, processes, storage
 
 DIRECTORY = "evaluations"
 KEPT_TEXTS = 8  # samples whose text a result holds
+_failures: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("_failures", default=None)
+
+
+@contextlib.contextmanager
+def printed_first() -> Iterator[None]:
+    """Inside it, what cannot be kept is an error only at the end, so that a result is shown before.
+
+    Raises:
+        errors.UserError: at the end, if something could not be kept.
+    """
+    failures: list[str] = []
+    token = _failures.set(failures)
+    try:
+        yield
+    finally:
+        _failures.reset(token)
+    if failures:
+        raise errors.UserError(
+            f"the result is shown, but cannot be kept ({failures[0]})", remedy="make the run writable, or copy it"
+        )
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[None]:
+    """Around what writes files of a result."""
+    try:
+        yield
+    except OSError as error:
+        failures = _failures.get()
+        if failures is None:
+            raise
+        failures.append(errors.reason(error))
 
 
 def circumstances(run: runs.Run, step: int) -> dict[str, Any]:
@@ -39,8 +73,9 @@ def keep(run: runs.Run, name: str, result: dict[str, Any]) -> None:
     measured = datetime.datetime.now(datetime.UTC).isoformat()
     if processes.is_first():
         content = {"measured": measured, **result, "config": configs.to_dict(run.config)}
-        _write(path(run, f"{name}.json"), json.dumps(content, indent=1) + "\n")
-        storage.upload(run.workdir, f"{DIRECTORY}/{name}.*")
+        with keeping():
+            _write(path(run, f"{name}.json"), json.dumps(content, indent=1) + "\n")
+            storage.upload(run.workdir, f"{DIRECTORY}/{name}.*")
 
 
 def load(run: runs.Run) -> dict[str, list[dict[str, Any]]]:
@@ -63,8 +98,9 @@ def read_parts(run: runs.Run, name: str) -> list[dict[str, Any]]:
 def write_parts(run: runs.Run, name: str, parts: Sequence[dict[str, Any]]) -> None:
     """Writes all finished parts of a measurement."""
     if processes.is_first():
-        _write(path(run, f"{name}.jsonl"), "".join(json.dumps(part) + "\n" for part in parts))
-        storage.upload(run.workdir, f"{DIRECTORY}/{name}.jsonl")
+        with keeping():
+            _write(path(run, f"{name}.jsonl"), "".join(json.dumps(part) + "\n" for part in parts))
+            storage.upload(run.workdir, f"{DIRECTORY}/{name}.jsonl")
 
 
 def path(run: runs.Run, name: str) -> pathlib.Path:

@@ -106,8 +106,9 @@ def tune(
     result["num_candidates"] = width
     if processes.is_first():
         kept = {"times": result["times"], "num_steps": num_steps, "step": opened.step}
-        runs.write_json(run.local / runs.TIME_GRID, kept)
-        storage.upload(run.workdir, runs.TIME_GRID)
+        with results.keeping():
+            runs.write_json(run.local / runs.TIME_GRID, kept)
+            storage.upload(run.workdir, runs.TIME_GRID)
     results.keep(run, name, result)
     return result
 

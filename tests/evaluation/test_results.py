@@ -1,11 +1,14 @@
 """Results are kept under a name of all that they depend on, with the run's config, and found again."""
 
+import errno
 import json
+import pathlib
 import shutil
 
 import pytest
 
 from sedd_jax import runs
+from sedd_jax.cli import main as cli
 from sedd_jax.evaluation import results
 
 
@@ -44,3 +47,33 @@ def test_a_result_comes_with_its_circumstances(run):
     assert (found["step"], found["dtype"], found["workdir"]) == (7, "float32", str(run.workdir))
     assert set(found["versions"]) == {"sedd_jax", "jax", "numpy"}
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["eval", "--num_times=1"], ["tune-grid", "--num_steps=2", "--num_sequences=8", "--batch_size=8"]],
+    ids=lambda command: command[0],
+)
+def test_a_result_that_cannot_be_kept_is_shown_first(run, monkeypatch, capsys, command):
+    """The run of somebody else, or a full disk."""
+
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "write_text", refuse)
+    monkeypatch.setattr(pathlib.Path, "mkdir", lambda path, **_: None)
+    assert cli.main([command[0], f"--workdir={run.workdir}", "--num_processes=1", *command[1:], "--json"]) == 1
+    printed = capsys.readouterr()
+    *shown, last = printed.out.splitlines()
+    assert shown
+    assert json.loads(last)["step"] == 2
+    assert printed.err.splitlines()[-1].startswith(
+        f"sedd {command[0]}: the result is shown, but cannot be kept ({run.workdir}/"
+    )
+    assert printed.err.endswith("Read-only file system): make the run writable, or copy it\n")
+
+
+def test_outside_of_a_command_the_system_s_refusal_is_the_error(run):
+    (run.local / "evaluations").write_text("in the way")
+    with pytest.raises(FileExistsError):
+        results.keep(run, "a-1", {})
