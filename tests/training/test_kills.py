@@ -141,19 +141,30 @@ def test_many_kills_change_nothing(place, long_uninterrupted):
     assert_nothing_is_left(place, workdir, long_uninterrupted, ["58", "60"])
 
 
-def test_of_two_that_train_one_run_one_says_who_the_other_is(place, uninterrupted):
-    """A job that was submitted twice, or a requeued one beside its first life; both new, then both going on."""
-    workdir = place / "both"
-    for steps in (10, 18):
-        children = [start(place, workdir, **{"training.num_steps": steps}) for _ in range(2)]
-        said = [child.communicate()[1] for child in children]
-        assert sorted(child.returncode for child in children) == [0, 1], said
-        last = children[0].returncode
-        owner, other = children[last], said[1 - last]
-        assert other.startswith(f"sedd train: --workdir={workdir} is in use by process {owner.pid} on ")
-        assert other.count("\n") == 1
-    assert_same_run(workdir, uninterrupted)
-    assert not [path for path in place.iterdir() if path.name.startswith(".both")]
+def begin_two(place, workdir, **settings):
+    """Two trainings of one run at once: one trains, the other says who that is."""
+    children = [start(place, workdir, **settings) for _ in range(2)]
+    said = [child.communicate()[1] for child in children]
+    assert sorted(child.returncode for child in children) == [0, 1], said
+    last = children[0].returncode
+    owner, other = children[last], said[1 - last]
+    assert other.startswith(f"sedd train: --workdir={workdir} is in use by process {owner.pid} on ")
+    assert other.count("\n") == 1
+    assert not [path for path in place.iterdir() if path.name.startswith(f".{workdir.name}")]
+
+
+def test_of_two_that_begin_one_run_one_says_who_the_other_is(place, uninterrupted):
+    """A job that was submitted twice."""
+    begin_two(place, place / "both")
+    assert_same_run(place / "both", uninterrupted)
+
+
+@pytest.mark.slow
+def test_of_two_that_go_on_with_one_run_one_says_who_the_other_is(place, uninterrupted):
+    """A requeued job beside its first life, again and again."""
+    for steps in (6, 10, 14, 18):
+        begin_two(place, place / "both often", **{"training.num_steps": steps})
+    assert_same_run(place / "both often", uninterrupted)
 
 
 def test_a_damaged_checkpoint_is_used_by_nobody_and_the_one_before_only_when_told(place, uninterrupted):
