@@ -16,6 +16,7 @@ from sedd_jax.diffusion import forward, graphs, samplers
 from sedd_jax.model import autoregression, networks, sampling_config, train_state
 from sedd_jax.runtime import errors, sharding, storage
 
+_REPAIR = "copy it again from where it was written"
 TIME_GRID = "time_grid.json"
 
 
@@ -86,7 +87,10 @@ class Run:
                 f"{self.workdir} has no tuned grid",
                 remedy=f"`sedd tune-grid --workdir={self.workdir} --num_steps=N` makes one",
             )
-        return ",".join(f"{t:.7g}" for t in read_json(self.local / TIME_GRID)["times"])
+        times = read_json(self.local / TIME_GRID).get("times")
+        if not isinstance(times, list) or not all(isinstance(t, float | int) for t in times):
+            raise errors.UserError(f"{self.local / TIME_GRID} is damaged (it holds no times)", remedy=_REPAIR)
+        return ",".join(f"{t:.7g}" for t in times)
 
     @property
     def local(self) -> pathlib.Path:
@@ -275,7 +279,13 @@ def load(workdir: storage.Directory | str) -> Run:
         )
     storage.download(workdir, "config.json", "tokenizer.json", *tokenizers.FILES.values())
     local = storage.local_copy(workdir)
-    config = configs.read(read_json(local / "config.json"))
+    saved = read_json(local / "config.json")
+    try:
+        config = configs.read(saved)
+    except errors.UserError as error:
+        raise error.at(f"{local / 'config.json'}, which another version may have written") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise errors.UserError(f"{local / 'config.json'} is damaged ({error!r})", remedy=_REPAIR) from error
     tokenizer = tokenizers.read(local / "tokenizer.json")
     return Run(workdir=workdir, config=config, tokenizer=tokenizer)
 
@@ -299,6 +309,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         errors.UserError: where the file is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise errors.UserError(f"{path} is damaged: {error}") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise errors.UserError(f"{path} is damaged ({error})", remedy=_REPAIR) from error
+    if not isinstance(found, dict):
+        raise errors.UserError(f"{path} is damaged (it holds no object)", remedy=_REPAIR)
+    return found

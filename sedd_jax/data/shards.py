@@ -36,6 +36,14 @@ FORMAT_VERSION = 2
 HEADER = "header.json"
 SHARD_TOKENS = 2**26
 _REPAIR = "remove the directory and prepare it again"
+_COUNTS = ("num_documents", "num_characters", "num_words", "num_unknown", "num_tokens")
+_HEADER_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("source", "tokenizer_spec", "tokenizer_fingerprint"), str),
+    "tokenizer": dict,
+    "shard_tokens": int,
+    "directory": str | None,
+    "splits": dict,
+}
 # Called with the name of a split, the share of it that is done, and its number of tokens so far.
 Report = Callable[[str, float, int], None]
 
@@ -145,7 +153,7 @@ def _pack_split(
     num_workers: int,
     report: Report,
 ) -> dict[str, Any]:
-    counts = dict.fromkeys(("num_documents", "num_characters", "num_words", "num_unknown", "num_tokens"), 0)
+    counts = dict.fromkeys(_COUNTS, 0)
     empty: list[str] = []
 
     def texts() -> Iterator[documents.Document]:
@@ -220,13 +228,33 @@ def read_header(directory: storage.Directory) -> dict[str, Any]:
     try:
         header = json.loads((directory / HEADER).read_text())
         version = header["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise errors.UserError(f"{directory / HEADER} is damaged ({error})", remedy=_REPAIR) from error
     if version != FORMAT_VERSION:
         raise errors.UserError(
             f"{directory} has format {version}, and this version reads {FORMAT_VERSION}", remedy=_REPAIR
         )
+    if not _is_whole(header):
+        raise errors.UserError(f"{directory / HEADER} is damaged (a field is missing or wrong)", remedy=_REPAIR)
     return header
+
+
+def _is_whole(header: dict[str, Any]) -> bool:
+    """Whether the header has all that is read of it, in the right types."""
+    has = lambda found, kinds: all(name in found and isinstance(found[name], kind) for name, kind in kinds.items())
+    is_shard = lambda found: isinstance(found, dict) and has(found, {"file": str, "sha256": str})
+    is_split = lambda found: (
+        isinstance(found, dict)
+        and has(found, {**dict.fromkeys(_COUNTS, int), "shards": list})
+        and all(map(is_shard, found["shards"]))
+        and len(found["shards"]) == -(-found["num_tokens"] // header["shard_tokens"])
+    )
+    return (
+        has(header, _HEADER_KINDS)
+        and header.get("dtype") in ("<u2", "<u4")
+        and header["shard_tokens"] > 0
+        and all(map(is_split, header["splits"].values()))
+    )
 
 
 def open_split(directory: storage.Directory, split: str) -> tuple[dict[str, Any], Tokens]:

@@ -100,7 +100,7 @@ def read(path: pathlib.Path) -> Tokenizer:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         name = FILES.get(description["kind"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise errors.UserError(f"{path} is damaged: {error!r}", remedy=_REPAIR) from error
     if name is not None:
         if description.get("path") != name:

@@ -42,18 +42,19 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     A last line without a line end is left out: a kill cut it off, or it is being written.
 
     Raises:
-        errors.UserError: names a line that is not JSON.
+        errors.UserError: names a line that is no JSON object with a step.
     """
     records = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 break
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                record = json.loads(line)
+                records.append({"step": int(record["step"])} | record)
+            except (ValueError, RecursionError, TypeError, KeyError) as error:
                 raise errors.UserError(
-                    f"{path} line {number} is not JSON ({line[:60]!r})", remedy="delete that line"
+                    f"{path} line {number} holds no metrics of a step ({line[:60]!r})", remedy="delete that line"
                 ) from error
     return records
 

@@ -94,7 +94,7 @@ def test_a_torn_last_line_is_dropped(tmp_path):
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"line 2 is not JSON .*delete that line"):
+    with pytest.raises(ValueError, match=r"line 2 holds no metrics of a step .*delete that line"):
         metric_writers.read_json_lines(path)
 
 
