@@ -12,7 +12,7 @@ from sedd_jax import runs
 from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
 from sedd_jax.model import networks, score_draws, score_heads, tiles
 from sedd_jax.sampling import generate, templates
-from tests.support import oracles
+from tests.support import oracles, slow
 
 N = 3
 GRAPHS = {"absorb": graphs.Absorbing(vocab_size=N, mask_id=N), "uniform": graphs.Uniform(vocab_size=N)}
@@ -106,8 +106,8 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("draw", sorted(score_draws.DRAWS))
-@pytest.mark.parametrize("name", sorted(LARGE))
+@pytest.mark.parametrize("draw", slow.all_but(["precise"], sorted(score_draws.DRAWS)))
+@pytest.mark.parametrize("name", slow.all_but(["absorb", "uniform"], sorted(LARGE)))
 def test_leaps_by_blocks_follow_the_rates_of_the_whole_array(name, draw, monkeypatch):
     """Two evaluations at two noise levels, the second taken away from the first, some rates below 0."""
     monkeypatch.setattr(score_draws, "BLOCK_STATES", {"cpu": 160})

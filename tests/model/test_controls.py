@@ -10,7 +10,7 @@ import pytest
 from sedd_jax.diffusion import graphs, scores, steps
 from sedd_jax.model import controls, networks, score_draws, score_heads, tiles
 from sedd_jax.runtime import sharding
-from tests.support import oracles
+from tests.support import oracles, slow
 
 WIDTH, VOCAB, BATCH = 16, 300, 400
 GRAPHS = {
@@ -78,9 +78,10 @@ CASES = [
     ("uniform", "hot", True),
     ("uniform", "nucleus", False),
 ]
+QUICK = [("absorb", "both", True), ("absorb", "guided", True), ("uniform", "nucleus", False)]
 
 
-@pytest.mark.parametrize(("kind", "name", "restricted"), CASES)
+@pytest.mark.parametrize(("kind", "name", "restricted"), slow.all_but(QUICK, CASES))
 def test_draws_follow_the_distribution_written_out(kind, name, restricted, monkeypatch):
     monkeypatch.setattr(tiles, "chunk_size", lambda num_positions, most: 500)
     graph, model, features, without, xt = problem(kind)

@@ -50,7 +50,7 @@ def problem(graph: graphs.Graph, normalized: bool = False):
     return networks.Model(config, params), features, xt
 
 
-@pytest.mark.parametrize("draw", sorted(score_draws.DRAWS))
+@pytest.mark.parametrize("draw", slow.all_but(["precise"], sorted(score_draws.DRAWS)))
 @pytest.mark.parametrize("jump", [*sorted(JUMPS), "denoise"])
 @pytest.mark.parametrize("name", slow.all_but(["absorb", "uniform"], sorted(GRAPHS)))
 def test_draws_follow_the_weights_of_the_whole_array(name, jump, draw):

@@ -70,7 +70,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(score_heads, "TILE_LOGITS", dict.fromkeys(score_heads.TILE_LOGITS, 1))
 
 
-@pytest.mark.parametrize("needed", ["none", "one", "some", "all"])
+@pytest.mark.parametrize("needed", slow.all_but(["none", "some"], ["none", "one", "some", "all"]))
 @pytest.mark.parametrize("tiles", ["one tile", "many"])
 def test_streamed_equals_dense(head, needed, tiles, request):
     if tiles == "many":
@@ -103,7 +103,7 @@ def test_bfloat16_streams_what_bfloat16_computes_whole(head, small_tiles):
         assert np.abs(a - b).max() < 0.02 * np.abs(b).max()
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", slow.all_but(["2x2x2"], ["8x1x1", "1x8x1", "2x2x2"]))
 @pytest.mark.parametrize("batch", [8, BATCH], ids=["divided", "whole"])
 def test_sharded_equals_unsharded(shape, batch):
     config = networks.NetworkConfig(num_states=201, hidden_size=WIDTH, dtype="float32")
@@ -125,7 +125,8 @@ def test_sharded_equals_unsharded(shape, batch):
         return jax.jit(jax.value_and_grad(combine, (0, 1)))
 
     alone = make_gradient_fn()(params, features)
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+    data, fsdp, tensor = map(int, shape.split("x"))
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
     with jax.set_mesh(mesh):
         split = jax.device_put(params, sharding.tree_shardings(mesh, params))
         together = make_gradient_fn()(split, features)

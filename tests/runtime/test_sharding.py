@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from sedd_jax.diffusion import forward, graphs, losses, noise_schedules
 from sedd_jax.model import networks, objectives, optimizers, train_state
 from sedd_jax.runtime import sharding
+from tests.support import slow
 
 CONFIG = networks.NetworkConfig(
     num_states=27, hidden_size=32, num_layers=2, num_heads=4, cond_dim=16, dropout=0.0, dtype="float32"
@@ -48,7 +49,7 @@ def unsharded(state, batch):
     return jax.jit(jax.value_and_grad(loss))(state.params, *batch)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", slow.all_but(["data 8", "data 2 fsdp 2 tensor 2"], MESHES))
 def test_loss_and_gradients_are_those_of_one_device(name, state, batch, unsharded):
     config = MESHES[name]
     mesh = sharding.make_mesh(config, jax.devices()[:1] if name == "one" else None)
