@@ -297,9 +297,7 @@ def _describe(directory: pathlib.Path, config: configs.Config, tokenizer: tokeni
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Writes a JSON file atomically: it appears complete or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    storage.replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

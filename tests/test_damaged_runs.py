@@ -11,7 +11,21 @@ from sedd_jax.data import shards
 from sedd_jax.runtime import errors
 from sedd_jax.training import metric_writers
 
-OTHER = ["", "[]", "null", "5", '"text"', "{}", "{", "\0\0\0", "\xff", "[" * 100_000, '{"step": "x"}\n', "3\n"]
+OTHER = [
+    "",
+    "[]",
+    "null",
+    "5",
+    '"text"',
+    "{}",
+    "{",
+    "\0\0\0",
+    "\xff",
+    "[" * 100_000,
+    '{"step": "x"}\n',
+    '{"step": "5"}\n',
+    "3\n",
+]
 VALUES = [None, 5, -1, 2.5, "text", [], {}, [5], {"a": 5}, True]
 
 

@@ -74,7 +74,7 @@ def keep(run: runs.Run, name: str, result: dict[str, Any]) -> None:
     if processes.is_first():
         content = {"measured": measured, **result, "config": configs.to_dict(run.config)}
         with keeping():
-            _write(path(run, f"{name}.json"), json.dumps(content, indent=1) + "\n")
+            storage.replace_text(path(run, f"{name}.json"), json.dumps(content, indent=1) + "\n")
             storage.upload(run.workdir, f"{DIRECTORY}/{name}.*")
 
 
@@ -99,7 +99,7 @@ def write_parts(run: runs.Run, name: str, parts: Sequence[dict[str, Any]]) -> No
     """Writes all finished parts of a measurement."""
     if processes.is_first():
         with keeping():
-            _write(path(run, f"{name}.jsonl"), "".join(json.dumps(part) + "\n" for part in parts))
+            storage.replace_text(path(run, f"{name}.jsonl"), "".join(json.dumps(part) + "\n" for part in parts))
             storage.upload(run.workdir, f"{DIRECTORY}/{name}.jsonl")
 
 
@@ -107,9 +107,3 @@ def path(run: runs.Run, name: str) -> pathlib.Path:
     """The path of a file of a result; its directory is made if it does not exist."""
     (run.local / DIRECTORY).mkdir(exist_ok=True)
     return run.local / DIRECTORY / name
-
-
-def _write(file: pathlib.Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

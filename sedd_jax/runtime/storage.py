@@ -117,6 +117,13 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         return bucket.cat_ranges(list(files), list(starts), list(stops), on_error="raise")
 
 
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Writes a local file. Another of this name stays until the whole one takes its place."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def is_free(place: Directory, *ours: str) -> bool:
     """Whether a directory can be made here: there is none, or an empty one, `ours` and what a kill has left aside."""
     if not place.exists():

@@ -303,9 +303,7 @@ def write_jsonl(samples: list[Sample], path: pathlib.Path) -> None:
     if path.exists() and not path.is_file():  # Such as /dev/stdout.
         path.write_text(content, encoding="utf-8")
         return
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
+    storage.replace_text(path, content)
 
 
 def texts(run: runs.Run, tokens: Int[Array | np.ndarray, "B L"], length: int) -> list[str]:

@@ -51,7 +51,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 break
             try:
                 record = json.loads(line)
-                records.append({"step": int(record["step"])} | record)
+                records.append(record | {"step": int(record["step"])})
             except (ValueError, RecursionError, TypeError, KeyError) as error:
                 raise errors.UserError(
                     f"{path} line {number} holds no metrics of a step ({line[:60]!r})", remedy="delete that line"
