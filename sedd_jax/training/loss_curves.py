@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ BOUNDS = {
     "valid/cross_entropy_bits": ("held-out cross-entropy bound", "#2b8a3e"),
     "valid/negative_log_likelihood_bits": ("held-out negative log-likelihood", "#2b8a3e"),
 }
+
+SECONDS_BETWEEN_PICTURES = 60.0
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
@@ -109,3 +112,21 @@ def plot_curves(
     partial = f"{os.fspath(png_path)}.partial"
     picture.savefig(partial, format="png")
     os.replace(partial, png_path)
+
+
+def occasional_plot(
+    metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str], references: Mapping[str, float]
+) -> Callable[[bool], None]:
+    """Make a function (is_last) that calls `plot_curves` once a minute at most, and always at the last step.
+
+    A picture takes as long as many steps of a small network.
+    """
+    drawn = time.monotonic()
+
+    def plot(is_last: bool) -> None:
+        nonlocal drawn
+        if is_last or time.monotonic() - drawn >= SECONDS_BETWEEN_PICTURES:
+            plot_curves(metrics_path, png_path, references)
+            drawn = time.monotonic()
+
+    return plot

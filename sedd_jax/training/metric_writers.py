@@ -90,11 +90,26 @@ class JsonLines:
         self._file.close()
 
 
+@contextlib.contextmanager
+def _hidden(package: str) -> Generator[None, None, None]:
+    """A context in which a package that is not loaded yet cannot be imported."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # pyrefly: ignore[unsupported-operation], as the import system documents it
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
 class TensorBoard:
     """Writes scalars to an event file. A run resumed at `start_step` hides later steps in earlier event files."""
 
     def __init__(self, directory: str | os.PathLike[str], *, start_step: int) -> None:
-        import tensorboardX
+        # It imports PyTorch wherever that is installed, which takes seconds and is of no use here.
+        with _hidden("torch"):
+            import tensorboardX
 
         # TensorBoard drops purge_step and all steps after it.
         purge_step = start_step + 1 if start_step > 0 else None

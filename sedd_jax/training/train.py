@@ -255,7 +255,7 @@ def _loop(session: _Session, step_fn: StepFn, state: train_state.TrainState, ste
     settings = run.config.training
     data = run.split("train")
     held_out = likelihoods.make_held_out(run)
-    references = _reference_entropies(run)
+    plot = loss_curves.occasional_plot(run.local / "metrics.jsonl", run.local / "loss.png", _reference_entropies(run))
     written: dict[str, Any] = {"step": step}
     pending: tuple[int, Metrics] | None = None
     if step:
@@ -294,7 +294,7 @@ def _loop(session: _Session, step_fn: StepFn, state: train_state.TrainState, ste
             with writer.pause():
                 _check_finite(step, metrics, saved)
                 if processes.is_first():
-                    loss_curves.plot_curves(run.local / "metrics.jsonl", run.local / "loss.png", references)
+                    plot(stops or step == settings.num_steps)
                     # Before the checkpoint: a run that resumes from it needs the metrics of the steps up to it.
                     storage.upload(run.workdir, *_WRITTEN)
                 saved.save(step, state)

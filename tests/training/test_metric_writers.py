@@ -7,6 +7,7 @@ import os
 import re
 import select
 import struct
+import subprocess
 import sys
 import types
 from typing import Any
@@ -373,3 +374,27 @@ def test_a_picture_of_no_point_or_one(tmp_path, text, note):
     assert bool(middle.any()) == note
     dot, _ = pixels_of(tmp_path / "loss.png", loss_curves.SMOOTH_COLOR)
     assert (np.count_nonzero(dot[:, 0] < 0.79 * height) > 50) == (not note)
+
+
+def test_pictures_are_drawn_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
+    drawn, now = [], [100.0]
+    monkeypatch.setattr(loss_curves, "plot_curves", lambda *paths: drawn.append(now[0]))
+    monkeypatch.setattr(loss_curves.time, "monotonic", lambda: now[0])
+    plot = loss_curves.occasional_plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png", {})
+    for now[0] in (101.0, 159.0, 161.0, 170.0, 222.0):
+        plot(False)
+    now[0] = 223.0
+    plot(True)
+    assert drawn == [161.0, 222.0, 223.0]
+
+
+@pytest.mark.slow
+def test_tensorboard_files_do_not_load_pytorch(tmp_path):
+    """Where PyTorch is installed, tensorboardX imports it, and training starts seconds later."""
+    pytest.importorskip("torch", reason="what is not installed is never loaded")
+    code = (
+        "import sys; from sedd_jax.training import metric_writers as m; "
+        f"m.TensorBoard({str(tmp_path)!r}, start_step=0).close(); print('torch' in sys.modules); import torch"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
