@@ -1,6 +1,8 @@
 """A strict harness: eight CPU devices and checked shapes; rank promotion, key reuse and warnings are errors."""
 
+import fcntl
 import os
+import pathlib
 import shutil
 import subprocess
 import tempfile
@@ -11,8 +13,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = compiling.flags(num_devices=8)
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # Workers, and the processes that tests start, share what they compile until the last test has ended.
-    _compiled = tempfile.TemporaryDirectory(prefix="sedd-compiled-")
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    _shared = tempfile.TemporaryDirectory(prefix="sedd-tests-")
+    compiled = os.path.join(_shared.name, "compiled")
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 import jax
 import jaxtyping
@@ -46,11 +49,14 @@ def golden():
 @pytest.fixture(scope="session")
 def code_run(tmp_path_factory):
     """The directory of a run of two steps. Its training text is Python; half of its held-out text does not parse."""
-    directory = tmp_path_factory.mktemp("code")
-    (directory / "train.txt").write_text("a = 1\nb = 22\n" * 500)
-    for split in ("valid", "test"):
-        (directory / f"{split}.txt").write_text("a = 1\nb = 22\n" * 60 + "a = = 1\n" * 60)
-    return _train_two_steps(directory / "run", f"text:{directory}/{{split}}.txt")
+
+    def train(directory):
+        (directory / "train.txt").write_text("a = 1\nb = 22\n" * 500)
+        for split in ("valid", "test"):
+            (directory / f"{split}.txt").write_text("a = 1\nb = 22\n" * 60 + "a = = 1\n" * 60)
+        _train_two_steps(directory / "run", f"text:{directory}/{{split}}.txt")
+
+    return _copy_of_shared("code", train, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +65,20 @@ def judge_run(code_run, tmp_path_factory):
     from sedd_jax import runs
 
     settings = {"graph.name": "autoregressive", "network.scale_by_sigma": False}
-    return _train_two_steps(
-        tmp_path_factory.mktemp("judge") / "run", runs.load(code_run).config.data.source, **settings
-    )
+    source = runs.load(code_run).config.data.source
+    train = lambda directory: _train_two_steps(directory / "run", source, **settings)
+    return _copy_of_shared("judge", train, tmp_path_factory)
+
+
+def _copy_of_shared(name, train, tmp_path_factory):
+    """A copy of a run, which `train` makes as DIRECTORY/run once for all workers."""
+    shared = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).parent / name
+    with open(f"{shared}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.exists():
+            shared.mkdir()
+            train(shared)
+    return shutil.copytree(shared / "run", tmp_path_factory.mktemp(name) / "run")
 
 
 def _train_two_steps(workdir, source, **settings):
@@ -83,4 +100,3 @@ def _train_two_steps(workdir, source, **settings):
     }
     arguments = ["--num_processes=1", *(f"--config.{name}={value}" for name, value in settings.items())]
     assert cli.main(["train", f"--workdir={workdir}", *arguments]) == 0
-    return workdir

@@ -25,7 +25,7 @@ from sedd_jax.conversion import convert, torch_model, torch_weights
 from sedd_jax.data import tokenizers
 from sedd_jax.model import networks, optimizers, score_heads, train_state
 from sedd_jax.runtime import errors
-from tests.support import foreign, places
+from tests.support import foreign, places, slow
 
 GOLDEN = places.GOLDEN
 MODELS = ("absorb_a", "uniform_a")
@@ -210,7 +210,7 @@ def test_a_tokenizer_travels_with_its_file(tmp_path, make_run):
     assert runs.load(tmp_path / "back").tokenizer.decode(np.array([2, 3, 4])) == "a b c"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", slow.all_but(["bfloat16"], ["bfloat16", "float16"]))
 def test_half_precision_rounds_weights_alone(make_run, tmp_path, dtype):
     run, state = make_run()
     result = run_convert(tmp_path / "run", tmp_path / "out", dtype=dtype)

@@ -287,6 +287,7 @@ def hub(tmp_path):
     thread.join()
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub(hub, tmp_path):
     done = hub("owner/name")
     assert done.returncode == 0, done.stderr

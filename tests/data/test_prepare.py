@@ -164,6 +164,7 @@ def test_text_is_prepared_into_a_bucket(tmp_path, source, monkeypatch):
             prepare.prepare(source, "characters", place, num_workers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="WikiText and GPT-2's ranks lie in ../shared, which is absent")
 def test_a_zero_shot_set_is_every_row_with_an_end_of_text(tmp_path, capsys):
     source = f"wikitext2:lines:{SHARED}/corpus/wikitext2/{{split}}.txt.xz"

@@ -17,6 +17,7 @@ def _paragraphs(split):
     return {" ".join(part.split()) for text in _read("docs", split) for part in text.split("\n\n")}
 
 
+@pytest.mark.slow
 def test_python_docs_hold_out_about_a_twentieth_each():
     sizes = {split: sum(map(len, _read("docs", split))) for split in documents.SPLITS}
     assert sum(sizes.values()) > 1_500_000

@@ -141,22 +141,22 @@ def test_ids_that_are_no_tokens_are_not_packed(tmp_path, source, byte_pairs, mon
 
 
 def test_shards_and_processes_change_no_token(tmp_path, monkeypatch, byte_pairs):
-    text = "\f".join("word " * (number % 50) + str(number) for number in range(60_000))
+    text = "\f".join("word " * (number % 50) + str(number) for number in range(12_000))
     (tmp_path / "train.txt").write_text(text)
     for split in ("valid", "test"):
         (tmp_path / f"{split}.txt").write_text("held out")
     source = f"text:{tmp_path}/{{split}}.txt"
     counts, expected = _tokens(_pack(source, byte_pairs, tmp_path / "one"), "train")
     assert len(counts["shards"]) == 1
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 1_000_003)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 200_003)
     many, tokens = _tokens(_pack(source, byte_pairs, tmp_path / "many", num_workers=2), "train")
-    assert len(many["shards"]) == -(-len(expected) // 1_000_003) > 3
+    assert len(many["shards"]) == -(-len(expected) // 200_003) > 3
     assert np.array_equal(tokens, expected)
     assert {**many, "shards": None} == {**counts, "shards": None}
     contents = [(tmp_path / "many" / shard["file"]).read_bytes() for shard in many["shards"]]
     digests = [hashlib.sha256(content).hexdigest() for content in contents]
     assert digests == [shard["sha256"] for shard in many["shards"]]
-    assert {len(content) for content in contents[:-1]} == {2 * 1_000_003}
+    assert {len(content) for content in contents[:-1]} == {2 * 200_003}
     opened = batches.open_split(tmp_path / "many", "train", 64)
     whole = batches.open_split(tmp_path / "one", "train", 64)
     assert np.array_equal(opened.batch(3, batch_size=99, seed=0), whole.batch(3, batch_size=99, seed=0))

@@ -52,7 +52,7 @@ def counts(tokens):
     return np.bincount(np.asarray(tokens) @ [N * N, N, 1], minlength=N**3)
 
 
-@pytest.mark.parametrize("num_steps", [2, 3, 9])
+@pytest.mark.parametrize("num_steps", slow.all_but([3], [2, 3, 9]))
 @pytest.mark.parametrize("noise", sorted(NOISES))
 def test_one_evaluation_a_token_is_exact(noise, num_steps):
     given = steps.nothing_given((NUM_DRAWS, 3))
@@ -85,7 +85,7 @@ def test_infilling_follows_the_conditional_distribution_and_keeps_what_is_given(
 
 
 @pytest.mark.parametrize("num_given", [0, 1])
-@pytest.mark.parametrize("noise", sorted(NOISES))
+@pytest.mark.parametrize("noise", slow.all_but(["loglinear"], sorted(NOISES)))
 def test_every_sequence_has_a_clock_of_the_known_distribution(noise, num_given):
     """Of n masks left at m, the next goes at m u^(1/n): the powers of ratios are uniform, and independent."""
     seen = []
@@ -157,7 +157,8 @@ def test_a_run_is_sampled_with_as_many_evaluations_as_gaps(settings):
         assert generate.draw_samples(opened, template, few, seed=0)[0].nfe == 4
 
 
-@pytest.mark.parametrize(("gap", "num_steps"), slow.all_but([(5, 3)], [(0, 100), (1, 100), (5, 3), (32, 20)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("gap", "num_steps"), [(0, 100), (1, 100), (5, 3), (32, 20)])
 def test_as_many_evaluations_are_taken_as_are_said(settings, gap, num_steps, monkeypatch):
     """Of refilled slots, which count what they take, as of batches, which know it beforehand."""
     run, sampling = settings

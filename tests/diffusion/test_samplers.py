@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
-from tests.support import goldens, oracles
+from tests.support import goldens, oracles, slow
 
 PUBLISHED = {"euler": "euler", "analytic": "tweedie"}
 JUMPS = {"euler": steps.euler, "tau_leaping": steps.tau_leaping, "tweedie": steps.tweedie}
@@ -209,7 +209,7 @@ def one_step_distribution(p0: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("kind", "sampler"), SAMPLED)
-@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("length", slow.all_but([2], [1, 2]))
 def test_draws_follow_the_exact_distribution(kind, sampler, length):
     """With the exact score and few steps, draws have the distribution that dense matrices give."""
     graph, noise = PROCESSES[kind].graph, MILD if kind == "uniform" else PROCESSES[kind].noise
@@ -305,7 +305,10 @@ def test_given_tokens_never_change(generator):
     assert (out != 7).all()
 
 
-@pytest.mark.parametrize(("kind", "name"), SAMPLED)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    slow.all_but([("absorb", "first_hitting"), ("absorb", "tweedie"), ("uniform", "theta_trapezoidal")], SAMPLED),
+)
 def test_the_network_always_sees_given_tokens_clean(kind, name):
     process, sampler = PROCESSES[kind], samplers.SAMPLERS[name]
     tokens = jnp.tile(jnp.array([[1, 4, 2, 3]]), (8, 1))
@@ -324,7 +327,7 @@ def test_the_network_always_sees_given_tokens_clean(kind, name):
         np.testing.assert_array_equal(xt[given.is_given], tokens[given.is_given])
 
 
-@pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
+@pytest.mark.parametrize("sampler", slow.all_but(["tweedie", "first_hitting"], sorted(samplers.SAMPLERS)))
 def test_infilling_with_the_exact_score_follows_the_conditional_distribution(sampler):
     """One gap: its token has the same distribution whenever it is drawn."""
     given = steps.Given(jnp.full((20_000, 2), 3), jnp.tile(jnp.array([[True, False]]), (20_000, 1)))

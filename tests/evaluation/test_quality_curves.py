@@ -58,6 +58,7 @@ def test_points_are_those_of_single_measurements(run, judge_run, capsys):
     assert json.loads(picture.with_suffix(".json").read_text())["config"]["data"]["length"] == 32
 
 
+@pytest.mark.slow
 def test_points_that_are_done_are_not_drawn_again(run, judge_run, monkeypatch):
     curve = lambda *num_steps: quality_curves.Curve(samplers=["tweedie"], num_steps=num_steps)
     first = quality_curves.measure(run, str(judge_run), curve(2), samples=SAMPLES)

@@ -14,6 +14,7 @@ import pytest
 
 from sedd_jax.model import attentions
 from sedd_jax.runtime import sharding
+from tests.support import slow
 
 
 def dense(q, k, v, causal=False, lengths=None):
@@ -84,7 +85,7 @@ def test_plain_in_bfloat16_is_close():
 SMALL_BLOCKS = attentions.splash_attention.BlockSizes(*(128,) * 8)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", slow.all_but([True], [False, True]))
 def test_splash_kernel_interpreted_equals_plain(causal):
     """Two blocks of keys, so that the running maximum is used."""
     inputs = normal(1, 256, 2, 64) * jnp.float32(2)
@@ -95,7 +96,7 @@ def test_splash_kernel_interpreted_equals_plain(causal):
     assert_close(ours, value_and_gradients(functools.partial(attentions.plain, causal=causal), *inputs), 1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", slow.all_but([False], [False, True]))
 def test_splash_kernel_interpreted_never_attends_to_padding(causal):
     """Padding in the second block of keys, from within the first, and nowhere."""
     inputs, lengths = normal(3, 256, 1, 16) * jnp.float32(2), jnp.array([200, 5, 256])

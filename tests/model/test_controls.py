@@ -78,7 +78,7 @@ CASES = [
     ("uniform", "hot", True),
     ("uniform", "nucleus", False),
 ]
-QUICK = [("absorb", "both", True), ("absorb", "guided", True), ("uniform", "nucleus", False)]
+QUICK = [("absorb", "both", True), ("uniform", "nucleus", False)]
 
 
 @pytest.mark.parametrize(("kind", "name", "restricted"), slow.all_but(QUICK, CASES))

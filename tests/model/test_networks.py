@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sedd_jax.model import attentions, layers, networks, score_heads
-from tests.support import goldens
+from tests.support import goldens, slow
 
 TINY = networks.NetworkConfig(
     num_states=30, hidden_size=32, num_layers=3, num_heads=2, cond_dim=16, dropout=0.0, dtype="float32"
@@ -108,7 +108,7 @@ def assert_close(ours, expected, tolerance=1e-4):
     jax.tree.map(close, ours, expected)
 
 
-@pytest.mark.parametrize("remat", ["none", "blocks"])
+@pytest.mark.parametrize("remat", slow.all_but(["blocks"], ["none", "blocks"]))
 def test_remat_changes_nothing(tiny, reference, remat):
     assert TINY.remat == "elementwise"
     model, xt, sigma = tiny
@@ -132,7 +132,7 @@ def test_remat_keeps_less(tiny):
     assert kept("none") > 1.5 * kept("elementwise")
 
 
-@pytest.mark.parametrize("remat", ["none", "elementwise"])
+@pytest.mark.parametrize("remat", slow.all_but(["none"], ["none", "elementwise"]))
 @pytest.mark.parametrize("layer_loop", ["rolled", "unrolled"])
 def test_the_loop_over_layers_changes_nothing(tiny, reference, remat, layer_loop):
     model, xt, sigma = tiny

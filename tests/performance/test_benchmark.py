@@ -14,6 +14,7 @@ from sedd_jax.cli import main as cli
 from sedd_jax.diffusion import samplers
 from sedd_jax.performance import benchmark
 from sedd_jax.runtime import errors
+from tests.support import compiling
 
 TINY = configs.parse(
     configs.merge(
@@ -40,7 +41,7 @@ for line in sys.stdin:
 def one_device():
     """The processes that run steps have one device each, not the eight of this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("XLA_FLAGS")
+        patch.setenv("XLA_FLAGS", compiling.flags(num_devices=1))
         yield
 
 

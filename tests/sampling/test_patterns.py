@@ -273,6 +273,7 @@ def test_what_needs_too_much_is_refused(tmp_path, monkeypatch):
         patterns.compile(["ab", "c"], tokenizer, _graph(tokenizer))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED_RANKS.exists(), reason="GPT-2's ranks lie in ../shared, which is absent")
 def test_gpt2_spells_a_word_in_few_tokens_or_many():
     tokenizer = tokenizers.build(f"gpt2:{SHARED_RANKS}", lambda: ())

@@ -155,6 +155,7 @@ def test_a_seed_is_no_negative_number(code_run):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_single_template_may_be_fitted(code_run, tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_text("from before\n")

@@ -508,6 +508,7 @@ def test_without_the_extra_it_says_what_to_install(code_run, capsys, monkeypatch
     assert "pip install 'sedd_jax[serve]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_while_it_draws(code_run):
     process, url = _start(code_run, "--host=localhost")
     with process:
@@ -613,6 +614,7 @@ def test_a_link_brings_two_samplers_back_side_by_side(server, page, browser, ope
     assert page.get_by_label("Sampler").input_value() == "theta_trapezoidal"
 
 
+@pytest.mark.slow
 def test_the_page_says_what_is_wrong_and_recovers(server, browser):
     with contextlib.closing(browser.new_page()) as page:  # Chromium itself counts a 4xx as an error.
         page.goto(f"{server[1]}/#template=a%7B40%7D&column=sampler%3Dancestral")

@@ -153,6 +153,7 @@ def begin_two(place, workdir, **settings):
     assert not [path for path in place.iterdir() if path.name.startswith(f".{workdir.name}")]
 
 
+@pytest.mark.slow
 def test_of_two_that_begin_one_run_one_says_who_the_other_is(place, uninterrupted):
     """A job that was submitted twice."""
     begin_two(place, place / "both")

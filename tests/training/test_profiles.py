@@ -133,6 +133,7 @@ def test_every_module_has_operations(make_config):
     assert found == {*profiles.MODULES.values(), profiles.OTHER}
 
 
+@pytest.mark.slow
 def test_a_traced_run_has_the_same_parameters_a_trace_and_a_table(make_config, plain, tmp_path):
     stream = io.StringIO()
     train.train(make_config(profile="1:2"), tmp_path, stream=stream)
