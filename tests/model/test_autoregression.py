@@ -75,7 +75,7 @@ def _draw(model, key, given):
 
 def test_samples_follow_the_likelihood_and_keep_what_is_given(model, log_likelihood):
     assert isinstance(SAMPLER, samplers.Sampler)
-    num = 20_000
+    num = 5_000
     nothing = steps.Given(jnp.zeros((num, 4), jnp.int32), jnp.zeros((num, 4), bool))
     draw = jax.jit(_draw)
     distribution = np.exp(np.asarray(log_likelihood(model, SEQUENCES).sum(-1), np.float64))
@@ -112,13 +112,13 @@ def test_a_run_trains_is_measured_exactly_and_continues_text(tmp_path):
         "network.dropout": 0.0,
         "network.dtype": "float32",
         "network.scale_by_sigma": False,
-        "optimizer.learning_rate": 3e-3,
+        "optimizer.learning_rate": 1e-2,
         "optimizer.warmup_steps": 10,
         "optimizer.ema_decay": 0.95,
-        "training.num_steps": 150,
+        "training.num_steps": 75,
         "training.batch_size": 32,
-        "training.eval_every": 150,
-        "training.sample_every": 150,
+        "training.eval_every": 75,
+        "training.sample_every": 75,
         "sampling.num_samples": 2,
     }
     run = tmp_path / "run"
