@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from sedd_jax.data import documents
 from sedd_jax.runtime import compressed, errors
 
+_ANY_FOLDERS = re.compile(r"(?<![^/])\*\*(?:/\*\*)*(?![^/])")
 _NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev", "heldout"), "test": ("test",)}
 Reader = Callable[[Sequence[str], documents.Part], Iterator[documents.Document]]
 
@@ -95,7 +96,7 @@ def _corpus(pattern: str, reader: Reader) -> documents.Corpus:
 
 
 def _matching(pattern: str, split: str) -> list[str]:
-    """The files that match, sorted. A name that exists as it is written is no pattern.
+    """The files that match, sorted, each once whatever links lead to it. A name that exists as written is no pattern.
 
     Raises:
         errors.UserError: if a link leads nowhere, a directory may not be listed, or the name is not that of a file.
@@ -104,14 +105,56 @@ def _matching(pattern: str, split: str) -> list[str]:
     if os.path.lexists(pattern):
         _check_file(pattern)
         return [pattern]
-    folders = itertools.accumulate(pathlib.Path(pattern).parent.parts, os.path.join)
-    for folder in sorted({path for part in folders for path in glob.glob(part, recursive=True)}):
-        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
-            raise errors.UserError(f"{folder} may not be listed, and files in it may match", remedy="make it readable")
-    found = [path for path in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(path)]
+    for part in itertools.accumulate(pathlib.Path(pattern).parent.parts, os.path.join):
+        for folder in _expanded(part):
+            _check_listed(folder)
+    found = [path for path in _expanded(pattern) if not os.path.isdir(path)]
     for path in found:
         _check_file(path)
-    return found
+    # The last name of a file counts: one that is no link, and the first of these.
+    last = sorted(found, key=lambda path: (os.path.islink(path), path), reverse=True)
+    return sorted({os.path.realpath(path): path for path in last}.values())
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    """The names that match, in which ** stands for any folders. Links are followed, to each folder once."""
+    found = _ANY_FOLDERS.search(pattern)
+    if found is None:
+        yield from glob.glob(pattern)
+        return
+    above, below = pattern[: found.start()], pattern[found.end() :].lstrip("/")
+    for top in glob.glob(above) if above else [""]:
+        for folder in _folders(top):
+            yield from _expanded(glob.escape(folder) + (below or "*"))
+
+
+def _folders(top: str) -> Iterator[str]:
+    """A folder and all below it that are not hidden, each once: by a name without a link if it has one.
+
+    A link to a folder that it is in adds nothing, even if that lies above `top`.
+    """
+    folders, links, seen = [top], [], set()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()
+        place = os.path.realpath(folder or ".")
+        if place in seen:
+            continue
+        seen.add(place)
+        yield folder
+        _check_listed(folder or ".")
+        for name in sorted(os.listdir(folder or "."), reverse=True):
+            inner = f"{folder}{name}/"
+            if name.startswith(".") or not os.path.isdir(inner):
+                continue
+            if not os.path.islink(inner[:-1]):
+                folders.append(inner)
+            elif not pathlib.Path(place).is_relative_to(os.path.realpath(inner)):
+                links.append(inner)
+
+
+def _check_listed(folder: str) -> None:
+    if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        raise errors.UserError(f"{folder} may not be listed, and files in it may match", remedy="make it readable")
 
 
 def _check_file(path: str) -> None:

@@ -217,6 +217,46 @@ def test_nothing_that_was_asked_for_is_left_out_in_silence(tmp_path, monkeypatch
             text_files.read_text(f"{tmp_path}/{pattern}")
 
 
+def test_each_file_is_read_once_whatever_links_lead_to_it(tmp_path, monkeypatch):
+    """Two links to the folder that they are in have 2**40 paths before the system refuses the next one."""
+    for name in ("d/x.txt", "d/m/y.txt", "d/.hidden/z.txt", "outside/w.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    links = {"l1": ".", "l2": ".", "m/up": "../..", "k": "../outside", "a": "m", "itself": "itself", "b.txt": "x.txt"}
+    for name, target in links.items():
+        (tmp_path / "d" / name).symlink_to(target)
+    found = ["d/k/w.txt", "d/m/y.txt", "d/x.txt"]
+    for pattern in ("d/**/*.txt", "d/**/**/*.txt", "./d/**/*.txt", f"{tmp_path}/d/**/*.txt"):
+        paths = text_files._matching(pattern, "")
+        assert [os.path.relpath(path) for path in paths] == [os.path.normpath(path) for path in found], pattern
+    assert text_files._matching("d/**/l1/**/y.txt", "") == ["d/l1/m/y.txt"]
+    assert text_files._matching("d/*/*.txt", "") == ["d/a/y.txt", "d/k/w.txt", "d/l1/x.txt"]
+    assert text_files._matching("d/*.txt", "") == ["d/x.txt"]
+    monkeypatch.chdir(tmp_path / "d")
+    assert text_files._matching("**/*.txt", "") == ["k/w.txt", "m/y.txt", "x.txt"]
+    assert text_files._matching("m/**", "") == ["m/y.txt"]
+
+
+def test_a_folder_below_any_others_has_the_names_that_glob_finds(tmp_path):
+    for name in ("1.txt", "a/1.txt", "a/b/2.txt", "a/b/c/1.txt", "[x]/*/1.txt", "a/.b/1.txt", "n.txt/1.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    for pattern in (
+        "**",
+        "**/1.txt",
+        "**/b/**/*.txt",
+        "a/**",
+        "a/**/?/*",
+        "a**/*",
+        "**/**",
+        "[[]x]/**/*",
+        "*/**/1.txt",
+    ):
+        listed = {path for path in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if os.path.isfile(path)}
+        assert text_files._matching(f"{tmp_path}/{pattern}", "") == sorted(listed), pattern
+
+
 def test_blank_files_hold_no_document(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n\f\n")
     (tmp_path / "none.txt").write_text("")
