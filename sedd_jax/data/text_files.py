@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sedd_jax.data import documents
-from sedd_jax.runtime import compressed, errors
+from sedd_jax.runtime import compressed, errors, hosts
 
 _ANY_FOLDERS = re.compile(r"(?<![^/])\*\*(?:/\*\*)*(?![^/])")
+_MEMORY_OF_TEXT = 16  # bytes that it takes to hold a character and make tokens of it
 _NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev", "heldout"), "test": ("test",)}
 Reader = Callable[[Sequence[str], documents.Part], Iterator[documents.Document]]
 
@@ -183,15 +184,20 @@ def _text(paths: Sequence[str], part: documents.Part) -> Iterator[documents.Docu
             line = next(lines(paths))
             yield from _joined([line._replace(text=line.text[wanted.start : wanted.stop])], part)
             return
-    end, path, held = 0, "", []
+    end, path, held, size, largest = 0, "", [], 0, _largest()
     for line in lines(paths):
         end += len(line.text)
         if wanted is not None and not wanted.start < end <= wanted.stop:
             continue
         if line.path != path:
             yield from _joined(held, part)
-        path = line.path
+        path, size = line.path, len(line.text) + (size if held else 0)
         held.append(line)
+        if size > largest:
+            raise errors.UserError(
+                f"{held[0].place} begins a document of over {largest:,} characters, too long for this machine's memory",
+                remedy="end it by a form feed, or name it as lines:FILE, where each line is a document",
+            )
         if line.text.endswith("\f"):
             yield from _joined(held, part)
     yield from _joined(held, part)
@@ -289,7 +295,9 @@ def _parquet_values(path: str, file: Any, column: str) -> Iterator[object]:
 
 
 def _checked(value: object, what: str) -> str:
-    """`value`, if it is text that UTF-8 can write. `what` describes it in the error."""
+    """`value`, if it is text that UTF-8 can write, and "" for null. `what` describes it in the error."""
+    if value is None:
+        return ""
     if not isinstance(value, str):
         raise errors.UserError(f"{what} holds {type(value).__name__}, not text", remedy="correct or remove it")
     try:
@@ -310,14 +318,26 @@ def lines(paths: Sequence[str]) -> Iterator[Line]:
     """
     total = sum(map(os.path.getsize, paths))
     before = 0
+    largest = _largest()
     for path in paths:
         with compressed.opened(path) as (raw, file):
-            for number, content in enumerate(file, start=1):
+            for number, content in enumerate(iter(functools.partial(file.readline, largest + 1), b""), start=1):
+                if len(content) > largest:
+                    raise errors.UserError(
+                        f"{path}:{number} is a line of over {largest:,} bytes, too long for this machine's memory",
+                        remedy="cut it, for example with fold -s, or give text if this is none",
+                    )
                 text = _decoded(content, path, number)
-                done = (before + raw.tell()) / total
+                # Files of the system have text and no size, and a log may grow while it is read.
+                done = min(1.0, (before + raw.tell()) / max(1, total))
                 for part in [text] if "\f" not in text else re.findall("[^\f]*\f|[^\f]+", text):
                     yield Line(part, path, number, done)
         before += os.path.getsize(path)
+
+
+def _largest() -> int:
+    """The most bytes of a line, and characters of a document, that this machine has the memory to tokenize."""
+    return hosts.memory_bytes() // _MEMORY_OF_TEXT
 
 
 def _decoded(content: bytes, path: str, number: int) -> str:

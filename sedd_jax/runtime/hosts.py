@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,8 +24,10 @@ def processor() -> str:
 
 
 def memory_bytes() -> int:
-    """Memory of this machine, or what its container may use of it if that is less."""
+    """Memory of this machine, or what its container or this process (`ulimit -v`) may use of it if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    total = total if limit == resource.RLIM_INFINITY else min(total, limit)
     with contextlib.suppress(OSError, ValueError):  # No container, or one without a limit, whose file says "max".
         return min(total, int(CONTAINER_MEMORY.read_text()))
     return total

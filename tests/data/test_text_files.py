@@ -113,7 +113,8 @@ def test_json_lines_give_their_field_whole(tmp_path):
         (b'{"text": "cut', r"test.jsonl:2 is not JSON \(Unterminated string.*correct or remove the line"),
         (b"[1, 2]", r"test.jsonl:2 has no field 'text', it is not an object"),
         (b'{"body": "b", "id": 1}', r"test.jsonl:2 has no field 'text', its fields are body, id: name .* as in #text"),
-        (b'{"text": null}', r"test.jsonl:2, field 'text', holds NoneType, not text"),
+        (b'{"text": 5}', r"test.jsonl:2, field 'text', holds int, not text"),
+        (b"null", r"test.jsonl:2 has no field 'text', it is not an object"),
         (b'{"text": "a\\ud800"}', r"test.jsonl:2, field 'text', holds half a surrogate pair at character 1"),
         (b'{"text": "caf\xe9"}', r"test.jsonl:2 is not UTF-8: byte 0xe9 at byte 13 of the line"),
         (b"\x00" * 50, r"test.jsonl:2 holds U\+0000 at character 0: remove it"),
@@ -143,8 +144,8 @@ def test_parquet_gives_its_column_over_files_and_row_groups(tmp_path):
 
 
 def test_wrong_parquet_is_named(tmp_path):
-    _write_parquet(tmp_path / "a.parquet", ["one", None])
-    with pytest.raises(ValueError, match=r"a.parquet row 1, column 'body', holds NoneType, not text"):
+    _write_parquet(tmp_path / "a.parquet", ["one", "a\0"])
+    with pytest.raises(ValueError, match=r"a.parquet row 1, column 'body', holds U\+0000 at character 1"):
         _texts(text_files.read_parquet(f"{tmp_path}/*.parquet#body"), "train")
     with pytest.raises(ValueError, match=r"a.parquet has no column 'text', its columns are body, number.*#text"):
         _texts(text_files.read_parquet(f"{tmp_path}/*.parquet"), "train")
@@ -153,6 +154,17 @@ def test_wrong_parquet_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"a.parquet is not a Parquet file"):
         _texts(text_files.read_parquet(f"{tmp_path}/*.parquet#body"), "train")
+
+
+def test_a_null_is_an_empty_document_in_every_source(tmp_path):
+    """One null among millions of rows is nothing that anybody corrects. It is left out and counted where it is read."""
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None, "two"]}), tmp_path / "test.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [None, None]}), tmp_path / "valid.parquet")
+    (tmp_path / "test.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    for read, suffix in ((text_files.read_parquet, "parquet"), (text_files.read_jsonl, "jsonl")):
+        corpus = read(f"{tmp_path}/{{split}}.{suffix}")
+        assert _texts(corpus, "test") == ["one", "", "two"]
+    assert _texts(text_files.read_parquet(f"{tmp_path}/{{split}}.parquet"), "valid") == ["", ""]
 
 
 def test_text_errors_name_the_file_and_the_remedy(tmp_path):
@@ -255,6 +267,43 @@ def test_a_folder_below_any_others_has_the_names_that_glob_finds(tmp_path):
     ):
         listed = {path for path in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if os.path.isfile(path)}
         assert text_files._matching(f"{tmp_path}/{pattern}", "") == sorted(listed), pattern
+
+
+def test_a_file_whose_size_is_not_known_is_read(tmp_path, monkeypatch):
+    """Files of the system in /proc say that they hold 0 bytes; a log may grow while it is read."""
+    (tmp_path / "a.txt").write_text("one\n\ftwo\n")
+    for size in (0, 1):
+        monkeypatch.setattr(os.path, "getsize", lambda path, size=size: size)
+        found = list(text_files.lines([f"{tmp_path}/a.txt"]))
+        assert [line.text for line in found] == ["one\n", "\f", "two\n"]
+        assert [line.done for line in found] == [1, 1, 1]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="Linux lists its processors there")
+def test_files_of_the_system_are_text():
+    assert "processor" in _texts(text_files.read_text("/proc/cpuinfo"), "train")[0]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_text_that_does_not_fit_in_memory_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(text_files.hosts, "memory_bytes", lambda: 1600)
+    path = tmp_path / name
+    write = gzip.open if name.endswith("gz") else open
+    fits = "a" * 99 + "\n"
+    with write(path, "wt") as file:
+        file.write(f"{fits[1:]}\f" * 30)
+    assert _texts(text_files.read_text(str(path)), "train")
+    assert _texts(text_files.read_lines(str(path)), "train")
+    with write(path, "wt") as file:
+        file.write(f"{fits}\f{fits}")
+    for read in (text_files.read_text, text_files.read_lines, text_files.read_jsonl):
+        with pytest.raises(errors.UserError, match=rf"{name}:2 is a line of over 100 bytes, .*: cut it, .* fold -s"):
+            _texts(read(str(path)), "train")
+    with write(path, "wt") as file:
+        file.write(fits * 30)
+    assert _texts(text_files.read_lines(str(path)), "train")
+    with pytest.raises(errors.UserError, match=rf"{name}:1 begins a document of over 100 .*: end it by a form feed"):
+        _texts(text_files.read_text(str(path)), "train")
 
 
 def test_blank_files_hold_no_document(tmp_path):

@@ -88,6 +88,11 @@ def test_memory_is_at_most_what_the_container_may_use(machine, tmp_path, monkeyp
     assert hosts.memory_bytes() == (expected or total)
 
 
+def test_memory_is_at_most_what_the_shell_allows(monkeypatch):
+    monkeypatch.setattr(hosts.resource, "getrlimit", lambda kind: (2**20, 2**40))
+    assert hosts.memory_bytes() == 2**20
+
+
 def test_a_tilde_that_the_shell_left_is_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert hosts.local_path("~/runs/x") == pathlib.Path("/home/me/runs/x")
