@@ -31,6 +31,11 @@ class Characters:
             raise errors.UserError(
                 f"alphabet={self.alphabet!r} is empty or repeats a character", remedy="name each character once"
             )
+        if wrong := [character for character in self.alphabet if "\ud800" <= character <= "\udfff"]:
+            raise errors.UserError(
+                f"the alphabet holds {wrong[0]!r}, half a surrogate pair, which no text has",
+                remedy="name whole characters",
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -67,7 +72,7 @@ class Characters:
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
         """Text of `ids`, which must lie in [0, vocab_size)."""
         check_ids(ids, self.vocab_size)
-        return self._code_points[ids].tobytes().decode("utf-32-le", "surrogatepass")
+        return self._code_points[ids].tobytes().decode("utf-32-le")
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "characters", "alphabet": self.alphabet}
