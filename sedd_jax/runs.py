@@ -11,13 +11,14 @@ import jax
 
 from sedd_jax import checkpoints
 from sedd_jax import config as configs
-from sedd_jax.data import alphabets, batches, corpora, shards, tokenizers
+from sedd_jax.data import alphabets, batches, corpora, prepare, shards, tokenizers
 from sedd_jax.diffusion import forward, graphs, samplers
 from sedd_jax.model import autoregression, networks, sampling_config, train_state
 from sedd_jax.runtime import errors, sharding, storage
 
 _REPAIR = "copy it again from where it was written"
 TIME_GRID = "time_grid.json"
+_PREPARED = "prepared:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,8 +190,10 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
     """
     local = storage.local_copy(workdir)
     if storage.holds(workdir, "config.json"):
+        storage.download(workdir, "tokenizer.json", *tokenizers.FILES.values())
+        tokenizers.put_file_back(local / "tokenizer.json", config.data.tokenizer)
         run = load(workdir)
-        changed = configs.changes(run.config, config)
+        changed = configs.changes(_moved(run, config.data), config)
         if changed:
             raise errors.UserError(
                 f"was started with another config: {'; '.join(changed)}",
@@ -200,9 +203,10 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
             )
         storage.download(workdir, "data", "metrics.jsonl", "samples", "tensorboard")
         if (local / "data").exists():
+            _follow(local / "data", run.config.data.source, config.data.source)
             shards.verify(local / "data")
         write_json(local / "config.json", configs.to_dict(config))
-        storage.upload(workdir, "config.json")
+        storage.upload(workdir, "config.json", "data/header.json", *tokenizers.FILES.values())
         return
     # In a bucket, where files appear one by one, a start that was killed may have left these.
     ours = ("data", "tokenizer.json", *tokenizers.FILES.values()) if storage.is_remote(workdir) else ()
@@ -219,30 +223,48 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
     storage.upload(workdir)
 
 
+def _moved(run: Run, data: configs.DataConfig) -> configs.Config:
+    """The run's config. Where `data` names another place of prepared text, or of the same tokenizer, it is that."""
+    here, there = run.config.data, data
+    if here.source.startswith(_PREPARED) and there.source.startswith(_PREPARED):
+        here = dataclasses.replace(here, source=there.source)
+    if here.tokenizer != there.tokenizer and not tokenizers.is_learned(there.tokenizer):
+        is_same = tokenizers.fingerprint(there.tokenizer) == run.tokenizer.fingerprint()
+        here = dataclasses.replace(here, tokenizer=there.tokenizer if is_same else here.tokenizer)
+    return dataclasses.replace(run.config, data=here)
+
+
+def _follow(link: pathlib.Path, before: str, now: str) -> None:
+    """Links a run's text to where its prepared text is now, if it is the same.
+
+    Args:
+        link: the run's data directory.
+        before: the source that the run had.
+        now: the source that its config names now.
+    """
+    if not now.startswith(_PREPARED) or (now == before and shards.is_whole_link(link)):
+        return
+    place = storage.directory(now.removeprefix(_PREPARED))
+    if now == before and not (shards.is_packed(place) and shards.is_same(place, link)):
+        return  # Opening the link says what is wrong.
+    if not shards.is_same(place, link):
+        raise errors.UserError(
+            f"{place} holds other text than this run began with",
+            remedy=f"name the same text in {errors.name('config.data.source')}, or begin another run",
+        )
+    shards.link(link, place)
+
+
 def _fill(directory: pathlib.Path, config: configs.DataConfig) -> tokenizers.Tokenizer:
     """Packs a run's text into a directory, or links to prepared text; returns its tokenizer."""
-    kind, _, argument = config.source.partition(":")
-    if kind != "prepared":
+    if not config.source.startswith(_PREPARED):
         corpus = corpora.find(config.source)
         tokenizer = tokenizers.build(config.tokenizer, corpus.texts)
         directory.mkdir(parents=True)
         shards.pack(corpus, tokenizer, directory, source=config.source, tokenizer_spec=config.tokenizer)
         return tokenizer
-    prepared = storage.directory(argument)
-    header = shards.read_header(prepared)
-    tokenizer = tokenizers.from_json(header["tokenizer"])
-    wanted, spec = config.tokenizer, header["tokenizer_spec"]
-    if tokenizers.is_learned(wanted):
-        is_same = wanted == spec
-    else:
-        is_same = tokenizers.build(wanted, lambda: ()).fingerprint() == header["tokenizer_fingerprint"]
-    if not is_same:
-        raise errors.UserError(
-            f"is another tokenizer than {prepared} was prepared with",
-            field="config.data.tokenizer",
-            value=wanted,
-            remedy=f"set it to {spec}, or prepare {header['source']} again",
-        )
+    prepared = storage.directory(config.source.removeprefix(_PREPARED))
+    tokenizer = prepare.read_tokenizer(prepared, config.tokenizer, field="config.data.tokenizer")
     shards.verify(prepared)
     shards.link(directory, prepared)
     return tokenizer

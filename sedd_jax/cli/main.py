@@ -114,7 +114,7 @@ def prepare(argv: list[str]) -> None:
     text("tokenizer", None, "gpt2, characters, bytes, sentencepiece:N, ...")
     text("out", None, "directory to create, local or gs://")
     number("num_workers", None, "number of processes; one per core if not given")
-    text("describe", None, "directory of prepared text to describe; takes no other flags")
+    text("describe", None, "directory of prepared text to describe; goes without --data and --out")
     choice("json", False, "end with one line of JSON")
     if arguments.asks_for_help(argv):
         arguments.print_help(prepare, values)
@@ -133,10 +133,10 @@ def prepare(argv: list[str]) -> None:
         directory = storage.directory(given["out"])
         program.prepare(given["data"], given["tokenizer"], directory, num_workers=given["num_workers"])
     else:
-        if any(wanted.values()):
-            raise flags.IllegalFlagValueError("--describe goes without --data, --tokenizer and --out")
+        if given["data"] or given["out"]:
+            raise flags.IllegalFlagValueError("--describe goes without --data and --out")
         directory = storage.directory(given["describe"])
-    description = program.describe(directory)
+    description = program.describe(directory, given["tokenizer"] if given["describe"] else None)
     print(program.table(description))
     if given["json"]:
         print(json.dumps(description))

@@ -1,5 +1,6 @@
 """Prepare text once: tokenize a source and write token shards that any number of runs can read."""
 
+import os
 from typing import Any
 
 from sedd_jax.data import batches, corpora, shards, tokenizers
@@ -51,10 +52,74 @@ def prepare(source: str, tokenizer_spec: str, directory: storage.Directory, *, n
         storage.clear(directory)
 
 
-def describe(directory: storage.Directory) -> dict[str, Any]:
-    """Counts of prepared text, its entropies in bits per token, and the beginning of its first split as text."""
+def read_tokenizer(
+    directory: storage.Directory, spec: str | None = None, *, field: str = "tokenizer"
+) -> tokenizers.Tokenizer:
+    """The tokenizer of prepared text. The file that it needs, if any, lies beside the text.
+
+    Earlier versions wrote only the path of that file. Where it is gone, `spec` says where the file is now.
+
+    Args:
+        directory: prepared text.
+        spec: the tokenizer that the reader wants, one of `tokenizers.FORMS`; any if None.
+        field: the input that names the spec, for errors.
+
+    Raises:
+        errors.UserError: if the spec names another tokenizer, or the file is missing.
+    """
+    header, place = shards.follow(directory)
+    fingerprint, description = header["tokenizer_fingerprint"], _beside(header["tokenizer"], place)
+    refused = errors.UserError(
+        f"is another tokenizer than {directory} was prepared with",
+        field=field,
+        value=spec,
+        remedy=f"set it to {header['tokenizer_spec']}, or prepare {header['source']} again",
+    )
+    is_another = lambda spec: tokenizers.is_learned(spec) or tokenizers.fingerprint(spec) != fingerprint
+    if spec is not None and spec != header["tokenizer_spec"] and is_another(spec):
+        raise refused
+    path = description.get("path")
+    is_lost = str(description.get("kind")) in tokenizers.FILES and not (path and os.path.isfile(str(path)))
+    if is_lost and spec is not None:
+        tokenizer = tokenizers.build(spec, lambda: ())
+        if tokenizer.fingerprint() != fingerprint:
+            raise refused
+        return tokenizer
+    if is_lost and path:
+        raise errors.UserError(
+            f"the tokenizer's file {path} is missing",
+            remedy=f"put it back, or say where it is now by {errors.name(field)}={description['kind']}:FILE",
+        )
+    try:
+        return tokenizers.from_json(description)
+    except (KeyError, TypeError) as error:
+        raise errors.UserError(
+            f"{place / shards.HEADER} is damaged ({error!r})", remedy="remove the directory and prepare it again"
+        ) from error
+
+
+def _beside(description: dict[str, Any], place: storage.Directory) -> dict[str, Any]:
+    """The description of the tokenizer of prepared text, with the path of the file beside the text if there is one."""
+    name = tokenizers.FILES.get(str(description.get("kind")))
+    if name is None:
+        return description
+    storage.download(place, name)
+    file = storage.local_copy(place).absolute() / name
+    return {**description, "path": str(file)} if file.exists() else description
+
+
+def describe(directory: storage.Directory, tokenizer_spec: str | None = None) -> dict[str, Any]:
+    """Counts of prepared text, its entropies in bits per token, and the beginning of its first split as text.
+
+    Args:
+        directory: prepared text.
+        tokenizer_spec: its tokenizer, where an earlier version prepared it and the tokenizer's file has moved since.
+
+    Raises:
+        errors.UserError: if the text is damaged, or its tokenizer is another one or misses its file.
+    """
     header = shards.read_header(directory)
-    tokenizer = tokenizers.from_json(header["tokenizer"])
+    tokenizer = read_tokenizer(directory, tokenizer_spec)
     num_ids = tokenizers.num_ids(tokenizer)
     splits: dict[str, Any] = {}
     for name in header["splits"]:

@@ -5,7 +5,7 @@ finished. Its fields are:
 
     format_version           2
     source, tokenizer_spec   arguments of `sedd prepare`
-    tokenizer                input of `tokenizers.from_json`
+    tokenizer                input of `tokenizers.from_json`. A file that it needs lies beside the shards, too.
     tokenizer_fingerprint    equal for tokenizers that give every text the same ids
     dtype                    of the token ids in a shard: "<u2" or "<u4" (little-endian)
     shard_tokens             tokens in every shard of a split, except its last
@@ -142,6 +142,7 @@ def pack(
         "directory": None,
         "splits": splits,
     }
+    tokenizers.write_file(tokenizer, directory)
     _write_header(directory, header)
 
 
@@ -206,8 +207,21 @@ def link(directory: pathlib.Path, prepared: storage.Directory) -> None:
     header = read_header(prepared)
     place = prepared if storage.is_remote(prepared) else pathlib.Path(prepared).absolute()
     place = header["directory"] or place  # A link to a link points to the shards themselves.
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     _write_header(directory, {**header, "directory": str(place)})
+
+
+def is_same(first: storage.Directory, second: storage.Directory) -> bool:
+    """Whether two directories hold the same prepared text, by its checksums and its tokenizer's."""
+    ours, theirs = read_header(first), read_header(second)
+    return all(ours[name] == theirs[name] for name in ("tokenizer_fingerprint", "dtype", "shard_tokens", "splits"))
+
+
+def is_whole_link(directory: storage.Directory) -> bool:
+    """Whether the prepared text that a directory is a link to is where it was, and has not been prepared again."""
+    header = read_header(directory)
+    place = storage.directory(header["directory"] or directory)
+    return is_packed(place) and {**read_header(place), "directory": header["directory"]} == header
 
 
 def is_packed(directory: storage.Directory) -> bool:
@@ -264,7 +278,7 @@ def open_split(directory: storage.Directory, split: str) -> tuple[dict[str, Any]
         errors.UserError: if there is no such split, a shard is missing or has the wrong size, or the directory is a
             link to prepared text that has changed.
     """
-    header, place = _follow(directory)
+    header, place = follow(directory)
     if split not in header["splits"]:
         raise errors.UserError(
             f"the split {split!r} is not in {place}", remedy=f"choose one of {', '.join(header['splits'])}"
@@ -287,7 +301,7 @@ def verify(directory: storage.Directory) -> None:
     Raises:
         errors.UserError: if a shard is missing or damaged. The message names the first one.
     """
-    header, place = _follow(directory)
+    header, place = follow(directory)
     for split in header["splits"]:
         open_split(directory, split)
     if storage.is_remote(place):
@@ -302,12 +316,17 @@ def verify(directory: storage.Directory) -> None:
                 )
 
 
-def _follow(directory: storage.Directory) -> tuple[dict[str, Any], storage.Directory]:
+def follow(directory: storage.Directory) -> tuple[dict[str, Any], storage.Directory]:
     """Header of a directory, and the directory that holds its shards."""
     header = read_header(directory)
     if header["directory"] is None:
         return header, directory
     place = storage.directory(header["directory"])
+    if not is_packed(place):
+        raise errors.UserError(
+            f"{place}, the text of this run, holds no finished {HEADER}",
+            remedy=f"put it back, or train on with {errors.name('config.data.source')}=prepared:DIR, where it is now",
+        )
     if {**read_header(place), "directory": header["directory"]} != header:
         raise errors.UserError(
             f"{place} has changed since this run began with it",

@@ -373,8 +373,8 @@ def _read_ranks(path: str | None) -> dict[bytes, int]:
             return tiktoken.get_encoding("gpt2")._mergeable_ranks
         except (OSError, ValueError) as error:
             raise errors.UserError(
-                f"tiktoken cannot fetch GPT-2's ranks ({error})",
-                remedy="connect to the network, or give a file as in gpt2:FILE",
+                f"GPT-2's ranks are not here, and tiktoken cannot fetch them ({str(error).partition(': Max')[0]})",
+                remedy="name them as gpt2:FILE, such as gpt2.tiktoken of prepared text, or set TIKTOKEN_CACHE_DIR",
             ) from error
     lines = [line.split() for line in content(path).splitlines() if line]
     try:

@@ -41,6 +41,7 @@ FORMS = (
 # Files that some kinds of tokenizer read beside their description.
 FILES = {"gpt2": "gpt2.tiktoken", "wordpiece": "vocab.txt"}
 _REPAIR = "copy it again from where it was written"
+_GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of GPT-2's own ranks
 # Tokens of each kind, masks excluded. The number of characters depends on the corpus and is assumed to be 100.
 VOCAB_SIZES = {"gpt2": 50_257, "text8": 27, "bytes": 256, "wordpiece": 30_521, "characters": 100}
 
@@ -73,6 +74,17 @@ def vocab_size_of(spec: str) -> int:
     return int(argument) if is_learned(spec) else _BUILDERS[kind](argument, lambda: ()).vocab_size
 
 
+def fingerprint(spec: str) -> str:
+    """Fingerprint of a tokenizer that is not learned. That of `gpt2` is known without its ranks, so without a network.
+
+    Raises:
+        errors.UserError: as `build` does.
+    """
+    if spec == "gpt2":
+        return alphabets.fingerprint_of({"kind": "gpt2", "sha256": _GPT2_SHA256})
+    return build(spec, lambda: ()).fingerprint()
+
+
 def from_json(description: dict[str, Any]) -> Tokenizer:
     """Make a tokenizer from the description that its `to_json` returned. A file it reads must be unchanged."""
     fields = dict(description)
@@ -85,10 +97,18 @@ def from_json(description: dict[str, Any]) -> Tokenizer:
 def write(tokenizer: Tokenizer, path: pathlib.Path) -> None:
     """Write a tokenizer for `read`: its description in JSON, and beside it the file that it needs, if any (`FILES`)."""
     description = tokenizer.to_json()
-    if isinstance(tokenizer, subwords.GPT2 | subwords.WordPiece):
-        description["path"] = FILES[description["kind"]]
-        (path.parent / description["path"]).write_bytes(tokenizer.file())
+    if name := write_file(tokenizer, path.parent):
+        description["path"] = name
     path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def write_file(tokenizer: Tokenizer, directory: pathlib.Path) -> str | None:
+    """Write the file that a tokenizer needs into a directory. Returns its name; None if it needs none."""
+    if not isinstance(tokenizer, subwords.GPT2 | subwords.WordPiece):
+        return None
+    name = FILES[tokenizer.to_json()["kind"]]
+    (directory / name).write_bytes(tokenizer.file())
+    return name
 
 
 def read(path: pathlib.Path) -> Tokenizer:
@@ -97,21 +117,57 @@ def read(path: pathlib.Path) -> Tokenizer:
     Raises:
         errors.UserError: if the description is damaged, or names another file than the one beside it.
     """
+    description, file = _described(path)
+    if file is not None:
+        if not file.exists():
+            raise errors.UserError(
+                f"the tokenizer's file {file} is missing",
+                remedy=f"put it back, or train on with {errors.name('config.data.tokenizer')}="
+                f"{description['kind']}:FILE, which puts it back",
+            )
+        description["path"] = str(file)
+    try:
+        return from_json(description)
+    except TypeError as error:
+        raise errors.UserError(f"{path} is damaged: {error}", remedy=_REPAIR) from error
+    except errors.UserError as error:
+        raise error.at(str(path)) from error
+
+
+def put_file_back(path: pathlib.Path, spec: str) -> None:
+    """Write the file of a tokenizer that `write` wrote once more if it is missing, from the same one that `spec` names.
+
+    Raises:
+        errors.UserError: if the spec names another tokenizer, or the description is damaged.
+    """
+    description, file = _described(path)
+    if file is None or file.exists():
+        return
+    tokenizer = None if is_learned(spec) else build(spec, lambda: ())
+    if tokenizer is None or tokenizer.to_json().get("sha256") != description.get("sha256"):
+        raise errors.UserError(
+            f"is another tokenizer than the run's, whose file {file} is missing",
+            field="config.data.tokenizer",
+            value=spec,
+            remedy=f"name the {description['kind']} file with sha256 {description.get('sha256')}",
+        )
+    write_file(tokenizer, path.parent)
+
+
+def _described(path: pathlib.Path) -> tuple[dict[str, Any], pathlib.Path | None]:
+    """The description in a file of `write`, and the file beside it that it needs, if any."""
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         name = FILES.get(description["kind"])
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise errors.UserError(f"{path} is damaged: {error!r}", remedy=_REPAIR) from error
-    if name is not None:
-        if description.get("path") != name:
-            raise errors.UserError(
-                f"{path} names the file {description.get('path')!r}, but its own is {name}, beside it", remedy=_REPAIR
-            )
-        description["path"] = str(path.absolute().parent / name)
-    try:
-        return from_json(description)
-    except TypeError as error:
-        raise errors.UserError(f"{path} is damaged: {error}", remedy=_REPAIR) from error
+    if name is None:
+        return description, None
+    if description.get("path") != name:
+        raise errors.UserError(
+            f"{path} names the file {description.get('path')!r}, but its own is {name}, beside it", remedy=_REPAIR
+        )
+    return description, path.absolute().parent / name
 
 
 def num_ids(tokenizer: Tokenizer) -> int:

@@ -63,6 +63,7 @@ def test_a_corpus_is_prepared_and_described(tmp_path, source, capsys):
     ("arguments", "status", "message"),
     [
         (["--data=text:a", "--tokenizer=gpt2"], 2, "--out must be given"),
+        (["--describe=a", "--tokenizer=bytes", "--out=a"], 2, "--describe goes without --data and --out"),
         (["--describe=a", "--data=text:a"], 2, "--describe goes without --data"),
         (["--describe=nowhere"], 1, "nowhere holds no finished header.json"),
         (["--data=text:none*", "--tokenizer=bytes", "--out=out"], 1, "no file matches 'none*'"),
@@ -162,6 +163,12 @@ def test_text_is_prepared_into_a_bucket(tmp_path, source, monkeypatch):
         assert prepare.describe(place)["splits"]["test"]["num_tokens"] == 409
         with pytest.raises(errors.UserError, match="out=gs://bucket/data/letters already holds prepared text"):
             prepare.prepare(source, "characters", place, num_workers=1)
+        place = storage.directory("gs://bucket/data/ranks")
+        prepare.prepare(source, f"gpt2:{_ranks(tmp_path / 'ranks')}", place, num_workers=1)
+        assert not storage.local_copy(place).exists()
+        (tmp_path / "ranks").unlink()
+        runs.start(tmp_path / "run", _config(f"prepared:{place}", f"gpt2:{tmp_path}/ranks"))
+        assert runs.load(tmp_path / "run").split("train").num_tokens == 2010
 
 
 @pytest.mark.slow
@@ -254,6 +261,199 @@ def test_a_run_refuses_text_prepared_with_another_tokenizer(tmp_path, source):
     assert not (tmp_path / "run").exists()
     prepare.prepare(source, "text8", tmp_path / "text8", num_workers=1)
     runs.start(tmp_path / "run", _config(f"prepared:{tmp_path / 'text8'}", "text8"))
+
+
+def _ranks(path, *, shift=0):
+    """A file of ranks in tiktoken's format: all single bytes, from another one on."""
+    tokens = [bytes([(byte + shift) % 256]) for byte in range(256)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
+    return path
+
+
+def _word_pieces(path, *, shift=0):
+    pieces = ["[UNK]", "[SEP]", "[MASK]", *"abcdefgh", *(f"##{letter}" for letter in "abcdefgh")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(pieces[shift:] + pieces[:shift]) + "\n")
+    return path
+
+
+KINDS = pytest.mark.parametrize(("kind", "write"), [("gpt2", _ranks), ("wordpiece", _word_pieces)])
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def get_encoding(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+
+
+def _edit_header(directory, **fields):
+    header = json.loads((directory / "header.json").read_text())
+    header["tokenizer"] |= fields
+    (directory / "header.json").write_text(json.dumps(header))
+
+
+@KINDS
+@pytest.mark.parametrize("names_it", ["as it was", "where it is"])
+def test_prepared_text_brings_its_tokenizer_to_another_machine(
+    tmp_path, source, no_network, capsys, kind, write, names_it
+):
+    pytest.importorskip("tokenizers", reason="word pieces need pip install tokenizers")
+    file = write(tmp_path / "here" / "file")
+    spec = f"{kind}:{file}"
+    assert (
+        cli.main(["prepare", f"--data={source}", f"--tokenizer={spec}", f"--out={tmp_path}/p", "--num_workers=1"]) == 0
+    )
+    file.parent.rename(tmp_path / "there")
+    (tmp_path / "p").rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert cli.main(["prepare", f"--describe={tmp_path}/moved"]) == 0
+    assert "train begins:" in capsys.readouterr().out
+    spec = spec if names_it == "as it was" else f"{kind}:{tmp_path}/there/file"
+    runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/moved", spec))
+    run = runs.load(tmp_path / "run")
+    run.tokenizer.decode(run.split("train").batch(0, batch_size=1, seed=0)[0])
+    write(tmp_path / "other", shift=1)
+    with pytest.raises(errors.UserError, match=r"other is another tokenizer than .*moved was prepared with"):
+        runs.start(tmp_path / "b", _config(f"prepared:{tmp_path}/moved", f"{kind}:{tmp_path}/other"))
+
+
+@KINDS
+def test_text_of_earlier_versions_is_read_with_the_tokenizer_that_is_named(tmp_path, source, capsys, kind, write):
+    """They recorded the path of the tokenizer's file and kept no copy."""
+    pytest.importorskip("tokenizers", reason="word pieces need pip install tokenizers")
+    spec = f"{kind}:{write(tmp_path / 'here' / 'file')}"
+    prepare.prepare(source, spec, tmp_path / "p", num_workers=1)
+    for name in ("gpt2.tiktoken", "vocab.txt"):
+        (tmp_path / "p" / name).unlink(missing_ok=True)
+    text = prepare.describe(tmp_path / "p")["sample"]
+    runs.start(tmp_path / "a", _config(f"prepared:{tmp_path}/p", spec))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert cli.main(["prepare", f"--describe={tmp_path}/p"]) == 1
+    wanted = (
+        f"the tokenizer's file {tmp_path}/here/file is missing: put it back, or say where it is now by --tokenizer="
+    )
+    assert f"{wanted}{kind}:FILE\n" in capsys.readouterr().err
+    now = f"{kind}:{tmp_path}/there/file"
+    assert cli.main(["prepare", f"--describe={tmp_path}/p", f"--tokenizer={now}"]) == 0
+    assert text in capsys.readouterr().out
+    runs.start(tmp_path / "b", _config(f"prepared:{tmp_path}/p", now))
+    assert runs.load(tmp_path / "b").tokenizer.fingerprint() == runs.load(tmp_path / "a").tokenizer.fingerprint()
+    with pytest.raises(errors.UserError, match="here/file does not exist: put it back, or name where it is now"):
+        runs.start(tmp_path / "c", _config(f"prepared:{tmp_path}/p", spec))
+    write(tmp_path / "other", shift=1)
+    with pytest.raises(errors.UserError, match="other is another tokenizer than"):
+        runs.start(tmp_path / "c", _config(f"prepared:{tmp_path}/p", f"{kind}:{tmp_path}/other"))
+    (tmp_path / "other").rename(write(tmp_path / "here" / "file"))
+    _edit_header(tmp_path / "p", path=f"{tmp_path}/nowhere")
+    with pytest.raises(errors.UserError, match="here/file is another tokenizer than"):
+        runs.start(tmp_path / "c", _config(f"prepared:{tmp_path}/p", spec))
+    with pytest.raises(errors.UserError, match=r"^tokenizer=bytes is another tokenizer than"):
+        prepare.describe(tmp_path / "p", "bytes")
+
+
+def test_text_prepared_with_tiktokens_own_ranks_needs_no_network(tmp_path, source, no_network):
+    file = _ranks(tmp_path / "ranks")
+    prepare.prepare(source, f"gpt2:{file}", tmp_path / "p", num_workers=1)
+    _edit_header(tmp_path / "p", path=None)
+    assert prepare.read_tokenizer(tmp_path / "p").vocab_size == 257
+    (tmp_path / "p" / "gpt2.tiktoken").rename(tmp_path / "ranks")
+    with pytest.raises(errors.UserError, match="tiktoken cannot fetch them"):
+        prepare.read_tokenizer(tmp_path / "p")
+    assert prepare.read_tokenizer(tmp_path / "p", f"gpt2:{file}").vocab_size == 257
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="GPT-2's ranks lie in ../shared, which is absent")
+def test_gpt2_is_gpt2_by_whatever_name_without_a_network(tmp_path, source, no_network):
+    prepare.prepare(source, f"gpt2:{SHARED}/tokenizers/gpt2.tiktoken", tmp_path / "p", num_workers=1)
+    runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/p", "gpt2"))
+    assert runs.load(tmp_path / "run").tokenizer.vocab_size == 50257
+
+
+@pytest.mark.parametrize("fields", [{"kind": 5}, {"kind": []}, {"path": 5}, {"path": []}, {"sha256": 5}, {"a": 5}])
+def test_a_damaged_description_of_a_tokenizer_is_named(tmp_path, source, fields):
+    prepare.prepare(source, f"gpt2:{_ranks(tmp_path / 'ranks')}", tmp_path / "p", num_workers=1)
+    (tmp_path / "p" / "gpt2.tiktoken").unlink()
+    _edit_header(tmp_path / "p", **fields)
+    with pytest.raises(errors.UserError, match=r"damaged|kind=.* is unknown|is missing|sha256"):
+        prepare.read_tokenizer(tmp_path / "p")
+
+
+def test_a_run_is_told_where_its_text_is_now(tmp_path, source, monkeypatch):
+    for name, tokenizer in (("p", "characters"), ("other", "bytes")):
+        prepare.prepare(source, tokenizer, tmp_path / name, num_workers=1)
+    runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/p", "characters"))
+    batch = runs.load(tmp_path / "run").split("train").batch(0, batch_size=2, seed=0)
+    (tmp_path / "p").rename(tmp_path / "moved")
+    remedy = "put it back, or train on with config.data.source=prepared:DIR"
+    for read in (
+        lambda: runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/p", "characters")),
+        lambda: runs.load(tmp_path / "run").split("train"),
+    ):
+        with pytest.raises(
+            errors.UserError, match=f"/p, the text of this run, holds no finished header.json: {remedy}"
+        ):
+            read()
+    with pytest.raises(errors.UserError, match="other holds other text than this run began with: name the same text"):
+        runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/other", "characters"))
+    with pytest.raises(errors.UserError, match=r"none holds no finished header.json"):
+        runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/none", "characters"))
+    with pytest.raises(errors.UserError, match=r"was started with another config: config.data.source was"):
+        runs.start(tmp_path / "run", _config(source, "characters"))
+    runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/moved", "characters"))
+    run = runs.load(tmp_path / "run")
+    assert run.config.data.source == f"prepared:{tmp_path}/moved"
+    assert np.array_equal(run.split("train").batch(0, batch_size=2, seed=0), batch)
+    # Text that was prepared once more from another place is the same text.
+    shutil.rmtree(tmp_path / "moved")
+    (tmp_path / "text").rename(tmp_path / "texts")
+    for name in ("moved", "again"):
+        prepare.prepare(source.replace("/text/", "/texts/"), "characters", tmp_path / name, num_workers=1)
+        runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/{name}", "characters"))
+        assert np.array_equal(runs.load(tmp_path / "run").split("train").batch(0, batch_size=2, seed=0), batch)
+
+
+def test_a_project_moves_with_its_runs_and_texts(tmp_path, source, monkeypatch):
+    """Relative names then say the same, but a run holds the whole path of its text."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = _config("prepared:data/p", "characters")
+    prepare.prepare(source, "characters", pathlib.Path("data/p"), num_workers=1)
+    runs.start(pathlib.Path("run"), config)
+    monkeypatch.chdir(tmp_path)
+    runs.start(pathlib.Path("here/run"), config)  # The path of its text still holds.
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    runs.start(pathlib.Path("run"), config)
+    assert runs.load("run").split("train").num_tokens == 2009
+
+
+@KINDS
+def test_a_run_gets_the_file_of_its_tokenizer_back(tmp_path, source, kind, write, capsys):
+    pytest.importorskip("tokenizers", reason="word pieces need pip install tokenizers")
+    file = write(tmp_path / "here" / "file")
+    prepare.prepare(source, f"{kind}:{file}", tmp_path / "p", num_workers=1)
+    runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/p", f"{kind}:{file}"))
+    lost = tmp_path / "run" / {"gpt2": "gpt2.tiktoken", "wordpiece": "vocab.txt"}[kind]
+    content = lost.read_bytes()
+    lost.unlink()
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert cli.main(["sample", f"--workdir={tmp_path}/run", "--num_processes=1"]) == 1
+    wanted = f"{lost} is missing: put it back, or train on with config.data.tokenizer={kind}:FILE, which puts it back"
+    assert wanted in capsys.readouterr().err
+    write(tmp_path / "other", shift=1)
+    for wrong in (f"{kind}:{tmp_path}/other", "characters", "bytes"):
+        with pytest.raises(errors.UserError, match=rf"{wrong} is another tokenizer than the run's, .* with sha256"):
+            runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/p", wrong))
+    runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/p", f"{kind}:{tmp_path}/there/file"))
+    assert lost.read_bytes() == content
+    assert runs.load(tmp_path / "run").config.data.tokenizer == f"{kind}:{tmp_path}/there/file"
+    # The tokenizer is the same by whatever name, but another one stays refused.
+    runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/p", f"{kind}:{lost}"))
+    with pytest.raises(errors.UserError, match=r"was started with another config: config.data.tokenizer was"):
+        runs.start(tmp_path / "run", _config(f"prepared:{tmp_path}/p", f"{kind}:{tmp_path}/other"))
 
 
 def test_a_test_set_alone_is_no_text_to_train_on(tmp_path):

@@ -98,7 +98,11 @@ def test_ids_beyond_two_bytes_take_four(tmp_path):
 
 
 def test_sixteen_bits_hold_65536_ids(tmp_path, source):
-    _pack(source, alphabets.Characters(alphabet="".join(map(chr, range(65536)))), tmp_path / "packed")
+    _pack(
+        source,
+        alphabets.Characters(alphabet="".join(map(chr, (*range(0xD800), *range(0xE000, 0x10800))))),
+        tmp_path / "packed",
+    )
     assert json.loads((tmp_path / "packed" / "header.json").read_text())["dtype"] == "<u2"
 
 
@@ -240,7 +244,7 @@ def test_a_link_reads_what_it_stands_for_until_that_changes(packed, source, tmp_
     with pytest.raises(ValueError, match=r"packed/valid-00000.bin is damaged \(sha256"):
         shards.verify(tmp_path / "run" / "data")
     shutil.rmtree(packed)
-    with pytest.raises(errors.UserError, match=r"packed holds no finished header.json"):
+    with pytest.raises(errors.UserError, match=r"packed, the text of this run, holds no finished header.json: put"):
         shards.verify(tmp_path / "run" / "data")
     _pack(source, alphabets.Characters(alphabet="\nabcd"), packed)
     for read in (shards.verify, lambda folder: shards.open_split(folder, "train")):

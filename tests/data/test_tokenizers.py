@@ -95,6 +95,13 @@ def test_alphabets_name_each_character_once(alphabet):
         alphabets.Characters(alphabet=alphabet)
 
 
+@pytest.mark.parametrize("alphabet", ["a\ud800", "\udfff", "\udc80b"])
+def test_alphabets_hold_what_can_be_written(alphabet, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "characters", "alphabet": alphabet}))
+    with pytest.raises(errors.UserError, match=r"tokenizer.json.* alphabet holds '\\ud.*', half a surrogate pair"):
+        tokenizers.read(tmp_path / "tokenizer.json")
+
+
 def test_byte_pairs_merge_by_rank_and_round_trip(ranks_file):
     tokenizer = _build(f"gpt2:{ranks_file}")
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.mask_id, tokenizer.unit) == (260, 259, None, "token")
@@ -250,7 +257,7 @@ def test_ranks_that_cannot_be_fetched_are_an_error_with_a_remedy(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    with pytest.raises(errors.UserError, match=r"cannot fetch GPT-2's ranks \(no network\): .*gpt2:FILE"):
+    with pytest.raises(errors.UserError, match=r"cannot fetch them \(no network\): .*gpt2:FILE.* TIKTOKEN_CACHE_DIR"):
         _build("gpt2")
 
 
@@ -267,6 +274,7 @@ def test_word_pieces_encode_and_decode(vocabulary_file):
 def test_gpt2_ranks_give_the_known_ids():
     tokenizer = _build(f"gpt2:{SHARED_RANKS}")
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (50257, 50256)
+    assert tokenizers.fingerprint("gpt2") == tokenizer.fingerprint()
     assert tokenizer.encode("Hello world, it's 2023!\n\n").tolist() == [15496, 995, 11, 340, 338, 1160, 1954, 0, 628]
 
 
