@@ -385,5 +385,5 @@ def _request_for_report(argv: list[str]) -> str:
 
 
 def _fail(command: str, message: str, status: int) -> int:
-    print(f"{command}: {message}", file=sys.stderr)
+    output.say(f"{command}: {message}")
     return status

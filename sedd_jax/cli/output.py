@@ -1,9 +1,18 @@
-"""Standard output: any terminal, and any reader."""
+"""What is printed: for any terminal, and any reader."""
 
 import io
 import os
 import select
 import sys
+
+from sedd_jax.runtime import terminals
+
+
+class Terminal(io.TextIOWrapper):
+    """Standard output at a terminal, which shows control characters and does not obey them."""
+
+    def write(self, text: str, /) -> int:
+        return super().write(text.translate(terminals.VISIBLE_CONTROLS))
 
 
 def prepare() -> None:
@@ -11,6 +20,14 @@ def prepare() -> None:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, it stays open.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+        if sys.stdout.isatty():
+            encoding = sys.stdout.encoding
+            sys.stdout = Terminal(sys.stdout.detach(), encoding, "backslashreplace", line_buffering=True)
+
+
+def say(text: str) -> None:
+    """Prints a line to standard error, control characters visible at a terminal."""
+    print(text.translate(terminals.VISIBLE_CONTROLS) if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 def reader_is_gone() -> bool:

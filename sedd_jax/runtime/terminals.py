@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 # Called with the steps taken, the number of steps, and a function that returns the texts so far.
 Watch = Callable[[int, int, Callable[[], list[str]]], None]
 SECONDS_BETWEEN_LINES = 30.0
+# Samples, texts and file names may hold any characters. Escape sequences must be visible and not act on the terminal.
+VISIBLE_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _is_shown = contextvars.ContextVar("_is_shown", default=True)
 
 
@@ -47,7 +49,7 @@ def _redrawn(shows_text: bool) -> Iterator[Watch]:
             frame = text.Text(f"step {taken} of {total}\n", style="dim")
             if shows_text:
                 for number, body in enumerate(texts(), start=1):
-                    frame.append(f"--- sample {number}\n", style="dim").append(body + "\n")
+                    frame.append(f"--- sample {number}\n", style="dim").append(body.translate(VISIBLE_CONTROLS) + "\n")
                 picture.update(frame, refresh=True)
             else:
                 line = table.Table.grid(padding=(0, 1))

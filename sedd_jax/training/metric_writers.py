@@ -19,10 +19,7 @@ import time
 from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
-from sedd_jax.runtime import errors
-
-# Samples may hold any characters. Escape sequences must be visible and not act on the terminal.
-VISIBLE_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+from sedd_jax.runtime import errors, terminals
 
 
 @functools.cache
@@ -229,7 +226,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a text above the bar, such as samples, a result or a warning."""
-        visible = text.translate(VISIBLE_CONTROLS)
+        visible = text.translate(terminals.VISIBLE_CONTROLS)
         if self._live is None:
             print(visible, file=self._stream, flush=True)
         else:

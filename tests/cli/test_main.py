@@ -1,5 +1,6 @@
 """The edge of the command line: what becomes one line, what shows a traceback, and the exit statuses."""
 
+import contextlib
 import errno
 import os
 import shlex
@@ -145,6 +146,45 @@ def test_a_terminal_that_is_not_utf_8_shows_other_characters_as_it_can():
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1.5 \\xb1 0.1 \\u2591\n", "")
+
+
+_PRINTS = """
+import sys
+from sedd_jax.cli import main as cli
+from sedd_jax.runtime import errors, terminals
+def sample(argv):
+    print("a text \\x1b]0;title\\x07 \\x9b2J\\tand\\nmore")
+    with terminals.watcher(shows_text=True) as watch:
+        watch(1, 2, lambda: ["a draft \\x1b[2Jof it"])
+    raise errors.UserError("a\\x1b[2J.txt holds no text")
+cli.COMMANDS["sample"] = sample
+sys.argv = ["sedd", "sample"]
+cli.run()
+"""
+
+
+def test_a_terminal_shows_escape_sequences_and_does_not_obey_them(monkeypatch):
+    """Texts of models and names of files are whatever others wrote. What is piped keeps its bytes."""
+    pty = pytest.importorskip("pty", reason="pseudo terminals need a POSIX system")
+    pytest.importorskip("rich", reason="texts are redrawn in place by rich")
+    for name, value in {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}.items():
+        monkeypatch.setenv(name, value)
+    piped = subprocess.run([sys.executable, "-c", _PRINTS], capture_output=True, timeout=120)
+    assert piped.stdout.decode() == "a text \x1b]0;title\x07 \x9b2J\tand\nmore\n"
+    assert "a draft \x1b[2Jof it" in piped.stderr.decode()
+    assert piped.stderr.decode().endswith("sedd sample: a\x1b[2J.txt holds no text\n")
+    reader, follower = pty.openpty()
+    child = subprocess.Popen([sys.executable, "-c", _PRINTS], stdout=follower, stderr=follower)
+    os.close(follower)
+    shown = b""
+    with os.fdopen(reader, "rb", buffering=0) as stream, contextlib.suppress(OSError):  # Linux's way to say the end.
+        while part := stream.read(1 << 16):
+            shown += part
+    assert child.wait(120) == 1
+    text = shown.decode().replace("\r\n", "\n")
+    assert "a text \\x1b]0;title\\x07 \\x9b2J\tand\nmore\n" in text
+    assert "a draft \\x1b[2Jof it" in text
+    assert text.endswith("sedd sample: a\\x1b[2J.txt holds no text\n")
 
 
 def test_a_bug_in_a_command_shows_its_traceback_and_the_request():
