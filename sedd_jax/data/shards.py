@@ -237,7 +237,9 @@ def read_header(directory: storage.Directory) -> dict[str, Any]:
     """
     if not is_packed(directory):
         raise errors.UserError(
-            f"{directory} holds no finished {HEADER}", remedy=f"run `sedd prepare --out={directory}` (again)"
+            f"{directory} holds no finished {HEADER}",
+            remedy=f"{'remove it, and ' if directory.exists() else ''}run `sedd prepare --data=SOURCE --tokenizer=KIND "
+            f"--out={directory}`",
         )
     try:
         header = json.loads((directory / HEADER).read_text())

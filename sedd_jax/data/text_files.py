@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -233,10 +234,11 @@ def _json_field(line: Line, field: str) -> str:
     if not isinstance(record, dict) or field not in record:
         if isinstance(record, list):
             _refuse_array(line)
-        found = f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
+        if not isinstance(record, dict) or not record:
+            raise errors.UserError(f"{line.place} has no field {field!r}", remedy="correct or remove the line")
         raise errors.UserError(
-            f"{line.place} has no field {field!r}, {found}",
-            remedy=f"name the field that holds the text, as in #{field}",
+            f"{line.place} has no field {field!r}, its fields are {', '.join(record)}",
+            remedy=f"name the field that holds the text, as in #{next(iter(record))}",
         )
     return _checked(record[field], f"{line.place}, field {field!r},")
 
@@ -247,7 +249,7 @@ def _refuse_array(line: Line) -> None:
         whole, one_by_one = ("an array", "'.[]'") if line.text.lstrip().startswith("[") else ("objects over lines", ".")
         raise errors.UserError(
             f"{line.path} is JSON, but {whole}, not an object on each line",
-            remedy=f"jq -c {one_by_one} {line.path} > {pathlib.Path(line.path).stem}.jsonl",
+            remedy=f"jq -c {one_by_one} {shlex.quote(line.path)} > {shlex.quote(pathlib.Path(line.path).stem)}.jsonl",
         )
 
 
@@ -279,7 +281,9 @@ def _parquet_file(path: str, column: str) -> Any:
         names = ", ".join(file.schema_arrow.names)
         raise errors.UserError(
             f"{path} has no column {column!r}, its columns are {names}",
-            remedy=f"name the one that holds the text, as in #{column}",
+            remedy=f"name the one that holds the text, as in #{file.schema_arrow.names[0]}"
+            if names
+            else "give another",
         )
     return file
 
@@ -346,7 +350,7 @@ def _decoded(content: bytes, path: str, number: int) -> str:
     except UnicodeDecodeError as error:
         raise errors.UserError(
             f"{path}:{number} is not UTF-8: byte {content[error.start]:#04x} at byte {error.start} of the line",
-            remedy="convert the file, for example with iconv -f latin1 -t utf-8",
+            remedy="convert the file, for example with iconv -f latin1 -t utf-8 FILE > NEW",
         ) from error
     text = text.removeprefix("\ufeff") if number == 1 else text
     text = text[:-2] + "\n" if text.endswith("\r\n") else text

@@ -25,7 +25,7 @@ _NO_TEXT = (
     (rb"ARROW1|FEA1", "an Arrow file", "write it as Parquet, and name that as parquet:FILE"),
     (rb"SQLite format 3\0", "an SQLite database", "export its text"),
     (rb"%PDF-", "a PDF", "extract its text"),
-    (rb"\xff\xfe|\xfe\xff", "text in UTF-16", "convert it, as in iconv -f utf-16 -t utf-8"),
+    (rb"\xff\xfe|\xfe\xff", "text in UTF-16", "convert it, as in iconv -f utf-16 -t utf-8 FILE > NEW"),
 )
 
 

@@ -215,8 +215,12 @@ def test_a_damaged_or_foreign_header_is_named(packed):
     with pytest.raises(ValueError, match="has format 3, and this version reads 2"):
         shards.read_header(packed)
     (packed / "header.json").unlink()
-    with pytest.raises(errors.UserError, match=r"holds no finished header.json: run `sedd prepare --out="):
+    with pytest.raises(
+        errors.UserError, match=r"finished header.json: remove it, and run `sedd prepare --data=.*packed`"
+    ):
         shards.read_header(packed)
+    with pytest.raises(errors.UserError, match=r"none holds no finished header.json: run `sedd prepare"):
+        shards.read_header(packed / "none")
 
 
 def test_opening_says_what_does_not_fit(packed):

@@ -111,10 +111,10 @@ def test_json_lines_give_their_field_whole(tmp_path):
     ("line", "message"),
     [
         (b'{"text": "cut', r"test.jsonl:2 is not JSON \(Unterminated string.*correct or remove the line"),
-        (b"[1, 2]", r"test.jsonl:2 has no field 'text', it is not an object"),
-        (b'{"body": "b", "id": 1}', r"test.jsonl:2 has no field 'text', its fields are body, id: name .* as in #text"),
+        (b"[1, 2]", r"test.jsonl:2 has no field 'text': correct or remove the line"),
+        (b'{"body": "b", "id": 1}', r"test.jsonl:2 has no field 'text', its fields are body, id: name .* as in #body$"),
         (b'{"text": 5}', r"test.jsonl:2, field 'text', holds int, not text"),
-        (b"null", r"test.jsonl:2 has no field 'text', it is not an object"),
+        (b"null", r"test.jsonl:2 has no field 'text': correct or remove the line"),
         (b'{"text": "a\\ud800"}', r"test.jsonl:2, field 'text', holds half a surrogate pair at character 1"),
         (b'{"text": "caf\xe9"}', r"test.jsonl:2 is not UTF-8: byte 0xe9 at byte 13 of the line"),
         (b"\x00" * 50, r"test.jsonl:2 holds U\+0000 at character 0: remove it"),
@@ -147,7 +147,7 @@ def test_wrong_parquet_is_named(tmp_path):
     _write_parquet(tmp_path / "a.parquet", ["one", "a\0"])
     with pytest.raises(ValueError, match=r"a.parquet row 1, column 'body', holds U\+0000 at character 1"):
         _texts(text_files.read_parquet(f"{tmp_path}/*.parquet#body"), "train")
-    with pytest.raises(ValueError, match=r"a.parquet has no column 'text', its columns are body, number.*#text"):
+    with pytest.raises(ValueError, match=r"a.parquet has no column 'text', its columns are body, number.*#body$"):
         _texts(text_files.read_parquet(f"{tmp_path}/*.parquet"), "train")
     with pytest.raises(ValueError, match=r"row 0, column 'number', holds int"):
         _texts(text_files.read_parquet(f"{tmp_path}/*.parquet#number"), "train")
@@ -189,6 +189,9 @@ def test_json_that_is_not_lines_is_told_how_to_become_lines(tmp_path, content):
         errors.UserError, match=r"a.json is JSON, but .*, not an object on each line: jq -c .* > a.jsonl"
     ):
         _texts(text_files.read_jsonl(f"{tmp_path}/a.json"), "train")
+    (tmp_path / "a.json").rename(tmp_path / "my a.json")
+    with pytest.raises(errors.UserError, match=r": jq -c \S+ '/.*/my a.json' > 'my a'.jsonl"):
+        _texts(text_files.read_jsonl(f"{tmp_path}/my a.json"), "train")
 
 
 def test_a_name_that_exists_is_no_pattern(tmp_path):
