@@ -79,6 +79,11 @@ class Checkpoints:
             )
         return max(steps, default=None) if step is None else step
 
+    def newest(self) -> str:
+        """The step of the newest complete checkpoint, in words."""
+        step = self.find(None)
+        return "there is no checkpoint yet" if step is None else f"the newest checkpoint is of step {step}"
+
     def save(self, step: int, state: train_state.TrainState) -> None:
         """Starts saving a state, whose arrays may be donated as soon as this returns.
 

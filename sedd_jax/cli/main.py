@@ -13,7 +13,7 @@ from importlib import metadata
 from absl import flags, logging
 
 from sedd_jax.cli import arguments, output
-from sedd_jax.runtime import errors, hosts, interrupts
+from sedd_jax.runtime import device_failures, errors, hosts, interrupts
 
 _HELP = ("--help", "-h", "help")
 TRY_AGAIN = 75  # EX_TEMPFAIL: launchers restart a run that exits with this status.
@@ -64,6 +64,8 @@ def main(argv: list[str]) -> int:
         if isinstance(error, OSError) and error.errno is not None:
             # The operating system refused: the disk is full, or a file may not be read.
             return _fail(f"sedd {name}", " ".join(errors.reason(error).split()), 1)
+        if (explained := device_failures.explained(error, name)) is not None:
+            return _fail(f"sedd {name}", explained.worded(functools.partial(_spelled, name)), 1)
         error.add_note(_request_for_report(argv))
         raise
 

@@ -1,19 +1,26 @@
 """Runs of several processes, each with devices of its own: how they connect, wait for each other and stop."""
 
 import contextlib
+import os
 import signal
 import socket
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax._src import distributed  # The key-value store of the processes has no public name.
 from jax.experimental import multihost_utils
 
-from sedd_jax.runtime import errors
+from sedd_jax.runtime import errors, last_words
 
 _PREPARATION_MS = 24 * 60 * 60 * 1000  # The others wait while the first process may tokenize a corpus.
 _SHUTDOWN_SECONDS = 60
+_MEETING_SECONDS = 300  # Processes of one run may start minutes apart, as where each host loads a container.
+_SAID_AFTER_SECONDS = 5  # Processes that start together meet sooner.
+_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # Variables that say how many processes a cluster has started.
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -28,7 +35,7 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
         process_id: number of this process, from 0.
 
     Raises:
-        errors.UserError: if only some of the three are given, or a value is impossible.
+        errors.UserError: if only some of the three are given, a value is impossible, or the others do not come.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -39,26 +46,16 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
             "is missing", field=missing[0], remedy=f"give all of {', '.join(map(errors.name, given))}, or none"
         )
     if coordinator_address is not None and num_processes is not None and process_id is not None:
-        if ":" not in coordinator_address:
-            raise errors.UserError(
-                "has no port",
-                field="coordinator_address",
-                value=coordinator_address,
-                remedy="give host:port of process 0",
-            )
         if not 0 <= process_id < num_processes:
             raise errors.UserError(
                 f"must be from 0 to {num_processes - 1}, below {errors.name('num_processes')}",
                 field="process_id",
                 value=process_id,
             )
-    try:
-        # If one process fails, it waits this long for the others before it ends them.
-        jax.distributed.initialize(**given, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
-    except ValueError as error:
-        if not missing or "coordinator_address should be defined" not in str(error):
-            raise
+        _check_address(coordinator_address, listens=process_id == 0)
+    if not _meet(given):
         return
+    last_words.begin()
     if jax.default_backend() == "cpu":
         # Only the first process would find a cached program. It would run it while the others still compile, and on
         # CPUs a collective times out after half a minute.
@@ -130,3 +127,104 @@ def told_to_stop() -> Iterator[Callable[[int], bool]]:
         yield is_told
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _check_address(address: str, *, listens: bool) -> None:
+    """Raises errors.UserError unless the address can be reached, and if `listens` its port is free here."""
+    refused = lambda problem, remedy: errors.UserError(
+        problem, field="coordinator_address", value=address, remedy=remedy
+    )
+    host, colon, port = address.rpartition(":")
+    if not colon or not host:
+        raise refused("has no port", "give host:port of process 0")
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise refused("has no port that exists", "give one from 1 to 65535")
+    try:
+        found = socket.getaddrinfo(host.removeprefix("[").removesuffix("]"), int(port), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise refused(f"has a host that is not known here ({error})", "give a name or address of process 0") from error
+    if listens:
+        with socket.socket(found[0][0], socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("", int(port)))
+            except OSError as error:
+                raise refused(
+                    f"has a port that process 0 cannot listen at ({error.strerror})", "give all processes another port"
+                ) from error
+
+
+def _meet(given: dict[str, Any]) -> bool:
+    """Lets JAX connect the processes of a run; False if nothing says that there are others.
+
+    JAX connects in a thread. It would be deaf to Ctrl-C, and end its own wait by SIGABRT.
+    """
+    failures: list[Exception] = []
+    kept: list[Any] = []
+
+    def connect(kept: list[Any]) -> None:
+        try:
+            with warnings.catch_warnings():
+                # JAX names a package that it would need here to find the others of a Kubernetes job.
+                warnings.filterwarnings("ignore", r"\s*Kubernetes\s+environment", UserWarning)
+                # If one process fails, it waits this long for the others before it ends them.
+                limits = {"initialization_timeout": 2 * _MEETING_SECONDS, "shutdown_timeout_seconds": _SHUTDOWN_SECONDS}
+                jax.distributed.initialize(**given, **limits)
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=connect, args=(kept,), name="connect", daemon=True)
+    thread.start()
+    try:
+        thread.join(_SAID_AFTER_SECONDS)
+        if thread.is_alive():
+            print(f"waiting {_awaited(given)}; --num_processes=1 runs alone", file=sys.stderr, flush=True)
+        thread.join(_MEETING_SECONDS - _SAID_AFTER_SECONDS)
+        if thread.is_alive():
+            raise errors.UserError(
+                f"waited {_MEETING_SECONDS} seconds {_awaited(given)}",
+                remedy=f"start all of them within that time, or {errors.name('num_processes')}=1 to run alone",
+            )
+    except BaseException:
+        # The thread, which never ends, keeps both: JAX would take ten seconds and many lines to end them.
+        state = distributed.global_state
+        kept += [state.client, state.service]
+        state.client = state.service = None
+        raise
+    return not failures or _stays_alone(failures[0], is_asked=None not in given.values())
+
+
+def _stays_alone(error: Exception, *, is_asked: bool) -> bool:
+    """False where JAX found no other processes. Raises what else went wrong."""
+    if not is_asked and "coordinator_address should be defined" in str(error):
+        return False
+    is_ours = "distributed.initialize" in str(error)  # Called too late, or twice.
+    if is_ours or not isinstance(error, (RuntimeError, ValueError, KeyError, OSError)):
+        raise error
+    # It describes a cluster: its variables, its service for names, its permissions.
+    flags = ", ".join(map(errors.name, ("coordinator_address", "num_processes", "process_id")))
+    address = distributed.global_state.coordinator_address
+    where = "" if address is None else f" at {address}"
+    why = [*str(error).strip().splitlines(), type(error).__name__][0]
+    raise errors.UserError(
+        f"the processes of this run cannot meet{where} ({why})",
+        remedy=f"give {flags} by hand, or {errors.name('num_processes')}=1 to run alone",
+    ) from error
+
+
+def _awaited(given: dict[str, Any]) -> str:
+    """Where this process waits, and for whom."""
+    state = distributed.global_state
+    if state.client is None:
+        return "for the cluster to say where process 0 is"
+    address, number = str(state.coordinator_address), state.num_processes
+    said = [f" ({name}={number})" for name in _COUNTS if os.environ.get(name) == str(number)]
+    source = said[0] if said and given["num_processes"] is None else ""
+    if state.process_id == 0:
+        return f"at {address} for {number - 1} of {number} processes{source}"
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.removeprefix("[").removesuffix("]"), int(port)), timeout=1).close()
+    except OSError as error:
+        return f"for process 0 of {number}{source} at {address} ({error.strerror or error})"
+    return f"at {address} for others of {number} processes{source}"

@@ -20,7 +20,7 @@ from sedd_jax.data import batches
 from sedd_jax.diffusion import losses
 from sedd_jax.evaluation import likelihoods
 from sedd_jax.model import networks, objectives, optimizers, train_state, work
-from sedd_jax.runtime import accelerators, errors, locks, processes, sharding, storage
+from sedd_jax.runtime import accelerators, errors, last_words, locks, processes, sharding, storage
 from sedd_jax.sampling import generate, templates
 from sedd_jax.training import compilation, initial_weights, loss_curves, metric_writers, profiles
 
@@ -124,7 +124,7 @@ def train(
                     return _loop(session, step_fn, state, step)
         except OSError as error:
             raise errors.UserError(
-                errors.reason(error), remedy=f"{_newest(saved)}; make {workdir} writable, then the same command goes on"
+                errors.reason(error), remedy=f"{saved.newest()}; make {workdir} writable, then the same command goes on"
             ) from error
 
 
@@ -258,6 +258,8 @@ def _loop(session: _Session, step_fn: StepFn, state: train_state.TrainState, ste
     plot = loss_curves.occasional_plot(run.local / "metrics.jsonl", run.local / "loss.png", _reference_entropies(run))
     written: dict[str, Any] = {"step": step}
     pending: tuple[int, Metrics] | None = None
+    leave_words = lambda: last_words.leave(lambda: f"{saved.newest()}; {session.again} goes on")
+    leave_words()
     if step:
         nothing = (
             "" if step < settings.num_steps else f", config.training.num_steps={settings.num_steps}: nothing to do"
@@ -278,6 +280,7 @@ def _loop(session: _Session, step_fn: StepFn, state: train_state.TrainState, ste
         if due(settings.log_every):
             _check_finite(step, metrics, saved)
             saved.check()
+            leave_words()
             train_metrics = _train_metrics(run, data, metrics)
             written |= train_metrics
             writer.write(step, train_metrics)
@@ -298,6 +301,7 @@ def _loop(session: _Session, step_fn: StepFn, state: train_state.TrainState, ste
                     # Before the checkpoint: a run that resumes from it needs the metrics of the steps up to it.
                     storage.upload(run.workdir, *_WRITTEN)
                 saved.save(step, state)
+                leave_words()
         if stops:
             writer.say(f"stopped by SIGTERM at step {step}, which is saved: {session.again} goes on")
             break
@@ -387,10 +391,5 @@ def _check_finite(step: int, metrics: Metrics, saved: checkpoints.Checkpoints) -
             saved.wait()
             raise NonFiniteLossError(
                 f"{name} is {float(metrics[name])} at step {step}",
-                remedy=f"{_newest(saved)}; lower the learning rate",
+                remedy=f"{saved.newest()}; lower the learning rate",
             )
-
-
-def _newest(saved: checkpoints.Checkpoints) -> str:
-    newest = saved.find(None)
-    return "there is no checkpoint yet" if newest is None else f"the newest checkpoint is of step {newest}"

@@ -1,0 +1,65 @@
+"""Devices that refuse are one line with what helps, in every command."""
+
+import jax
+import pytest
+
+from sedd_jax import runs
+from sedd_jax.cli import main as cli
+from sedd_jax.evaluation import likelihoods
+from sedd_jax.runtime import device_failures, last_words
+from sedd_jax.sampling import generate
+from sedd_jax.training import train
+
+NO_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17.31GiB.\nBufferAssignment: more lines"
+
+
+def fails(*arguments, **named):
+    raise jax.errors.JaxRuntimeError(NO_MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "flags", "remedy"),
+    [
+        ("sample", (generate, "draw_samples"), [], "--num_samples"),
+        ("eval", (likelihoods, "make_held_out"), ["--num_times=1"], "--batch_size"),
+        ("train", (train, "make_step_fn"), [], "--config.training.num_micro_batches"),
+    ],
+)
+def test_no_memory_is_one_line_with_what_helps(code_run, monkeypatch, capsys, command, place, flags, remedy):
+    if command == "eval":
+        from sedd_jax.evaluation import perplexity
+
+        monkeypatch.setattr(perplexity, "evaluate", fails)
+    else:
+        monkeypatch.setattr(*place, fails)
+    if command == "train":
+        config = runs.load(code_run).config
+        flags = [f"--config.data.source={config.data.source}", "--config.data.tokenizer=characters"]
+        flags += ["--config.training.num_steps=4", "--config.training.batch_size=8"]
+    workdir = code_run if command != "train" else code_run.parent / "no memory"
+    assert cli.main([command, f"--workdir={workdir}", "--num_processes=1", *flags]) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith(f"sedd {command}: out of device memory (another 17.31GiB were asked for): ")
+    assert remedy in err[-1]
+    assert "`sedd plan" in err[-1]
+    assert not any("Traceback" in line for line in err)
+
+
+def test_a_device_that_fails_otherwise_is_no_want_of_memory():
+    assert device_failures.explained(jax.errors.JaxRuntimeError("INTERNAL: wrong"), "train") is None
+    assert device_failures.explained(MemoryError("RESOURCE_EXHAUSTED"), "train") is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:3",
+        "INTERNAL: NCCL operation ncclAllReduce() failed: remote process exited or there was a network error",
+    ],
+)
+def test_a_collective_that_breaks_names_the_dead_process_only_where_there_are_several(monkeypatch, said):
+    error = jax.errors.JaxRuntimeError(said)
+    assert device_failures.explained(error, "eval") is None
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(last_words, "_remedies", [lambda: "step 7; the same command goes on"])
+    assert str(device_failures.explained(error, "eval")) == "another process died: step 7; the same command goes on"
