@@ -165,18 +165,19 @@ def read_file(path: str | os.PathLike[str]) -> Nested:
         errors.UserError: where `path` is not such a file, or the file fails.
     """
     refuse = lambda problem, remedy: errors.UserError(problem, field="config", value=path, remedy=remedy)
-    if not pathlib.Path(path).is_file():
-        raise refuse("is not a file", "give one of configs/*.py")
     spec = importlib.util.spec_from_file_location("sedd_config", path)
-    if spec is None or spec.loader is None:
-        raise refuse("is not a Python file", "give one of configs/*.py")
+    if not pathlib.Path(path).is_file() or spec is None or spec.loader is None:
+        raise refuse("is not a file of Python", "give one of configs/*.py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config()
-    except Exception as error:
+        found = module.get_config()
+    except (Exception, SystemExit) as error:
         # The user wrote the file, so any exception in it is the user's error.
         raise refuse(f"fails with {type(error).__name__}: {error}", "mend the file") from error
+    if not isinstance(found, Mapping | ml_collections.ConfigDict):
+        raise refuse(f"returns {found!r}, which is no dict of fields", "mend get_config() as in configs/quickstart.py")
+    return found
 
 
 def check_field(name: str, config: ml_collections.ConfigDict) -> None:

@@ -104,3 +104,21 @@ def test_a_resumed_run_may_change_how_long_it_runs_but_not_what_it_is():
     assert configs.changes(old, longer) == []
     other = dataclasses.replace(old, optimizer=dataclasses.replace(old.optimizer, learning_rate=1e-3))
     assert configs.changes(old, other) == ["config.optimizer.learning_rate was 0.0003 and is now 0.001"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_size = 12", "has no attribute 'get_config': mend the file"),
+        ("def get_config(size): return {}", "missing 1 required positional argument: 'size': mend the file"),
+        ("def get_config(): return None", "returns None, which is no dict of fields: mend get_config"),
+        ("def get_config(): return [1]", r"returns \[1\], which is no dict of fields"),
+        ("import sys; sys.exit(3)", "fails with SystemExit: 3: mend the file"),
+        ("def get_config(:", "fails with SyntaxError"),
+    ],
+)
+def test_a_config_file_that_gives_no_fields_is_named(tmp_path, text, message):
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    with pytest.raises(errors.UserError, match=rf"config={path} .*{message}"):
+        configs.read_file(path)

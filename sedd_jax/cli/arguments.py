@@ -94,12 +94,12 @@ def _load_config(argv: list[str]) -> tuple[str, "configs.Nested", list[str]]:
     path, rest = "", []
     arguments = iter(argv)
     for argument in arguments:
-        if argument in ("--config", "-config"):
-            path = next(arguments, "")
-        elif argument.startswith(("--config=", "-config=")):
-            path = argument.partition("=")[2]
-        else:
+        if argument.partition("=")[0] not in ("--config", "-config"):
             rest.append(argument)
+            continue
+        path = argument.partition("=")[2] if "=" in argument else next(arguments, "")
+        if not path:
+            raise flags.IllegalFlagValueError("--config=FILE names no file")
     return path, configs.read_file(path) if path else {}, rest
 
 

@@ -201,3 +201,10 @@ def test_a_bug_in_a_command_shows_its_traceback_and_the_request():
     assert "in <lambda>" in traceback
     assert note.startswith("This is a bug in sedd. Please report it with the traceback above, the command")
     assert "  sedd eval --workdir=a\n" in note
+
+
+@pytest.mark.parametrize("given", [["--config"], ["--config="]])
+def test_a_config_without_a_name_is_not_the_default_one(given, tmp_path, capsys):
+    assert cli.main(["train", f"--workdir={tmp_path / 'run'}", *given]) == 2
+    assert capsys.readouterr().err == "sedd train: --config=FILE names no file; see `sedd train --help`\n"
+    assert not (tmp_path / "run").exists()
