@@ -48,7 +48,7 @@ ROOMS = {
     "transformers": {"evaluation.judges"},
     "mauve": {"evaluation.refilling"},
     "starlette": {"serving.app"},
-    "uvicorn": {"serving.app"},
+    "uvicorn": {"serving.app", "serving.connections"},
 }
 FORBIDDEN = ("tensorflow", "clu")
 FILES = {

@@ -226,6 +226,8 @@ def serve(argv: list[str]) -> int:
     number("step", None, "step of the checkpoint; the newest if not given")
     text("host", "127.0.0.1", "address to listen on; 0.0.0.0 accepts other machines")
     number("port", 8000, "port to listen on; 0 for any free one")
+    help_text = "a name under which browsers find the page, behind a proxy or a port mapping; may be repeated"
+    flags.DEFINE_multi_string("allowed_host", [], help_text, flag_values=values)
     choice("open", False, "open the page in the browser")
     if arguments.asks_for_help(argv):
         arguments.print_help(serve, values)
@@ -234,7 +236,8 @@ def serve(argv: list[str]) -> int:
     from sedd_jax.serving import app as program
 
     try:
-        program.serve(given["workdir"], step=given["step"], host=given["host"], port=given["port"], opens=given["open"])
+        given |= {"opens": given.pop("open"), "allowed_hosts": given.pop("allowed_host")}
+        program.serve(given.pop("workdir"), **given)
     except KeyboardInterrupt:
         return _fail("sedd serve", "stopped", 130)
     return 0

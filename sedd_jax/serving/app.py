@@ -14,7 +14,7 @@ import re
 import socket
 import sys
 import webbrowser
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from sedd_jax.runtime import errors, storage
@@ -24,6 +24,8 @@ try:
     import uvicorn
     from starlette import applications, concurrency, datastructures, exceptions, responses, routing, types
     from starlette import requests as http
+
+    from sedd_jax.serving import connections
 except ImportError as error:
     raise errors.UserError(
         "the page needs packages that are not installed", remedy="pip install 'sedd_jax[serve]'"
@@ -33,6 +35,7 @@ PAGE = pathlib.Path(__file__).with_name("page.html")
 MAX_OPEN = 128  # requests at once: waiting, being drawn, or being read
 _SECONDS_TO_CLOSE = 2
 _BUFFER = 2**20  # bytes of a request's head that are read; a query that is too long gets an answer up to this size
+_BACKLOG = 512  # connections that are accepted at once
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -43,6 +46,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     opens: bool = False,
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Serves the page of a run until it is interrupted. Its address is printed once it answers.
 
@@ -52,10 +56,19 @@ def serve(
         host: address to listen at. Other machines reach the page only if this is not the local host.
         port: the port; 0 for any that is free.
         opens: whether to open the page in the browser.
+        allowed_hosts: names beside the address by which browsers may ask for the page, as behind a proxy.
 
     Raises:
-        errors.UserError: where the run has no checkpoint, or the server cannot listen at the address.
+        errors.UserError: where a name is none, the run has no checkpoint, or the server cannot listen at the address.
     """
+    for name in allowed_hosts:
+        if not _may_be_allowed(name):
+            raise errors.UserError(
+                "is not a name alone",
+                field="allowed_host",
+                value=name,
+                remedy="give what stands between http:// and the port or the next /, one flag for each",
+            )
     with contextlib.closing(_listen(host, port)) as listener:
         opened = requests.open_run(workdir, step)
         run = opened.checkpoint.run
@@ -70,25 +83,29 @@ def serve(
         if opens:
             webbrowser.open(url)
         config = uvicorn.Config(
-            app(opened, host=host),
-            http="h11",
+            app(opened, host=host, allowed_hosts=allowed_hosts),
+            http=connections.Connection,
             ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
+            backlog=_BACKLOG,
             h11_max_incomplete_event_size=_BUFFER,
             timeout_graceful_shutdown=_SECONDS_TO_CLOSE,
         )
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def app(opened: requests.Opened, *, host: str = "127.0.0.1", max_open: int = MAX_OPEN) -> types.ASGIApp:
+def app(
+    opened: requests.Opened, *, host: str = "127.0.0.1", allowed_hosts: Sequence[str] = (), max_open: int = MAX_OPEN
+) -> types.ASGIApp:
     """The ASGI app of a run's page and its API.
 
     Args:
         opened: the run.
         host: name or address by which the page may be reached, beside the local ones.
+        allowed_hosts: more names by which it may be reached.
         max_open: requests at once; more are refused.
     """
     page = PAGE.read_text(encoding="utf-8")
@@ -124,7 +141,8 @@ def app(opened: requests.Opened, *, host: str = "127.0.0.1", max_open: int = MAX
         routing.Route("/api/draw", _only_get(draw)),
     ]
     handlers = {requests.RefusedError: _refused, exceptions.HTTPException: _refused_by_http}
-    return _guarded(applications.Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), page, host)
+    inner = applications.Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    return _guarded(inner, page, host, allowed_hosts)
 
 
 class Events(responses.StreamingResponse):
@@ -169,7 +187,7 @@ def _only_get(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
-def _guarded(inner: types.ASGIApp, page: str, host: str) -> types.ASGIApp:
+def _guarded(inner: types.ASGIApp, page: str, host: str, allowed_hosts: Sequence[str]) -> types.ASGIApp:
     """Refuses requests that other sites make a browser send, and limits the page to its own scripts and server.
 
     The Host header must have a name of this server. Otherwise another site could get in by a name of its own that
@@ -181,7 +199,7 @@ def _guarded(inner: types.ASGIApp, page: str, host: str) -> types.ASGIApp:
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-store",
     }
-    own = {*_LOCAL, host.lower()}
+    own = {*_LOCAL, host.lower(), *(name.lower() for name in allowed_hosts)}
     if _is_any(host):
         own |= {socket.gethostname().lower(), socket.getfqdn().lower()}
 
@@ -197,10 +215,12 @@ def _guarded(inner: types.ASGIApp, page: str, host: str) -> types.ASGIApp:
 
         asked = datastructures.Headers(scope=scope)
         refused = None
-        name = re.sub(r":[0-9]*$", "", asked.get("host", "")).removeprefix("[").removesuffix("]").lower()
+        name = _name_in(asked.get("host", "")).lower()
         if name not in own and not (_is_any(host) and _is_address(name)):
-            name = asked.get("host", "")
-            refused = f"the page is not served under {name!r}: use its own address, or start `sedd serve --host=...`"
+            remedy = "use its own address"
+            if _may_be_allowed(name):
+                remedy += f", or add --allowed_host={name} to `sedd serve`"
+            refused = f"the page is not served under {asked.get('host', '')!r}: {remedy}"
         elif scope["path"].startswith("/api/") and asked.get("sec-fetch-site") in ("cross-site", "same-site"):
             refused = "another site may not ask for this: open the page itself"
         if refused is None:
@@ -209,6 +229,15 @@ def _guarded(inner: types.ASGIApp, page: str, host: str) -> types.ASGIApp:
             await responses.JSONResponse({"error": refused}, 403)(scope, receive, send_with_headers)
 
     return guarded
+
+
+def _name_in(host: str) -> str:
+    """The name or address in a Host header, without the port."""
+    return re.sub(r":[0-9]*$", "", host).removeprefix("[").removesuffix("]")
+
+
+def _may_be_allowed(name: str) -> bool:
+    return _is_address(name) or re.fullmatch(r"[A-Za-z0-9._-]{1,253}", name) is not None
 
 
 def _policy(page: str) -> str:

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from sedd_jax.runtime import errors
+from sedd_jax.runtime import device_failures, errors
 
 SECONDS_BETWEEN_PLACES = 1.0
 Event = tuple[str, dict[str, Any]]
@@ -130,9 +130,10 @@ def _do(place: Place) -> None:
     except GoneError:
         pass
     except Exception as error:
-        if not isinstance(error, errors.UserError):
+        known = error if isinstance(error, errors.UserError) else device_failures.explained(error, "serve")
+        if known is None:
             traceback.print_exc()
-        message = (str(error).splitlines() or [type(error).__name__])[0]
+        message = (str(known or error).splitlines() or [type(error).__name__])[0]
         place.loop.call_soon_threadsafe(place.events.put_nowait, ("error", {"error": message}))
     finally:
         place.is_done = True

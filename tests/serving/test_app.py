@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import string
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from tests.support import places, slow, small_runs
 pytest.importorskip("starlette", reason="the page needs sedd_jax[serve]")
 uvicorn = pytest.importorskip("uvicorn", reason="the page needs sedd_jax[serve]")
 serve = importlib.import_module("sedd_jax.serving.app")  # Only where both are.
+connections = importlib.import_module("sedd_jax.serving.connections")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TEMPLATE = "a = {3}\nb = {6}\na"
@@ -73,7 +75,10 @@ def server(code_run):
 def _serving(opened, **options):
     """The address of a server in this process."""
     app = serve.app(opened, **options)
-    running = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none", timeout_graceful_shutdown=1))
+    config = uvicorn.Config(
+        app, port=0, http=connections.Connection, log_config=None, ws="none", timeout_graceful_shutdown=1
+    )
+    running = uvicorn.Server(config)
     with contextlib.closing(serve._listen("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -112,6 +117,14 @@ def _sampled(command, capsys):
     capsys.readouterr()
     assert cli.main([*arguments, "--json", "--num_processes=1"]) == 0
     return [sample["text"] for sample in json.loads(capsys.readouterr().out.splitlines()[-1])]
+
+
+def _answer(url, host):
+    """Status and text of an answer to a browser that knows the server as `host`."""
+    with contextlib.closing(http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)) as connection:
+        connection.request("GET", "/api/run", headers={"Host": host})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
 
 
 def _drawn(opened, template, seed, **settings):
@@ -681,3 +694,79 @@ def test_a_narrow_page_stands_below_itself(server, page):
     boxes = [page.locator(".column").nth(column).bounding_box() for column in range(2)]
     assert boxes[0]["y"] + boxes[0]["height"] < boxes[1]["y"]
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_a_device_without_memory_is_one_line_on_the_page_and_nothing_in_the_terminal(opened, monkeypatch, capfd):
+    def fails(*arguments, **named):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5242880 bytes.\nmore")
+
+    monkeypatch.setattr(generate, "draw_samples", fails)
+    with _serving(opened) as url:
+        name, content = _ask(url, template=TEMPLATE, num_steps=4)[-1]
+    assert name == "error"
+    assert content["error"].startswith("out of device memory (another 5242880 bytes were asked for): ask for fewer")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# Other names, and connections without a request
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+@pytest.mark.parametrize("name", ["lab.example.com", "Lab_2.example", "fe80::1"])
+def test_the_remedy_for_another_name_works_as_it_stands(opened, host, name):
+    asked = f"[{name}]:8123" if ":" in name else f"{name}:8123"
+    with _serving(opened, host="127.0.0.1") as url:
+        status, said = _answer(url, asked)
+    assert status == 403
+    (remedy,) = re.findall(r"--allowed_host=(\S+) to `sedd serve`", said)
+    with _serving(opened, host=host, allowed_hosts=["other", remedy]) as url:
+        assert _answer(url, asked)[0] == 200
+        assert _answer(url, "other")[0] == 200
+        assert _answer(url, "evil.example")[0] == 403
+
+
+def test_a_name_that_no_flag_can_take_is_not_proposed(opened):
+    with _serving(opened) as url:
+        status, said = _answer(url, "a b`c")
+    assert status in (400, 403)
+    assert "--allowed_host" not in said
+
+
+@pytest.mark.parametrize("name", ["http://lab.example.com", "lab.example.com:8000", "a,b", "", "*"])
+def test_an_allowed_host_that_is_no_name_is_refused_at_once(code_run, name, capsys):
+    assert cli.main(["serve", f"--workdir={code_run}", "--allowed_host=good", f"--allowed_host={name}"]) == 1
+    assert f"--allowed_host={name or repr(name)} is not a name alone: give what stands" in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def _idle(url, number):
+    """Connections that have sent a part of a request."""
+    host, port = url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(socket.create_connection((host, int(port)), timeout=60)) for _ in range(number)]
+        for connection in found:
+            connection.sendall(b"GET / HTTP/1.1\r\n")
+        yield found
+
+
+def test_requests_that_never_end_give_way_to_those_that_do(opened, monkeypatch):
+    monkeypatch.setattr(connections, "MAX_UNFINISHED", 4)
+    with _serving(opened) as url, _idle(url, 12) as idle:
+        for _ in range(3):
+            assert _answer(url, "localhost")[0] == 200
+        gone = sum(_is_closed(connection) for connection in idle[:8])
+    assert gone == 8
+
+
+def test_a_request_has_a_time_to_come_and_none_to_be_answered(opened, monkeypatch):
+    monkeypatch.setattr(connections, "_SECONDS", 0.2)
+    with _serving(opened) as url, _idle(url, 1) as (idle,):
+        assert _is_closed(idle)
+        assert _ask(url, template=TEMPLATE, num_steps=4096)[-1][0] == "done"
+
+
+def _is_closed(connection):
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
