@@ -91,6 +91,7 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """The sharding of every leaf of a tree: parameters, EMA, optimizer state or a whole train state.
 
     Raises:
+        errors.UserError: if an axis of the mesh does not divide the size that it splits.
         ValueError: if no rule matches a leaf's path.
     """
 
@@ -98,6 +99,14 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
         name = "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
         for pattern, axes in RULES:
             if re.search(pattern, name):
+                for size, axis in zip(leaf.shape[leaf.ndim - len(axes) :], axes, strict=True):
+                    if axis is not None and size % mesh.shape[axis]:
+                        raise errors.UserError(
+                            f"does not divide a size of {size} in {name}",
+                            field=f"config.mesh.{axis}",
+                            value=mesh.shape[axis],
+                            remedy="give a divisor of it, or change the network's sizes",
+                        )
                 return NamedSharding(mesh, PartitionSpec(*(None,) * (leaf.ndim - len(axes)), *axes))
         raise ValueError(f"no sharding rule matches the parameter {name!r}: add one to sharding.RULES")
 

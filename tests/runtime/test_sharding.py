@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from sedd_jax.diffusion import forward, graphs, losses, noise_schedules
 from sedd_jax.model import networks, objectives, optimizers, train_state
-from sedd_jax.runtime import sharding
+from sedd_jax.runtime import errors, sharding
 from tests.support import slow
 
 CONFIG = networks.NetworkConfig(
@@ -135,3 +135,22 @@ def test_constraints_are_nothing_without_a_mesh():
     x = jnp.ones((2, 3))
     assert sharding.constrain(x, "batch", None) is x
     assert sharding.replicate(x) is x
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape", "name", "size"),
+    [
+        ("fsdp", (36, 96), "params/blocks/qkv/kernel", 36),
+        ("tensor", (32, 100), "params/blocks/mlp_in/kernel", 100),
+        ("fsdp", (32, 36), "params/embedding", 36),
+    ],
+)
+def test_an_axis_that_does_not_divide_an_array_is_named(axis, shape, name, size):
+    mesh = sharding.make_mesh(sharding.MeshConfig(**{"data": 1, axis: 8}))
+    tree = jax.ShapeDtypeStruct(shape, "float32")
+    for part in reversed(name.split("/")):
+        tree = {part: tree}
+    with pytest.raises(
+        errors.UserError, match=rf"config.mesh.{axis}=8 does not divide a size of {size} in {name}: give"
+    ):
+        sharding.tree_shardings(mesh, tree)
