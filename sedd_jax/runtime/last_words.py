@@ -4,6 +4,7 @@ A shell of a few lines holds the words and outlives the process.
 """
 
 import atexit
+import shutil
 import subprocess
 from collections.abc import Callable
 
@@ -18,7 +19,12 @@ _speakers: list[subprocess.Popen[str]] = []
 
 
 def begin() -> None:
-    """Leaves words to be said on standard error if this process does not come to its end by itself."""
+    """Leaves words to be said on standard error if this process does not come to its end by itself.
+
+    Where there is no shell, as in a container of one program, nothing will be said.
+    """
+    if shutil.which("sh") is None:
+        return
     _speakers.append(subprocess.Popen(["sh", "-c", _SPEAKER], stdin=subprocess.PIPE, text=True, start_new_session=True))
     atexit.register(_take_back)
     leave(_remedies[0])

@@ -46,3 +46,9 @@ def test_signals_to_the_whole_group_do_not_silence_it():
         start_new_session=True,
     )
     assert child.communicate(timeout=60)[1].endswith(WORDS)
+
+
+def test_without_a_shell_nothing_is_said_and_nothing_fails(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = subprocess.run([sys.executable, "-c", CHILD.format(end="os.abort()")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGABRT, "")
