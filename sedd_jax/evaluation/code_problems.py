@@ -97,10 +97,7 @@ def measure(
     Raises:
         errors.UserError: where programs cannot be run safely, or a problem's own solution does not pass its tests.
     """
-    try:
-        sandbox.check()
-    except ValueError as error:
-        raise errors.UserError(str(error)) from error
+    sandbox.check()
     found = read(problems)
     run = runs.load(workdir)
     sampling = run.sampling(num_samples=attempts.batch_size, **settings)
