@@ -72,12 +72,14 @@ def read_hub(source: pathlib.Path, weights: str) -> Checkpoint:
     file = source / "config.json"
     published = published_configs.read_json(file)
     origin = {"layout": "Hub directory"}
-    if published.get("model_type") != "mdlm":
-        config, num_tokens = published_configs.from_sedd(published, file)
+    if published.find("model_type") != "mdlm":
+        config, num_tokens = published_configs.from_sedd(published)
         return _checked(config, num_tokens, torch_files.read_weights(source), source, origin)
-    config = published_configs.from_mdlm_transformers(published, file)
-    is_conditioned = published_configs.Fields(published, file).choice("time_conditioning", True, False)
-    return _mdlm(config, torch_files.read_weights(source), is_conditioned, source, origin)
+    config = published_configs.from_mdlm_transformers(published)
+    is_conditioned = published.choice("time_conditioning", True, False)
+    tensors = _of_backbone(torch_files.read_weights(source))
+    checkpoint = _checked(config, _num_tokens(tensors, source), tensors, source, origin)
+    return dataclasses.replace(checkpoint, is_conditioned=is_conditioned)
 
 
 def read_training(source: pathlib.Path, weights: str) -> Checkpoint:
@@ -90,9 +92,10 @@ def read_training(source: pathlib.Path, weights: str) -> Checkpoint:
             raise errors.UserError(
                 f"{path} is missing", remedy="give a run of the published program, with .hydra/ beside its checkpoints"
             )
-    config, num_tokens = published_configs.from_sedd(published_configs.read_yaml(_hydra(root)), _hydra(root))
+    config, num_tokens = published_configs.from_sedd(published_configs.read_yaml(_hydra(root)))
     saved = published_configs.Fields(torch_files.read_pickle(file), file)
-    tensors = torch_files.to_arrays(saved["model"], file)
+    tensors = torch_files.stored(saved["model"], file)
+    _check_shapes(config, num_tokens, tensors, file)
     if weights == "ema":
         tensors |= _moving_average(saved["ema"], config, file)
     origin = {"layout": "run of the published program", "weights": weights, "step": saved.whole_number("step")}
@@ -103,17 +106,18 @@ def read_lightning(source: pathlib.Path, weights: str) -> Checkpoint:
     """Reads a checkpoint file (.ckpt) of MDLM's program, which uses PyTorch Lightning."""
     saved = published_configs.Fields(torch_files.read_pickle(source), source)
     hyper_parameters = published_configs.Fields(saved["hyper_parameters"], source)
-    published = torch_files.plain(hyper_parameters["config"])
-    config = published_configs.from_mdlm(published, source)
-    fields = published_configs.Fields(published, source)
-    tensors = torch_files.to_arrays(saved["state_dict"], source)
+    fields = published_configs.Fields(hyper_parameters["config"], source)
+    config = published_configs.from_mdlm(fields)
+    tensors = _of_backbone(torch_files.stored(saved["state_dict"], source))
+    num_tokens = _num_tokens(tensors, source)
+    _check_shapes(config, num_tokens, tensors, source)
     if weights == "ema":
-        average = _moving_average(saved["ema"], config, source)
-        tensors |= {_MDLM_PREFIX + name: tensor for name, tensor in average.items()}
+        tensors |= _moving_average(saved["ema"], config, source)
     origin = {"layout": "MDLM checkpoint", "weights": weights, "step": saved.whole_number("global_step")}
     is_conditioned = fields.choice("time_conditioning", True, False)
-    name = published_configs.Fields(fields["data"], source)["tokenizer_name_or_path"]
-    return dataclasses.replace(_mdlm(config, tensors, is_conditioned, source, origin), tokenizer=name)
+    name = fields.text("data.tokenizer_name_or_path")
+    checkpoint = _checked(config, num_tokens, tensors, source, origin)
+    return dataclasses.replace(checkpoint, tokenizer=name, is_conditioned=is_conditioned)
 
 
 def download(name: str) -> pathlib.Path:
@@ -145,37 +149,49 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
-def _mdlm(
-    config: configs.Config,
-    tensors: dict[str, np.ndarray],
-    is_conditioned: bool,
-    source: pathlib.Path,
-    origin: dict[str, Any],
-) -> Checkpoint:
-    """A checkpoint of MDLM's network, whose tensors have a prefix and whose states include the mask."""
-    own = {name.removeprefix(_MDLM_PREFIX): x for name, x in tensors.items() if name.startswith(_MDLM_PREFIX)}
-    num_states = len(published_configs.Fields(own, source)["vocab_embed.embedding"])
-    checkpoint = _checked(config, num_states - 1, own, source, origin)
-    return dataclasses.replace(checkpoint, is_conditioned=is_conditioned)
+def _of_backbone(tensors: dict[str, torch_files.Stored]) -> dict[str, torch_files.Stored]:
+    """The tensors of MDLM's network, without their prefix. Others are of its metrics."""
+    return {name.removeprefix(_MDLM_PREFIX): x for name, x in tensors.items() if name.startswith(_MDLM_PREFIX)}
+
+
+def _num_tokens(tensors: dict[str, torch_files.Stored], source: pathlib.Path) -> int:
+    """Vocabulary size N of MDLM's network, whose states include the mask."""
+    shape = published_configs.Fields(tensors, source)["vocab_embed.embedding"].shape
+    if len(shape) != 2 or shape[0] < 2:
+        raise errors.UserError(f"{source} has an embedding of shape {shape}", remedy="give another file")
+    return shape[0] - 1
+
+
+def _check_shapes(
+    config: configs.Config, num_tokens: int, tensors: dict[str, torch_files.Stored], source: pathlib.Path
+) -> None:
+    """Checks names and shapes of tensors against the network that a config describes."""
+    num_states = configs.graph_class(config.graph).from_tokenizer(num_tokens, None).num_states
+    try:
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        torch_weights.check_shapes(found, dataclasses.replace(config.network, num_states=num_states))
+    except errors.UserError as error:
+        raise error.at(str(source)) from error
 
 
 def _checked(
     config: configs.Config,
     num_tokens: int,
-    tensors: dict[str, np.ndarray],
+    tensors: dict[str, torch_files.Stored],
     source: pathlib.Path,
     origin: dict[str, Any],
 ) -> Checkpoint:
     """A checkpoint, once its tensors are checked against the network that its config describes."""
-    num_states = configs.graph_class(config.graph).from_tokenizer(num_tokens, None).num_states
+    _check_shapes(config, num_tokens, tensors, source)
+    arrays = torch_files.arrays(tensors)
     try:
-        torch_weights.check(tensors, dataclasses.replace(config.network, num_states=num_states))
+        torch_weights.check_finite(arrays)
     except errors.UserError as error:
         raise error.at(str(source)) from error
-    return Checkpoint(config=config, num_tokens=num_tokens, tensors=tensors, origin=origin)
+    return Checkpoint(config=config, num_tokens=num_tokens, tensors=arrays, origin=origin)
 
 
-def _moving_average(saved: Any, config: configs.Config, path: pathlib.Path) -> dict[str, np.ndarray]:
+def _moving_average(saved: Any, config: configs.Config, path: pathlib.Path) -> dict[str, torch_files.Stored]:
     """The EMA of the published program by name. It is saved as a list in the order of the model's parameters."""
     names = torch_weights.parameter_names(config.network.num_layers)
     values = published_configs.Fields(saved, path)["shadow_params"]
@@ -185,7 +201,7 @@ def _moving_average(saved: Any, config: configs.Config, path: pathlib.Path) -> d
             f"{path} is damaged, with a moving average of {count} tensors for {len(names)} parameters",
             remedy="copy it again",
         )
-    return torch_files.to_arrays(dict(zip(names, values, strict=True)), path)
+    return torch_files.stored(dict(zip(names, values, strict=True)), path)
 
 
 def _hydra(root: pathlib.Path) -> pathlib.Path:

@@ -1,13 +1,19 @@
 """Translation of configs: from the published program and MDLM's to ours, and from ours to the published one."""
 
+import itertools
 import json
 import pathlib
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.runtime import errors
+from sedd_jax.conversion import torch_files
+from sedd_jax.runtime import errors, storage
+
+MISSING = object()
+_TOO_LARGE = 2**31  # for a whole number of a config
 
 # Our field -> theirs. Fields that a config may lack are in tables of their own.
 _NETWORK = {
@@ -61,64 +67,87 @@ _MDLM_TRANSFORMERS = {
 
 
 class Fields:
-    """A mapping read from a file. Errors about its fields name the file."""
+    """A mapping read from a file. Errors about its fields name the file.
+
+    A name may lead into inner mappings, as in model.length. Only what is asked for is looked at: aliases in YAML and in
+    pickles can make a small file stand for an endless mapping.
+    """
 
     def __init__(self, content: Any, path: pathlib.Path):
+        content = torch_files.unwrapped(content)
         if not isinstance(content, Mapping):
             raise errors.UserError(
                 f"{path} holds a {type(content).__name__} where a mapping should be", remedy="give another file"
             )
-        self._content, self._path = content, path
+        self._content, self.path = content, path
+
+    def find(self, name: str) -> Any:
+        """The value of a field; `MISSING` if there is none."""
+        value: Any = self._content
+        for part in [name] if name in self._content else name.split("."):
+            value = torch_files.unwrapped(value[part]) if isinstance(value, Mapping) and part in value else MISSING
+        return value
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._content:
-            found = ", ".join(map(repr, list(self._content)[:6]))
-            raise errors.UserError(f"{self._path} has no {name!r}, only {found}")
-        return self._content[name]
+        found = self.find(name)
+        if found is MISSING:
+            known = ", ".join(_brief(key) for key in itertools.islice(self._content, 6))
+            raise errors.UserError(f"{self.path} has no {name!r}, only {known}", remedy="give another file")
+        return found
 
     def choice(self, name: str, *known: str | bool) -> Any:
         """The value of a field, which must be one of those known."""
-        if self[name] not in known:
+        value = self[name]
+        if not isinstance(value, str | bool) or value not in known:
             raise errors.UserError(
-                f"{self._path} has {name}={self[name]!r}",
+                f"{self.path} has {name}={_brief(value)}",
                 remedy=f"only {' or '.join(map(repr, known))} can be converted",
             )
-        return self[name]
+        return value
+
+    def text(self, name: str) -> str:
+        """The value of a field, which must be text."""
+        value = self[name]
+        if not isinstance(value, str):
+            raise errors.UserError(f"{self.path} has {name}={_brief(value)}", remedy="it must be text")
+        return value
 
     def whole_number(self, name: str) -> int:
         """The value of a field, which must be a whole number of at least 0."""
         value = self[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _TOO_LARGE:
             raise errors.UserError(
-                f"{self._path} has {name}={value!r}", remedy="it must be a whole number of at least 0"
+                f"{self.path} has {name}={_brief(value)}",
+                remedy=f"it must be a whole number of at least 0 and below {_TOO_LARGE}",
             )
         return value
 
 
-def from_sedd(published: Mapping[str, Any], path: pathlib.Path) -> tuple[configs.Config, int]:
+def from_sedd(published: Fields) -> tuple[configs.Config, int]:
     """Our config and the vocabulary size N, from config.json or .hydra/config.yaml of the published program.
 
     Raises:
         errors.UserError: names the file and the field that is missing or impossible. The other functions raise it too.
     """
-    num_tokens = Fields(published, path).whole_number("tokens")
+    num_tokens = published.whole_number("tokens")
     if num_tokens == 0:
-        raise errors.UserError(f"{path} has tokens=0", remedy="it must be the vocabulary size without the mask")
-    return _translate(published, path, _SEDD, _SEDD_OPTIONAL, {}), num_tokens
+        raise errors.UserError(
+            f"{published.path} has tokens=0", remedy="it must be the vocabulary size without the mask"
+        )
+    return _translate(published, _SEDD, _SEDD_OPTIONAL, {}), num_tokens
 
 
-def from_mdlm(published: Any, path: pathlib.Path) -> configs.Config:
+def from_mdlm(published: Fields) -> configs.Config:
     """Our config from that of MDLM's program, which predicts scores ("sedd") or the distribution of x0 ("subs")."""
-    fields = Fields(published, path)
-    fields.choice("backbone", "dit")
-    fields.choice("diffusion", "absorbing_state")
-    is_mean = fields.choice("parameterization", "sedd", "subs") == "subs"
-    return _translate(published, path, _NETWORK, _MDLM_OPTIONAL, {"network.normalize": is_mean})
+    published.choice("backbone", "dit")
+    published.choice("diffusion", "absorbing_state")
+    is_mean = published.choice("parameterization", "sedd", "subs") == "subs"
+    return _translate(published, _NETWORK, _MDLM_OPTIONAL, {"network.normalize": is_mean})
 
 
-def from_mdlm_transformers(published: Mapping[str, Any], path: pathlib.Path) -> configs.Config:
+def from_mdlm_transformers(published: Fields) -> configs.Config:
     """Our config from config.json of an MDLM model for transformers, which predicts the distribution of x0."""
-    return _translate(published, path, _MDLM_TRANSFORMERS, {}, {"network.normalize": True})
+    return _translate(published, _MDLM_TRANSFORMERS, {}, {"network.normalize": True})
 
 
 def to_sedd(run: runs.Run) -> dict[str, Any]:
@@ -155,54 +184,82 @@ def check_publishable(run: runs.Run) -> None:
             )
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> Fields:
     """Reads a config in JSON."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(storage.read_description(path))
     except FileNotFoundError as error:
         raise errors.UserError(
             f"{path} is missing", remedy="give a directory with this file beside the weights"
         ) from error
-    except ValueError as error:
+    except errors.UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise errors.UserError(f"{path} is not JSON ({error})", remedy="copy it again") from error
-    Fields(content, path)
-    return content
+    return Fields(content, path)
 
 
-def read_yaml(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a config in YAML, as Hydra writes it."""
+def read_yaml(path: pathlib.Path) -> Fields:
+    """Reads a config in YAML, as Hydra writes it. Only values of the names that `from_sedd` asks for are made."""
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        root = yaml.compose(storage.read_description(path), Loader=yaml.SafeLoader)
+    except errors.UserError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         why = " ".join(str(error).split())[:120]
         raise errors.UserError(f"{path} is not YAML ({why})", remedy="copy it again") from error
-    Fields(content, path)
-    return content
+    if not isinstance(root, yaml.MappingNode):
+        return Fields([] if isinstance(root, yaml.SequenceNode) else root and root.value, path)
+    constructor = yaml.constructor.SafeConstructor()
+    content = {}
+    for name in ("tokens", *_SEDD.values(), *_SEDD_OPTIONAL.values()):
+        node: Any = root
+        for part in name.split("."):
+            inner = reversed(node.value) if isinstance(node, yaml.MappingNode) else ()  # The last of equal keys counts.
+            node = next((value for key, value in inner if key.value == part), None)
+        if isinstance(node, yaml.ScalarNode):
+            try:
+                content[name] = constructor.construct_object(node)
+            except (yaml.YAMLError, ValueError, OverflowError):  # Such as a date of a thirteenth month.
+                content[name] = node.value
+        elif node is not None:
+            content[name] = [node.id]
+    return Fields(content, path)
+
+
+def _brief(value: Any) -> str:
+    """A short form of a value of a foreign file, which may be of any size and depth."""
+    if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+        return f"a number of {value.bit_length()} bits"
+    if value is None or isinstance(value, bool | int | float | str):
+        return reprlib.repr(value)
+    return f"a {type(value).__name__}"
 
 
 def _translate(
-    published: Mapping[str, Any],
-    path: pathlib.Path,
-    required: Mapping[str, str],
-    optional: Mapping[str, str],
-    fixed: Mapping[str, bool],
+    published: Fields, required: Mapping[str, str], optional: Mapping[str, str], fixed: Mapping[str, bool]
 ) -> configs.Config:
     """Our config from another program's.
 
     Args:
         published: the other program's config.
-        path: its file, for error messages.
         required: our field -> theirs, for fields that it must have.
         optional: the same for fields that it may lack; ours then keep their defaults.
         fixed: values of our fields that no field of theirs sets.
     """
     flat: dict[str, Any] = configs.flatten(configs.to_dict(configs.Config()))
-    theirs = configs.flatten(published)
+    path = published.path
     for ours, name in {**required, **optional}.items():
-        if name in theirs:
-            flat[ours] = _as_number(theirs[name], type(flat[ours]))
+        value = published.find(name)
+        if value is not MISSING:
+            is_single = value is None or isinstance(value, bool | int | float | str)
+            flat[ours] = value = _as_number(value, type(flat[ours]))
+            if not is_single or (isinstance(value, int) and abs(value) >= _TOO_LARGE):
+                raise errors.UserError(
+                    f"{path} has {name}={_brief(value)}", remedy="give the config that the model was trained with"
+                )
         elif ours in required:
             raise errors.UserError(f"{path} has no {name}", remedy="give the config of such a model")
     flat |= {**fixed, "data.source": "", "network.dtype": "float32"}

@@ -1,21 +1,23 @@
-"""Readers for tensor files of PyTorch programs. Nothing in the files is executed.
+"""Readers for tensor files of PyTorch programs. Nothing in the files is executed, and nothing is copied at first.
+
+Readers return `Stored` tensors, whose names and shapes are compared with a config before `arrays` copies them.
 
 A safetensors file needs no torch. A pickle is read by torch's `weights_only` loader. Training checkpoints also contain
 objects of a few libraries (OmegaConf configs, tokenizers), which are replaced by `Inert` ones. Pickles with objects of
 any other library are refused.
 """
 
+import dataclasses
 import json
 import pathlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from sedd_jax.runtime import errors
+from sedd_jax.runtime import errors, storage
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # Libraries whose objects may be replaced, and other names that their pickles refer to.
@@ -25,6 +27,28 @@ _NAMES = (
     "collections.defaultdict",
     *(f"builtins.{name}" for name in ["dict", "list", "int", "str", "float", "bool"]),
 )
+
+
+# Dtypes of weights, as torch and as safetensors name them.
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16")
+_LONGEST_NAME = 255  # bytes of a file name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor in a file, which is not copied yet.
+
+    Attributes:
+        path: the file, for messages.
+        shape: its shape.
+        dtype: its dtype as the file names it.
+        read: makes the array. A tensor of another dtype than those of weights may have none.
+    """
+
+    path: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
 
 
 class Inert:
@@ -47,7 +71,7 @@ def has_weights(directory: pathlib.Path) -> bool:
     return any((directory / name).exists() or _index(directory, name).exists() for name in WEIGHTS)
 
 
-def read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
+def read_weights(directory: pathlib.Path) -> dict[str, Stored]:
     """All tensors of a directory, from model.safetensors or pytorch_model.bin, or from the parts that an index lists.
 
     Raises:
@@ -63,17 +87,42 @@ def read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
     raise errors.UserError(f"{directory} has none of {', '.join(WEIGHTS)}", remedy="copy it again")
 
 
-def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def arrays(tensors: Mapping[str, Stored]) -> dict[str, np.ndarray]:
+    """The tensors as float32 NumPy arrays.
+
+    Raises:
+        errors.UserError: names a tensor that is not of floating-point numbers.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise errors.UserError(
+                f"{tensor.path} has {name} in {tensor.dtype}", remedy="convert the weights to float32 or bfloat16 first"
+            )
+    return {name: tensor.read().astype(np.float32, copy=False) for name, tensor in tensors.items()}
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, Stored]:
     """The tensors of a safetensors file."""
+    storage.check_regular(path)
     try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, TypeError) as error:
+        file = safetensors.safe_open(path, framework="numpy")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no mapping.
+        return {
+            name: Stored(
+                path=path,
+                shape=tuple(found.get_shape()),
+                dtype=found.get_dtype(),
+                read=lambda name=name: file.get_tensor(name),
+            )
+            for name, found in slices.items()
+        }
+    except (safetensors.SafetensorError, TypeError, ValueError) as error:
         raise errors.UserError(f"{path} cannot be read as safetensors ({error})", remedy="copy it again") from error
 
 
-def read_pickled_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read_pickled_tensors(path: pathlib.Path) -> dict[str, Stored]:
     """The tensors of a state_dict that torch.save wrote."""
-    return to_arrays(read_pickle(path), path)
+    return stored(read_pickle(path), path)
 
 
 def read_pickle(path: pathlib.Path) -> Any:
@@ -89,6 +138,7 @@ def read_pickle(path: pathlib.Path) -> Any:
             f"{path} is a pickle, and reading it needs torch", remedy="pip install torch, or use safetensors"
         ) from error
 
+    storage.check_regular(path)
     try:
         is_zip = zipfile.is_zipfile(path)
         damaged = _damaged_members(path) if is_zip else []
@@ -126,26 +176,50 @@ def _damaged_members(path: pathlib.Path) -> list[str]:
         return compressed or [name for name in [archive.testzip()] if name]
 
 
-def to_arrays(state: Any, path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a state_dict as float32 NumPy arrays."""
+def stored(state: Any, path: pathlib.Path) -> dict[str, Stored]:
+    """The tensors of a state_dict that was read from a file.
+
+    Raises:
+        errors.UserError: if it holds something else, or tensors whose values are not written one by one in the file.
+    """
     import torch
 
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise errors.UserError(
             f"{path} holds no state_dict, a mapping from names to tensors", remedy="give a file that does"
         )
-    return {name: tensor.detach().float().numpy() for name, tensor in state.items()}
+    size = 0
+    for name, tensor in state.items():
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_neg()
+        if not is_plain or tensor.is_quantized or tensor.is_nested:
+            raise errors.UserError(
+                f"{path} has {name} as a sparse, quantized, nested, negated or meta tensor",
+                remedy="save the weights as plain tensors",
+            )
+        size += tensor.numel() * tensor.element_size()
+    # Two names may share a tensor, as embedding and head of some models do.
+    if size > 2 * path.stat().st_size:
+        raise errors.UserError(
+            f"{path} has tensors of {size} bytes in {path.stat().st_size} bytes, so they repeat their values",
+            remedy="save contiguous copies of them",
+        )
+    return {
+        name: Stored(
+            path=path,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            read=lambda tensor=tensor: tensor.detach().float().numpy(),
+        )
+        for name, tensor in state.items()
+    }
 
 
-def plain(value: Any) -> Any:
-    """Dicts, lists and values of an OmegaConf config that was read as `Inert` objects; interpolations stay strings."""
+def unwrapped(value: Any) -> Any:
+    """The dict, list or value that an OmegaConf object stands for, if it is one. Interpolations stay strings."""
     if isinstance(value, Inert) and isinstance(value.state, Mapping):
-        state = value.state
-        return plain(state["_content"]) if "_content" in state else plain(state.get("_val"))
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
+        return value.state["_content"] if "_content" in value.state else value.state.get("_val")
     return value
 
 
@@ -156,8 +230,10 @@ def _index(directory: pathlib.Path, name: str) -> pathlib.Path:
 def _parts(index: pathlib.Path) -> list[pathlib.Path]:
     """The files that an index lists, all of which must be in its directory."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(storage.read_description(index))
+    except errors.UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise errors.UserError(
             f"{index} is not an index of weights ({_brief(error)})", remedy="copy it again"
         ) from error
@@ -165,9 +241,11 @@ def _parts(index: pathlib.Path) -> list[pathlib.Path]:
     if not isinstance(weight_map, dict):
         raise errors.UserError(f"{index} is not an index of weights (it has no weight_map)", remedy="copy it again")
     for name in weight_map.values():
-        if not isinstance(name, str) or pathlib.PurePath(name).name != name or name == "..":
+        is_name = isinstance(name, str) and len(name) <= _LONGEST_NAME and "\0" not in name
+        if not is_name or pathlib.PurePath(name).name != name or name in ("", ".."):
             raise errors.UserError(
-                f"{index} names {name!r}, which is not a file in its directory, so nothing was read",
+                f"{index} names {str(name)[:_LONGEST_NAME]!r}, which is not a file in its directory, so nothing was "
+                "read",
                 remedy="copy it again",
             )
         if not (index.parent / name).exists():

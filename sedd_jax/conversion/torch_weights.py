@@ -51,21 +51,56 @@ def parameter_names(num_layers: int) -> list[str]:
 def shapes(config: networks.NetworkConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every published tensor of a network with these sizes."""
     params = jax.eval_shape(lambda: networks.init(jax.random.key(0), config))
-    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
-    return {name: tensor.shape for name, tensor in to_torch(zeros, config).items()}
+    turned = lambda shape, transposed: shape[::-1] if transposed else shape
+    found = {name: turned(_get(params, path).shape, transposed) for path, name, transposed in _ROOT}
+    found["vocab_embed.embedding"] = found["output_layer.linear.weight"] = (config.num_states, config.hidden_size)
+    found["output_layer.linear.bias"] = (config.num_states,)
+    for path, name, transposed in _BLOCK:
+        shape = turned(_get(params["blocks"], path).shape[1:], transposed)
+        found |= {f"blocks.{i}.{name}": shape for i in range(config.num_layers)}
+    return found | {ROTARY: (config.head_size // 2,)}
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], config: networks.NetworkConfig) -> None:
+    """Raises an errors.UserError that names tensors that are missing, unknown, or of another shape.
+
+    A config may claim any size. So it is compared with the tensors before anything of that size is made.
+    """
+    # With more layers than tensors, some are missing in any case.
+    expected = set(parameter_names(min(config.num_layers, len(found))))
+    missing, unknown = sorted(expected - set(found)), sorted(set(found) - expected - {ROTARY})
+    if missing or unknown:
+        raise errors.UserError(
+            f"the tensors are not those of this network: missing {missing[:4]}, unknown {unknown[:4]}",
+            remedy="give the config and the weights of one model",
+        )
+    for name, shape in (
+        ("vocab_embed.embedding", (config.num_states, config.hidden_size)),
+        ("sigma_map.mlp.2.bias", (config.cond_dim,)),
+    ):
+        _compare(name, found[name], shape)
+    expected_shapes = shapes(config)
+    for name, shape in found.items():
+        _compare(name, shape, expected_shapes[name])
+
+
+def _compare(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise errors.UserError(
+            f"tensor {name} has shape {found}, but the config implies {expected}",
+            remedy="give the config and the weights of one model",
+        )
 
 
 def check(tensors: Mapping[str, np.ndarray], config: networks.NetworkConfig) -> None:
     """Raises an errors.UserError that names tensors that are missing, unknown, of another shape, or not finite."""
-    expected = shapes(config)
-    missing, unknown = sorted(set(expected) - set(tensors) - {ROTARY}), sorted(set(tensors) - set(expected))
-    if missing or unknown:
-        raise errors.UserError(
-            f"the tensors are not those of this network: missing {missing[:4]}, unknown {unknown[:4]}"
-        )
+    check_shapes({name: tensor.shape for name, tensor in tensors.items()}, config)
+    check_finite(tensors)
+
+
+def check_finite(tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises an errors.UserError that names a tensor with values that float32 does not hold."""
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name]:
-            raise errors.UserError(f"tensor {name} has shape {tensor.shape}, but the config implies {expected[name]}")
         if not np.isfinite(tensor.astype(np.float32)).all():
             raise errors.UserError(
                 f"tensor {name} holds values that are not finite, so the file is damaged or the run diverged",

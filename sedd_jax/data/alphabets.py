@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,9 +28,11 @@ class Characters:
     special_ids: ClassVar[frozenset[int]] = frozenset()
 
     def __post_init__(self):
-        if not self.alphabet or len(set(self.alphabet)) < len(self.alphabet):
+        is_text = isinstance(self.alphabet, str) and not re.search("[\ud800-\udfff]", self.alphabet)
+        if not is_text or not self.alphabet or len(set(self.alphabet)) < len(self.alphabet):
             raise errors.UserError(
-                f"alphabet={self.alphabet!r} is empty or repeats a character", remedy="name each character once"
+                f"alphabet={self.alphabet!r} is empty or repeats a character, or is no text",
+                remedy="name each character once",
             )
         if wrong := [character for character in self.alphabet if "\ud800" <= character <= "\udfff"]:
             raise errors.UserError(
@@ -133,6 +136,13 @@ class Ids:
     eos_id: ClassVar[None] = None
     unk_id: ClassVar[None] = None
     special_ids: ClassVar[frozenset[int]] = frozenset()
+
+    def __post_init__(self):
+        if type(self.vocab_size) is not int or not 0 < self.vocab_size < 2**31:
+            raise errors.UserError(
+                f"vocab_size={self.vocab_size!r} is no number of tokens",
+                remedy="give a whole number from 1 to 2**31 - 1",
+            )
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
         """The token ids (int32) that `text` spells out.

@@ -232,7 +232,7 @@ class SentencePiece:
 
         try:
             return sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.model, validate=True))
-        except (ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise errors.UserError("this is no SentencePiece model", remedy="give the .model file") from error
 
     @functools.cached_property

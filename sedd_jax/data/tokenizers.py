@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from sedd_jax.data import alphabets, subwords
-from sedd_jax.runtime import errors, hosts
+from sedd_jax.runtime import errors, hosts, storage
 
 Tokenizer = (
     alphabets.Characters | alphabets.Bytes | alphabets.Ids | subwords.GPT2 | subwords.WordPiece | subwords.SentencePiece
@@ -127,11 +127,15 @@ def read(path: pathlib.Path) -> Tokenizer:
             )
         description["path"] = str(file)
     try:
-        return from_json(description)
+        tokenizer = from_json(description)
+        is_empty = num_ids(tokenizer) < 1
     except TypeError as error:
         raise errors.UserError(f"{path} is damaged: {error}", remedy=_REPAIR) from error
     except errors.UserError as error:
         raise error.at(str(path)) from error
+    if is_empty:
+        raise errors.UserError(f"{path} is damaged: it has no tokens", remedy=_REPAIR)
+    return tokenizer
 
 
 def put_file_back(path: pathlib.Path, spec: str) -> None:
@@ -157,8 +161,10 @@ def put_file_back(path: pathlib.Path, spec: str) -> None:
 def _described(path: pathlib.Path) -> tuple[dict[str, Any], pathlib.Path | None]:
     """The description in a file of `write`, and the file beside it that it needs, if any."""
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(storage.read_description(path))
         name = FILES.get(description["kind"])
+    except errors.UserError:
+        raise
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise errors.UserError(f"{path} is damaged: {error!r}", remedy=_REPAIR) from error
     if name is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 # Private characters of Unicode, so that no message holds them by accident.
 _OPEN, _CLOSE = "\ue000", "\ue001"
+_LONGEST = 2000  # characters of a problem
 _NAME = re.compile(f"{_OPEN}(.*?){_CLOSE}")
 
 
@@ -48,6 +49,8 @@ class UserError(ValueError):
         if subject and self.value is not None:
             subject += f"={_shown(self.value)}"
         text = " ".join(part for part in (self.place and f"{self.place}:", subject, self.problem) if part)
+        if len(text) > _LONGEST:  # A value of a foreign file may be of any length.
+            text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
         text = f"{text}: {self.remedy}" if self.remedy else text
         return " ".join(_NAME.sub(lambda found: spell(found[1]), text).split())
 

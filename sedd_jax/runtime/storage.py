@@ -22,6 +22,7 @@ Directory = pathlib.Path | epath.Path
 CHECKPOINTS = "checkpoints"
 PARTIAL = ".partial"  # A directory of this name is an unfinished one that a kill has left.
 _LAST = ("config.json", "header.json")  # These mark a run or prepared text as complete, so they are written last.
+_LONGEST_DESCRIPTION = 2**26  # bytes; a SentencePiece model in a tokenizer's description takes a few million
 _sent: dict[pathlib.Path, tuple[int, int]] = {}  # Size and time of each local file as it is in the bucket.
 
 
@@ -115,6 +116,30 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     files, starts, stops = zip(*ranges, strict=True)
     with _bucket(epath.Path(files[0]).parent) as bucket:
         return bucket.cat_ranges(list(files), list(starts), list(stops), on_error="raise")
+
+
+def check_regular(path: pathlib.Path) -> None:
+    """Raises errors.UserError if what is there is no file with an end: a directory, a pipe, or a device."""
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "a pipe, a socket or a device"
+        raise errors.UserError(f"{path} is {kind}, not a file", remedy="put the file there")
+
+
+def read_description(path: pathlib.Path) -> str:
+    """The text of a file that another program may have written to describe a model.
+
+    Raises:
+        errors.UserError: if it is not a regular file, or too long to be read.
+        UnicodeDecodeError: if it is not UTF-8.
+        OSError: as the system does.
+    """
+    check_regular(path)
+    if (size := path.stat().st_size) > _LONGEST_DESCRIPTION:
+        raise errors.UserError(
+            f"{path} has {size} bytes, more than the {_LONGEST_DESCRIPTION} of any description",
+            remedy="put the right file there",
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:

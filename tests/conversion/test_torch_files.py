@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is missing: pip install -e 
 
 import safetensors.numpy
 
-from sedd_jax.conversion import torch_files
+from sedd_jax.conversion import published_configs, torch_files
 from sedd_jax.runtime import errors
 
 ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b.c": np.float32([1.5, -2])}
@@ -26,7 +26,8 @@ def tensors():
     return {name: torch.from_numpy(x) for name, x in ARRAYS.items()}
 
 
-def check(found):
+def check(stored):
+    found = torch_files.arrays(stored)
     assert set(found) == set(ARRAYS)
     for name, x in ARRAYS.items():
         np.testing.assert_array_equal(found[name], x)
@@ -137,7 +138,9 @@ def test_a_config_is_read_from_inert_objects(tmp_path):
     content = {"a": 1, "b": {"c": [1, 2.5, None], "d": "x"}, "e": True}
     config = omegaconf.OmegaConf.create(content | {"f": "${b.d}"})
     torch.save({"config": config}, tmp_path / "x.ckpt")
-    assert torch_files.plain(torch_files.read_pickle(tmp_path / "x.ckpt")["config"]) == content | {"f": "${b.d}"}
+    fields = published_configs.Fields(torch_files.read_pickle(tmp_path / "x.ckpt")["config"], tmp_path)
+    assert [fields[name] for name in ("a", "b.d", "e", "f")] == [1, "x", True, "${b.d}"]
+    assert fields.find("b.x") is fields.find("a.x") is fields.find("x") is published_configs.MISSING
 
 
 def truncated(path, keep):

@@ -83,7 +83,7 @@ def test_ids_are_numbers_below_their_count():
     assert tokenizer.decode(ids) == "3 29 0"
     assert tokenizer.encode("").shape == (0,)
     for wrong in ("30", "-1", "three", "٣", "1" * 5000):
-        with pytest.raises(errors.UserError, match=f"'{wrong}' is not an id: give numbers from 0 to 29"):
+        with pytest.raises(errors.UserError, match=rf"'{wrong[:900]}.*' is not an id: give numbers from 0 to 29"):
             tokenizer.encode(f"3 {wrong}")
     with pytest.raises(ValueError, match=r"id 30 at position 0 is outside \[0, 30\)"):
         tokenizer.decode(np.array([30]))
