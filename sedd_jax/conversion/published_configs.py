@@ -1,5 +1,6 @@
 """Translation of configs: from the published program and MDLM's to ours, and from ours to the published one."""
 
+import contextlib
 import itertools
 import json
 import pathlib
@@ -13,6 +14,7 @@ from sedd_jax.conversion import torch_files
 from sedd_jax.runtime import errors, storage
 
 MISSING = object()
+_YAML_TAGS = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null")]
 _TOO_LARGE = 2**31  # for a whole number of a config
 
 # Our field -> theirs. Fields that a config may lack are in tables of their own.
@@ -220,10 +222,11 @@ def read_yaml(path: pathlib.Path) -> Fields:
             inner = reversed(node.value) if isinstance(node, yaml.MappingNode) else ()  # The last of equal keys counts.
             node = next((value for key, value in inner if key.value == part), None)
         if isinstance(node, yaml.ScalarNode):
-            try:
-                content[name] = constructor.construct_object(node)
-            except (yaml.YAMLError, ValueError, OverflowError):  # Such as a date of a thirteenth month.
-                content[name] = node.value
+            content[name] = node.value
+            # A date, or 5000 digits, stays text, and is refused as such.
+            with contextlib.suppress(ValueError, KeyError):
+                if node.tag in _YAML_TAGS:
+                    content[name] = constructor.construct_object(node)
         elif node is not None:
             content[name] = [node.id]
     return Fields(content, path)

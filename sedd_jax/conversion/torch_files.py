@@ -142,7 +142,8 @@ def read_pickle(path: pathlib.Path) -> Any:
     try:
         is_zip = zipfile.is_zipfile(path)
         damaged = _damaged_members(path) if is_zip else []
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        # PyTorch would unpack what is compressed, whatever its size.
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip and not damaged else []
     except Exception as error:
         raise errors.UserError(
             f"{path} cannot be read as a PyTorch file ({_brief(error)})", remedy="copy it again"
