@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from sedd_jax import config as configs
@@ -158,7 +159,9 @@ def describe(result: dict[str, Any]) -> str:
         f"{result.get('weights', 'the')} weights{step} of {result['from']}; the optimizer state is not converted"
     ]
     if result["largest_difference"] is None:
-        lines.append("not verified: install torch to compare with the PyTorch network (--verify)")
+        has_torch = importlib.util.find_spec("torch") is not None
+        why = "as asked" if has_torch else "install torch to compare with the PyTorch network"
+        lines.append(f"not verified: {why}")
     else:
         lines.append(
             f"verified: logits of PyTorch and JAX differ by at most {result['largest_difference']:.2g}; the largest "
@@ -260,7 +263,12 @@ def _write_torch(
     tensors = _rounded(_told_noise(model), dtype)
     origin = {**model.origin, "dtype": dtype, "config": configs.to_dict(run.config)}
     runs.write_json(directory / "config.json", published_configs.to_sedd(run) | {"sedd_jax": origin})
-    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    try:
+        safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise errors.UserError(
+            f"cannot write {directory / 'model.safetensors'} ({error})", remedy="make room, or use another directory"
+        ) from error
     # safetensors makes its files readable by their owner only.
     (directory / "model.safetensors").chmod((directory / "config.json").stat().st_mode)
     tokenizers.write(run.tokenizer, directory / published_checkpoints.TOKENIZER)

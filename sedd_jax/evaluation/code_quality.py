@@ -63,7 +63,8 @@ def measure(
     """Shares of windows that parse, among held-out windows, samples, and held-out windows with a refilled gap.
 
     The gap is the middle eighth of a window. Only windows that parse get one, so all refilled windows could parse. For
-    comparison `gap_closed` is the share that parse with the gap removed.
+    comparison `gap_closed` is the share that parse with the gap removed. An autoregressive run sees no text after a
+    gap, so it has samples alone.
 
     Args:
         workdir: the run directory.
@@ -82,7 +83,12 @@ def measure(
     sequences = np.random.default_rng(seed).permutation(held_out.sequences()).astype(np.int32)
     real = [parses(_text(run, row)) for row in sequences]
     chosen = sequences[np.flatnonzero(real)[:num_samples]]
-    if len(chosen) < num_samples:
+    if not any(real):
+        raise errors.UserError(
+            f"none of the {len(real)} held-out windows of {workdir} parses",
+            remedy="measure a run whose text is Python, with longer sequences than these if it is",
+        )
+    if len(chosen) < num_samples and not run.is_autoregressive:
         raise errors.UserError(
             f"only {len(chosen)} held-out windows parse",
             remedy=f"ask for {errors.name('num_samples')}={len(chosen)} at most",
@@ -102,13 +108,17 @@ def measure(
         "seed": seed,
     }
     name = results.name("code", result)
-    nothing = steps.Given(jnp.zeros(chosen.shape, jnp.int32), jnp.zeros(chosen.shape, bool))
-    around = steps.Given(jnp.asarray(chosen), jnp.broadcast_to(is_given, chosen.shape))
+    empty = (num_samples, length)
+    nothing = steps.Given(jnp.zeros(empty, jnp.int32), jnp.zeros(empty, bool))
     with opened.on_devices():
-        samples, filled = (generate.draw_tokens(opened, given, sampling, seed=seed) for given in (nothing, around))
-    closed = np.delete(chosen, np.r_[gap], axis=1)
+        samples = generate.draw_tokens(opened, nothing, sampling, seed=seed)
+        drawn = {"samples": samples}
+        if not run.is_autoregressive:
+            around = steps.Given(jnp.asarray(chosen), jnp.broadcast_to(is_given, chosen.shape))
+            drawn["refilled"] = generate.draw_tokens(opened, around, sampling, seed=seed)
+            drawn["gap_closed"] = np.delete(chosen, np.r_[gap], axis=1)
     result["held_out"] = _share(real)
-    for kind, rows in (("samples", samples), ("refilled", filled), ("gap_closed", closed)):
+    for kind, rows in drawn.items():
         result[kind] = _share([parses(_text(run, row)) for row in rows])
     result["texts"] = [_text(run, row) for row in samples[: results.KEPT_TEXTS]]
     results.keep(run, name, result)
@@ -132,6 +142,7 @@ def table(result: dict[str, Any]) -> tables.Table:
         rows=[
             (title, tables.estimate(result[name]["share"], result[name]["stderr"]), str(result[name]["windows"]))
             for name, title in names.items()
+            if name in result
         ],
     )
 

@@ -181,7 +181,8 @@ def new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
             path.rename(final / path.name)
         partial.rmdir()
     except BaseException:
-        shutil.rmtree(partial)
+        # Threads of a save that failed may still write there. What they leave is removed at the next try.
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

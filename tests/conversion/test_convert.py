@@ -21,6 +21,7 @@ import safetensors.numpy
 
 from sedd_jax import config as configs
 from sedd_jax import runs
+from sedd_jax.cli import main as cli
 from sedd_jax.conversion import convert, torch_model, torch_weights
 from sedd_jax.data import tokenizers
 from sedd_jax.model import networks, optimizers, score_heads, train_state
@@ -260,6 +261,29 @@ def test_without_torch_nothing_is_verified(published, tmp_path, monkeypatch):
         run_convert(published, tmp_path / "out", verify=True)
     result = run_convert(published, tmp_path / "out")
     assert "not verified: install torch" in convert.describe(result)
+
+
+def test_what_was_not_to_be_verified_is_not_told_to_install_torch(tmp_path):
+    result = run_convert(GOLDEN / "model_absorb_a", tmp_path / "out", to_format="torch", verify=False)
+    assert convert.describe(result).splitlines()[1] == "not verified: as asked"
+
+
+@pytest.mark.parametrize("to_format", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+def test_a_disk_that_is_full_is_named_in_one_line(small_disk, to_format):
+    (small_disk / "filling").write_bytes(b"0" * 1_900_000)
+    arguments = [f"--from={GOLDEN / 'model_absorb_a'}", f"--to={small_disk / 'out'}", f"--to_format={to_format}"]
+    done = subprocess.run([sys.executable, "-m", "sedd_jax", "convert", *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert str(small_disk) in done.stderr
+    assert "No space left" in done.stderr
+    assert not (small_disk / "out").exists()
+
+
+def test_a_disk_that_may_only_be_read_is_named_in_one_line(small_disk, capsys):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert cli.main(["convert", f"--from={GOLDEN / 'model_absorb_a'}", f"--to={small_disk / 'out'}"]) == 1
+    assert f"cannot write to {small_disk / 'out'} (Read-only file system)" in capsys.readouterr().err
 
 
 def test_without_flatbuffers_the_score_function_is_refused(tmp_path, monkeypatch):

@@ -64,6 +64,23 @@ def test_shares_are_of_held_out_text_samples_and_refilled_gaps(code_run, capsys)
     assert "held-out windows parse: ask for --num_samples=" in capsys.readouterr().err
 
 
+def test_text_that_is_no_code_is_called_that(code_run, monkeypatch, capsys):
+    monkeypatch.setattr(code_quality, "parses", lambda window: False)
+    assert cli.main(["eval", f"--workdir={code_run}", "--code", "--num_samples=8", "--num_processes=1"]) == 1
+    error = capsys.readouterr().err
+    assert f"held-out windows of {code_run} parses: measure a run whose text is Python" in error
+    assert "num_samples" not in error
+
+
+def test_an_autoregressive_run_has_samples_and_no_gaps(judge_run, capsys):
+    assert cli.main(["eval", f"--workdir={judge_run}", "--code", "--num_samples=8", "--num_processes=1", "--json"]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    assert result["samples"]["windows"] == 8
+    assert "refilled" not in printed
+    assert "gap_closed" not in result
+
+
 def test_what_surrounds_a_gap_is_kept_and_the_gap_is_drawn(code_run, monkeypatch):
     drawn = []
     draw = code_quality.generate.draw_tokens
