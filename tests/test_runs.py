@@ -512,7 +512,9 @@ def test_a_run_of_every_past_format_has_the_config_of_today(code_run, tmp_path, 
     assert runs.load(past).config.network.remat == remat
 
 
-@REMATS
+@pytest.mark.parametrize(
+    ("remat", "saved_remat"), slow.all_but([("blocks", True)], [("none", False), ("blocks", True)])
+)
 def test_a_run_of_the_first_format_draws_the_same_text(code_run, tmp_path, remat, saved_remat):
     past_and_new = past_and_newest(code_run, tmp_path, 0, remat, saved_remat)
     drawn, expected = (generate.generate(each, templates.Written(prefix="a = "), seed=3) for each in past_and_new)

@@ -28,13 +28,12 @@ class Characters:
     special_ids: ClassVar[frozenset[int]] = frozenset()
 
     def __post_init__(self):
-        is_text = isinstance(self.alphabet, str) and not re.search("[\ud800-\udfff]", self.alphabet)
-        if not is_text or not self.alphabet or len(set(self.alphabet)) < len(self.alphabet):
+        if not isinstance(self.alphabet, str) or not self.alphabet or len(set(self.alphabet)) < len(self.alphabet):
             raise errors.UserError(
                 f"alphabet={self.alphabet!r} is empty or repeats a character, or is no text",
                 remedy="name each character once",
             )
-        if wrong := [character for character in self.alphabet if "\ud800" <= character <= "\udfff"]:
+        if wrong := re.search("[\ud800-\udfff]", self.alphabet):
             raise errors.UserError(
                 f"the alphabet holds {wrong[0]!r}, half a surrogate pair, which no text has",
                 remedy="name whole characters",

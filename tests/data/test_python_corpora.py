@@ -25,6 +25,7 @@ def test_python_docs_hold_out_about_a_twentieth_each():
         assert 0.03 < sizes[split] / sum(sizes.values()) < 0.09
 
 
+@pytest.mark.slow
 def test_python_docs_share_no_paragraph_between_splits():
     train, valid, test = map(_paragraphs, documents.SPLITS)
     assert not train & valid

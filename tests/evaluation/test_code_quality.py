@@ -72,6 +72,7 @@ def test_text_that_is_no_code_is_called_that(code_run, monkeypatch, capsys):
     assert "num_samples" not in error
 
 
+@pytest.mark.slow
 def test_an_autoregressive_run_has_samples_and_no_gaps(judge_run, capsys):
     assert cli.main(["eval", f"--workdir={judge_run}", "--code", "--num_samples=8", "--num_processes=1", "--json"]) == 0
     printed = capsys.readouterr().out

@@ -75,6 +75,7 @@ def test_points_that_are_done_are_not_drawn_again(run, judge_run, monkeypatch):
     assert len(list((run / "evaluations").glob("*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_points_that_another_judge_has_read_are_not_taken_for_this_ones(run, judge_run, monkeypatch):
     """A judge that was trained again has the same name."""
     curve = quality_curves.Curve(samplers=["tweedie"], num_steps=[2])

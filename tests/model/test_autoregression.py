@@ -28,13 +28,15 @@ CONFIG = networks.NetworkConfig(
 @pytest.fixture(scope="module")
 def model():
     """A network of whose parameters none is 0, so that everything matters."""
-    fresh = networks.init(jax.random.key(0), CONFIG)
-    leaves, structure = jax.tree.flatten(fresh)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = jax.tree.unflatten(
-        structure, [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    )
-    return networks.Model(CONFIG, params)
+
+    @jax.jit
+    def params():
+        leaves, structure = jax.tree.flatten(networks.init(jax.random.key(0), CONFIG))
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(structure, noisy)
+
+    return networks.Model(CONFIG, params())
 
 
 @pytest.fixture(scope="module")

@@ -115,9 +115,13 @@ def select(file: str, pattern: str = "") -> list[Entry]:
     return found
 
 
-def cases(file: str, pattern: str = "") -> pytest.MarkDecorator:
-    """Parametrises a test by `select`."""
-    return pytest.mark.parametrize("entry", select(file, pattern), ids=str)
+def cases(file: str, pattern: str = "", *, slow: str | None = None) -> pytest.MarkDecorator:
+    """Parametrises a test by `select`; those in whose name the expression `slow` is found are slow."""
+    entries = [
+        pytest.param(entry, marks=pytest.mark.slow) if slow and re.search(slow, str(entry)) else entry
+        for entry in select(file, pattern)
+    ]
+    return pytest.mark.parametrize("entry", entries, ids=str)
 
 
 @functools.cache

@@ -45,6 +45,7 @@ def lower(**fields):
     return train.lower_step(run, sharding.make_mesh(run.config.mesh))[1]
 
 
+@pytest.mark.slow
 def test_the_program_of_a_deterministic_step_is_the_same(monkeypatch):
     text = lower().as_text()
     assert lower(**{"training.deterministic": True}).as_text() == text

@@ -168,6 +168,7 @@ def test_of_two_that_go_on_with_one_run_one_says_who_the_other_is(place, uninter
     assert_same_run(place / "both often", uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_used_by_nobody_and_the_one_before_only_when_told(place, uninterrupted):
     workdir = place / "damaged"
     shutil.copytree(uninterrupted, workdir)

@@ -150,6 +150,7 @@ def test_a_traced_run_has_the_same_parameters_a_trace_and_a_table(make_config, p
     assert table.partition("\n\n")[2].partition("\n\n")[0] in stream.getvalue()
 
 
+@pytest.mark.slow
 def test_a_trace_ends_where_the_run_is_stopped_and_is_not_taken_again(make_config, plain, tmp_path):
     class Terminates(io.StringIO):
         def write(self, text):
