@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
             return 0
         if isinstance(error, OSError) and error.errno is not None:
             # The operating system refused: the disk is full, or a file may not be read.
-            return _fail(f"sedd {name}", " ".join(errors.reason(error).split()), 1)
+            return _fail(f"sedd {name}", errors.refused(error), 1)
         if (explained := device_failures.explained(error, name)) is not None:
             return _fail(f"sedd {name}", explained.worded(functools.partial(_spelled, name)), 1)
         error.add_note(_request_for_report(argv))

@@ -1,5 +1,6 @@
 """The one error for what a user did wrong. The command line, the page and Python each spell the names of inputs."""
 
+import errno
 import re
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,15 @@ from typing import Any
 # Private characters of Unicode, so that no message holds them by accident.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _LONGEST = 2000  # characters of a problem
+# What to do about what the operating system refuses.
+_REMEDIES = {
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its owner, or name another place",
+    errno.EROFS: "name another place",
+    errno.ENOSPC: "make room there, or name another place",
+    errno.EDQUOT: "make room there, or name another place",
+    errno.EIO: "its disk or network fails, so name another place",
+}
 _NAME = re.compile(f"{_OPEN}(.*?){_CLOSE}")
 
 
@@ -59,6 +69,12 @@ def reason(error: OSError) -> str:
     """What the system refused, with the path where it names one."""
     found = error.strerror or str(error)
     return f"{error.filename}: {found}" if error.filename else found
+
+
+def refused(error: OSError) -> str:
+    """What the system refused, on one line; where it names a path, with what to do about it."""
+    remedy = _REMEDIES.get(error.errno or 0) if error.filename else None
+    return " ".join(f"{reason(error)}: {remedy}".split() if remedy else reason(error).split())
 
 
 def _rebuild(kind: type[UserError], fields: dict[str, Any]) -> Any:

@@ -41,9 +41,9 @@ def owned(place: pathlib.Path, field: str) -> Iterator[None]:
             file = None
         if file is not None:
             now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
-            file.flush()
+            with contextlib.suppress(OSError):  # A full disk: the lock holds without the note.
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
         yield
 
 

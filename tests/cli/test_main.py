@@ -60,8 +60,14 @@ def test_a_field_of_the_config_is_a_flag_where_the_command_has_one(fails, comman
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), "/runs/a: No space left on device"),
-        (PermissionError(errno.EACCES, "Permission denied", "/etc/key"), "/etc/key: Permission denied"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/runs/a"),
+            "/runs/a: No space left on device: make room there, or name another place",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/etc/key"),
+            "/etc/key: Permission denied: change its permissions, or name another place",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
     ],
 )
