@@ -1,5 +1,18 @@
-"""`python -m sedd_jax` is `sedd`."""
+"""`sedd`, and `python -m sedd_jax`. Ctrl-C is one line from the start, also while the program is loaded."""
 
-from sedd_jax.cli import main as cli
+import sys
 
-cli.run()
+
+def run() -> None:
+    """Entry point of the console script."""
+    try:
+        from sedd_jax.cli import main as cli
+
+        cli.run()
+    except KeyboardInterrupt:
+        print("sedd: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -20,7 +20,7 @@ TRY_AGAIN = 75  # EX_TEMPFAIL: launchers restart a run that exits with this stat
 
 
 def run() -> None:
-    """Entry point of the console script."""
+    """Runs the command of the process's arguments and ends the process with its status."""
     hosts.use_huge_pages()
     hosts.keep_compiled_programs()
     hosts.use_accelerator_flags()

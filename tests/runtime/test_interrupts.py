@@ -96,3 +96,17 @@ def test_other_threads_are_left_alone(default_handler):
     thread.start()
     thread.join()
     assert found == [signal.default_int_handler]
+
+
+def test_an_interrupt_while_the_program_is_loaded_is_one_line():
+    code = (
+        "import builtins, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "load = builtins.__import__\n"
+        "def interrupted(name, *rest):\n"
+        "    if name == 'absl': signal.raise_signal(signal.SIGINT)\n"
+        "    return load(name, *rest)\n"
+        "builtins.__import__ = interrupted\n"
+        "from sedd_jax import __main__ as program; program.run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "sedd: interrupted\n")
