@@ -10,6 +10,7 @@ from sedd_jax.cli import main as cli
 from sedd_jax.data import shards
 from sedd_jax.runtime import errors
 from sedd_jax.training import metric_writers
+from tests.support import wrong_values
 
 OTHER = [
     "",
@@ -39,16 +40,6 @@ def _open(workdir):
     metric_writers.truncate_after(workdir / "metrics.jsonl", 2)
 
 
-def _changed(found):
-    """The JSON with every value in turn replaced by values of other types, or left out."""
-    for name, value in found.items():
-        for other in VALUES:
-            yield {**found, name: other}
-        yield {key: kept for key, kept in found.items() if key != name}
-        if isinstance(value, dict):
-            yield from ({**found, name: inner} for inner in _changed(value))
-
-
 @pytest.fixture
 def workdir(code_run, tmp_path):
     shutil.copytree(code_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "samples", "tensorboard"))
@@ -71,7 +62,7 @@ def test_whatever_stands_in_a_file_is_read_or_named(workdir, name):
     contents += [whole[:size] for size in range(0, len(whole), max(1, len(whole) // 20))]
     contents += [whole[:place] + bytes([whole[place] ^ 128]) + whole[place + 1 :] for place in range(0, len(whole), 37)]
     if name != "metrics.jsonl":
-        contents += [json.dumps(changed).encode() for changed in _changed(json.loads(whole))]
+        contents += [json.dumps(changed).encode() for changed in wrong_values.changed(json.loads(whole), VALUES)]
     messages = []
     for content in contents:
         path.write_bytes(content)

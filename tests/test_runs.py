@@ -501,20 +501,18 @@ def past_and_newest(code_run, directory, number, remat, saved_remat):
     return copy_with(code_run, directory / "past", old), copy_with(code_run, directory / "newest", full)
 
 
-REMATS = pytest.mark.parametrize(("remat", "saved_remat"), [("none", False), ("blocks", True)])
+REMATS = [("none", False), ("blocks", True)]
 
 
 @pytest.mark.parametrize("number", range(len(ADDED)))
-@REMATS
+@pytest.mark.parametrize(("remat", "saved_remat"), REMATS)
 def test_a_run_of_every_past_format_has_the_config_of_today(code_run, tmp_path, number, remat, saved_remat):
     past, newest = past_and_newest(code_run, tmp_path, number, remat, saved_remat)
     assert runs.load(past).config == runs.load(newest).config
     assert runs.load(past).config.network.remat == remat
 
 
-@pytest.mark.parametrize(
-    ("remat", "saved_remat"), slow.all_but([("blocks", True)], [("none", False), ("blocks", True)])
-)
+@pytest.mark.parametrize(("remat", "saved_remat"), slow.all_but([("blocks", True)], REMATS))
 def test_a_run_of_the_first_format_draws_the_same_text(code_run, tmp_path, remat, saved_remat):
     past_and_new = past_and_newest(code_run, tmp_path, 0, remat, saved_remat)
     drawn, expected = (generate.generate(each, templates.Written(prefix="a = "), seed=3) for each in past_and_new)

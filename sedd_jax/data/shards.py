@@ -221,7 +221,12 @@ def is_whole_link(directory: storage.Directory) -> bool:
     """Whether the prepared text that a directory is a link to is where it was, and has not been prepared again."""
     header = read_header(directory)
     place = storage.directory(header["directory"] or directory)
-    return is_packed(place) and {**read_header(place), "directory": header["directory"]} == header
+    return is_packed(place) and _is_as_linked(place, header)
+
+
+def _is_as_linked(place: storage.Directory, header: dict[str, Any]) -> bool:
+    """Whether the text in a place is still what the header of a link to it says."""
+    return {**read_header(place), "directory": header["directory"]} == header
 
 
 def is_packed(directory: storage.Directory) -> bool:
@@ -329,7 +334,7 @@ def follow(directory: storage.Directory) -> tuple[dict[str, Any], storage.Direct
             f"{place}, the text of this run, holds no finished {HEADER}",
             remedy=f"put it back, or train on with {errors.name('config.data.source')}=prepared:DIR, where it is now",
         )
-    if {**read_header(place), "directory": header["directory"]} != header:
+    if not _is_as_linked(place, header):
         raise errors.UserError(
             f"{place} has changed since this run began with it",
             remedy="put the text back as it was, or begin another run",

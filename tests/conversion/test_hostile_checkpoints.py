@@ -19,7 +19,7 @@ import yaml
 
 from sedd_jax.conversion import convert, torch_model, torch_weights
 from sedd_jax.runtime import errors
-from tests.support import foreign, goldens, places
+from tests.support import foreign, goldens, places, wrong_values
 
 GOLDEN = places.GOLDEN / "model_absorb_a"
 DEEP = "[" * 50_000
@@ -83,23 +83,13 @@ def answer(source, named, weights="ema"):
     return None
 
 
-def changed(found):
-    """The mapping with every value in turn replaced by others, or left out."""
-    for name, value in found.items():
-        for other in VALUES:
-            yield {**found, name: other}
-        yield {key: kept for key, kept in found.items() if key != name}
-        if isinstance(value, dict):
-            yield from ({**found, name: inner} for inner in changed(value))
-
-
 @pytest.mark.slow
 def test_whatever_stands_in_a_field_of_a_config(hub, training):
     """Every field in turn, in JSON and in YAML."""
     answers = []
     for source, path in ((hub, hub / "config.json"), (training, training / ".hydra" / "config.yaml")):
         assert answer(source, "") is None
-        for one in changed(config()):
+        for one in wrong_values.changed(config(), VALUES):
             # YAML reads JSON, too, but for the half of a surrogate pair.
             text = json.dumps(one) if source == hub else yaml.safe_dump(one)
             path.write_bytes(text.encode("utf-8", "surrogatepass"))

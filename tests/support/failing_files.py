@@ -15,8 +15,8 @@ import sedd_jax
 
 _PACKAGE = str(pathlib.Path(sedd_jax.__file__).parent)
 # Frames of these do what the package asks of them: what fails there was called by the frame before.
-_PASSED_THROUGH = (sysconfig.get_path("stdlib"), str(pathlib.Path(numpy.__file__).parent), *etils.__path__, "<frozen")
-_SITE_PACKAGES = sysconfig.get_path("purelib")
+_PASSED_THROUGH = (str(pathlib.Path(numpy.__file__).parent), *etils.__path__, "<frozen", __file__)
+_LIBRARIES, _STANDARD = sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")  # the former lies in the latter
 _EVENTS = {"open": "open", "os.mkdir": "mkdir", "os.rename": "rename"}
 
 
@@ -49,8 +49,8 @@ def _is_of_package(frame) -> bool:
         name = frame.f_code.co_filename
         if name.startswith(_PACKAGE):
             return True
-        is_passed_through = name.startswith(_PASSED_THROUGH) or name == __file__
-        if not is_passed_through or (name.startswith(_SITE_PACKAGES) and "numpy" not in name and "etils" not in name):
+        is_standard = name.startswith(_STANDARD) and not name.startswith(_LIBRARIES)
+        if not is_standard and not name.startswith(_PASSED_THROUGH):
             return False
         frame = frame.f_back
     return False
