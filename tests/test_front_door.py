@@ -40,6 +40,7 @@ def test_it_samples_as_the_command_does_and_says_nothing(code_run, opened, capfd
     assert [one.to_dict() for one in drawn] == json.loads(capfd.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_it_fills_each_template_once_in_the_order_given(opened):
     asked = ["a = {3}", "b{20}", "{2}1\nb = 2{1}", "a = 1"] * 3
     filled = opened.infill(asked, num_steps=4, num_samples=8)

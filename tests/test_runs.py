@@ -303,6 +303,7 @@ def test_sample_command_fills_a_template_and_writes_jsonl(trained, tmp_path):
     assert other != out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", slow.all_but(["euler"], ["euler", "tau_leaping"]))
 def test_prefix_and_suffix_stand_at_the_ends_with_every_sampler(trained, sampler):
     status, out, _ = call(
@@ -549,6 +550,7 @@ def test_help_lists_every_field_with_its_default():
         assert "--json" in call(command, "--help")[1]
 
 
+@pytest.mark.slow
 def test_convert_carries_a_run_to_pytorch_and_back(trained, tmp_path):
     published, back = tmp_path / "published", tmp_path / "back"
     assert call("convert", f"--from={trained[0]}", f"--to={published}")[0] == 0

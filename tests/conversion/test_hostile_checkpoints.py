@@ -144,6 +144,7 @@ YAML = [
 ]
 
 
+@pytest.mark.slow
 def test_whatever_stands_in_a_config_of_hydra(training):
     path = training / ".hydra" / "config.yaml"
     for content in (*OTHER, *YAML):

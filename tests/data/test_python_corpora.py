@@ -32,6 +32,7 @@ def test_python_docs_share_no_paragraph_between_splits():
     assert not (train | valid) & test
 
 
+@pytest.mark.slow
 def test_python_docs_keep_a_small_alphabet():
     text = "".join("".join(_read("docs", split)) for split in documents.SPLITS)
     assert set(text) == {chr(code) for code in range(32, 127)} | {"\n"}

@@ -103,6 +103,7 @@ def test_any_of_the_filled_positions_are_masked_again():
     np.testing.assert_array_equal(np.where(masked(2) == N, xt, masked(2)), xt)
 
 
+@pytest.mark.slow
 def test_corrector_steps_of_first_hitting_are_gibbs_steps():
     """Two evaluations' worth of tokens at once, then corrected: nearer to the truth, as the chain itself says."""
     process, num_draws = forward.Process(GRAPHS["absorb"], NOISE), 20_000

@@ -50,6 +50,7 @@ def test_windows_parse_where_their_statements_are_python(window, expected):
     assert code_quality.parses(window) is expected
 
 
+@pytest.mark.slow
 def test_shares_are_of_held_out_text_samples_and_refilled_gaps(code_run, capsys):
     assert cli.main(["eval", f"--workdir={code_run}", "--code", "--num_samples=8", "--num_processes=1", "--json"]) == 0
     printed = capsys.readouterr().out

@@ -39,6 +39,7 @@ def test_a_run_reads_windows_from_the_start_of_each_sequence(judge, rows):
         np.testing.assert_allclose(values, np.concatenate([np.zeros(0), *windows]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_features_of_a_run_have_read_the_whole_window(judge, rows):
     model, mask = judge.opened.model, judge.run.graph.mask_id
     found = judge.features(rows)
@@ -102,6 +103,7 @@ def test_a_model_of_transformers_reads_all_but_the_first_token(gpt2, code_run):
         np.testing.assert_allclose(feature, last.numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_samples_are_read_by_a_model_of_transformers(gpt2, code_run):
     samples = generation_quality.Samples(num_samples=3, batch_size=2)
     result = generation_quality.measure(code_run, str(gpt2), samples=samples)

@@ -10,6 +10,7 @@ import pytest
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.evaluation import results
+from tests.support import slow
 
 
 @pytest.fixture
@@ -49,9 +50,12 @@ def test_a_result_comes_with_its_circumstances(run):
     json.dumps(found)
 
 
+BOUND = ["eval", "--num_times=1"]
+
+
 @pytest.mark.parametrize(
     "command",
-    [["eval", "--num_times=1"], ["tune-grid", "--num_steps=2", "--num_sequences=8", "--batch_size=8"]],
+    slow.all_but([BOUND], [BOUND, ["tune-grid", "--num_steps=2", "--num_sequences=8", "--batch_size=8"]]),
     ids=lambda command: command[0],
 )
 def test_a_result_that_cannot_be_kept_is_shown_first(run, monkeypatch, capsys, command):

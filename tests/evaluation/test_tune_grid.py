@@ -46,6 +46,7 @@ def test_a_tuned_grid_loses_no_more_than_others_and_is_kept(tuned):
     assert f"{result['bounds']['tuned']:.4f}" in shown
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_on_the_tuned_grid(tuned, capsys):
     workdir, _ = tuned
     run = runs.load(workdir)

@@ -97,6 +97,7 @@ def _call(*argv):
     return status, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.slow
 def test_a_run_trains_is_measured_exactly_and_continues_text(tmp_path):
     """On a text whose every second character follows from the one before."""
     random = np.random.default_rng(0)

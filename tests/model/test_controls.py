@@ -173,6 +173,7 @@ def test_shares_of_classes_are_those_of_their_tokens():
     assert np.isfinite(found).all()  # The sixth class has no token.
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(monkeypatch):
     monkeypatch.setattr(score_draws, "DRAWN_ROWS", {"cpu": 200})
     graph, model, features, without, xt = problem("absorb")

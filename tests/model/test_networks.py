@@ -205,6 +205,7 @@ def test_padded_sequences_give_what_they_give_alone(tiny):
     assert_close(ours, expected)
 
 
+@pytest.mark.slow
 def test_padding_of_the_splash_kernel_is_that_of_plain_products(tiny, monkeypatch):
     model, _, sigma = tiny
     xt, lengths = jax.random.randint(jax.random.key(0), (4, 128), 0, TINY.num_states), jnp.array([128, 90, 1, 17])

@@ -59,7 +59,7 @@ def recorded_run(run: str) -> dict:
     }
 
 
-@goldens.cases("optim.npz", r"\.(loss|grad_norm)(__f64)?$")
+@goldens.cases("optim.npz", r"\.(loss|grad_norm)(__f64)?$", slow="uniform")
 def test_recorded_losses_and_norms(entry):
     run, quantity = entry.name.removesuffix("__f64").rsplit(".", 1)
     entry.check(recorded_run(run)[quantity])

@@ -111,6 +111,7 @@ def test_bfloat16_deviates_by_its_rounding(case):
     assert_near(ours, expected, 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", slow.all_but(["2x2x2"], ["8x1x1", "1x4x1", "2x2x2"]))
 def test_sharded_equals_unsharded(case, shape):
     model, features, noised, is_needed, bounds_fn = case

@@ -87,6 +87,7 @@ def test_gaps_of_a_run_match_their_patterns(code_run, sampler):
     assert len({one.text for one in drawn}) > 1
 
 
+@pytest.mark.slow
 def test_guidance_sees_the_sequence_without_what_is_given_and_counts_twice(code_run):
     run = runs.load(code_run)
     opened = run.restore()

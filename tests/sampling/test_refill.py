@@ -165,6 +165,7 @@ def test_a_tokenizer_without_an_end_cannot_be_stopped_at_it(opened):
         draw(opened, ["a{3}"], stop_at_eos=True)
 
 
+@pytest.mark.slow
 def test_an_autoregressive_run_takes_batches(judge_run):
     opened = runs.load(judge_run).restore()
     shown = []

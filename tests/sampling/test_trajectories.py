@@ -131,6 +131,7 @@ def cut(tokens, is_given, eos_id):
     return kept @ ((N + 1) ** np.arange(tokens.shape[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", slow.all_but(["tweedie"], ["tweedie", "first_hitting"]))
 def test_text_before_a_drawn_end_has_the_same_distribution_though_what_follows_is_left_out(sampler):
     rules, draws = rules_of("absorb", sampler, eos_id=1), exact_draws("absorb")

@@ -760,6 +760,7 @@ def test_requests_that_never_end_give_way_to_those_that_do(opened, monkeypatch):
     assert gone == 8
 
 
+@pytest.mark.slow
 def test_a_request_has_a_time_to_come_and_none_to_be_answered(opened, monkeypatch):
     monkeypatch.setattr(connections, "_SECONDS", 0.2)
     with _serving(opened) as url, _idle(url, 1) as (idle,):

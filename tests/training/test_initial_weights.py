@@ -13,6 +13,7 @@ from sedd_jax import runs
 from sedd_jax.model import optimizers
 from sedd_jax.runtime import sharding
 from sedd_jax.training import train
+from tests.support import slow
 
 MESH = sharding.MeshConfig()
 
@@ -47,7 +48,7 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("length", [32, 16, 48])
+@pytest.mark.parametrize("length", slow.all_but([48], [32, 16, 48]))
 def test_weights_are_the_moving_average_at_any_length(code_run, fine_tune, tmp_path, length):
     state, said, _ = fresh_state(fine_tune(**{"data.length": length}), tmp_path / "run")
     step, source = runs.load(code_run).params("ema_params", sharding.make_mesh(MESH))

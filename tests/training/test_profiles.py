@@ -177,6 +177,7 @@ def profile(make_config, plain, tmp_path):
     return profiles.Profile(run, None, said.append), said
 
 
+@pytest.mark.slow
 def test_a_trace_that_cannot_be_written_is_one_warning(profile, tmp_path):
     traced, said = profile
     (tmp_path / "profiles").write_text("in the way")
