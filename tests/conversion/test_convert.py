@@ -170,6 +170,7 @@ def load(path):
     return safetensors.numpy.load_file(path / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_weights_are_averaged_or_raw(make_run, tmp_path):
     run, state = make_run()
     for weights, params in (("ema", state.ema_params), ("raw", state.params)):

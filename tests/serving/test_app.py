@@ -751,6 +751,7 @@ def _idle(url, number):
         yield found
 
 
+@pytest.mark.slow
 def test_requests_that_never_end_give_way_to_those_that_do(opened, monkeypatch):
     monkeypatch.setattr(connections, "MAX_UNFINISHED", 4)
     with _serving(opened) as url, _idle(url, 12) as idle:

@@ -189,6 +189,7 @@ def test_a_trace_that_cannot_be_written_is_one_warning(profile, tmp_path):
     assert "\n" not in warning
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_left_to_checkpoints(profile, tmp_path, monkeypatch):
     def fail():
         stop()
