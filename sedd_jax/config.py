@@ -3,10 +3,7 @@
 import dataclasses
 import difflib
 import functools
-import importlib.util
 import math
-import os
-import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -121,8 +118,9 @@ class Config:
     mesh: sharding.MeshConfig = sharding.MeshConfig()
 
 
-# A ConfigDict is not a Mapping.
-Nested = Mapping[str, Any] | ml_collections.ConfigDict
+# A ConfigDict is not a Mapping. What a user writes may have keys that are not text.
+Nested = Mapping[Any, Any] | ml_collections.ConfigDict
+SECTION = (Mapping, ml_collections.ConfigDict)
 
 # Fields that may change when a run resumes; all others determine its parameters.
 MAY_CHANGE = (
@@ -131,7 +129,7 @@ MAY_CHANGE = (
     r"mesh\..*",
     r"network\.(remat|layer_loop|attention)",
 )
-_DERIVED = {"network.num_states": 0, "network.causal": False}  # They follow from the tokenizer and the graph.
+DERIVED = {"network.num_states": 0, "network.causal": False}  # They follow from the tokenizer and the graph.
 _MAY_BE_ZERO = r"eval_every|sample_every|seed|warmup|keep_checkpoints_every|corrector_steps"
 AUTOREGRESSIVE = "autoregressive"
 _LISTED = "`sedd train --help` lists the fields"
@@ -143,41 +141,14 @@ def default() -> ml_collections.ConfigDict:
 
 
 def merge(partial: Nested) -> ml_collections.ConfigDict:
-    """The defaults, with the fields of `partial` put over them.
+    """The defaults, with the fields of `partial` put over them. Names of inner fields may be written data.length.
 
     Raises:
         errors.UserError: names a field that does not exist and the nearest one that does, or a value of a wrong type.
     """
     merged = default()
-    for name, value in flatten(partial).items():
-        check_field(name, merged)
-        try:
-            merged.update_from_flattened_dict({name: value})
-        except TypeError:
-            raise wrong_type(name, value, merged) from None
+    _put(merged, partial, "")
     return merged
-
-
-def read_file(path: str | os.PathLike[str]) -> Nested:
-    """The fields that a Python file such as configs/quickstart.py sets: what its `get_config()` returns.
-
-    Raises:
-        errors.UserError: where `path` is not such a file, or the file fails.
-    """
-    refuse = lambda problem, remedy: errors.UserError(problem, field="config", value=path, remedy=remedy)
-    spec = importlib.util.spec_from_file_location("sedd_config", path)
-    if not pathlib.Path(path).is_file() or spec is None or spec.loader is None:
-        raise refuse("is not a file of Python", "give one of configs/*.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        found = module.get_config()
-    except (Exception, SystemExit) as error:
-        # The user wrote the file, so any exception in it is the user's error.
-        raise refuse(f"fails with {type(error).__name__}: {error}", "mend the file") from error
-    if not isinstance(found, Mapping | ml_collections.ConfigDict):
-        raise refuse(f"returns {found!r}, which is no dict of fields", "mend get_config() as in configs/quickstart.py")
-    return found
 
 
 def check_field(name: str, config: ml_collections.ConfigDict) -> None:
@@ -198,37 +169,32 @@ def _mistyped(name: str, value: Any, kind: type) -> errors.UserError:
     return errors.UserError(f"must be of type {kind.__name__}", field=f"config.{name}", value=repr(value))
 
 
+def section(name: str, value: Any) -> Nested:
+    """The value of a section of the config.
+
+    Raises:
+        errors.UserError: if it holds no fields.
+    """
+    if isinstance(value, SECTION):
+        return value
+    raise errors.UserError("holds no fields", field=f"config.{name}", value=repr(value), remedy=_LISTED)
+
+
 def parse(config: Nested) -> Config:
     """The validated frozen dataclasses of a complete ConfigDict, or of equal nested mappings.
 
     Raises:
         errors.UserError: names the field, its value and the remedy.
     """
-    parsed = _parse(Config, dict(config), "")
+    parsed = _parse(Config, config, "")
     validate(parsed)
     return parsed
-
-
-def read(saved: Mapping[str, Any]) -> Config:
-    """The config of a run directory, which an earlier version may have written.
-
-    A field that the run lacks was added later. It gets the value that means "as before": `metadata["before"]` of the
-    field if there is one, else its default.
-
-    Raises:
-        errors.UserError: names a field that is unknown or has an impossible value.
-    """
-    config = _filled(Config, saved)
-    remat = config["network"]["remat"]
-    if isinstance(remat, bool):  # The type that this field had before.
-        config["network"]["remat"] = "blocks" if remat else "none"
-    return parse(config)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as plain nested dicts, without derived fields."""
     nested = dataclasses.asdict(config)
-    for path in _DERIVED:
+    for path in DERIVED:
         del nested["network"][path.removeprefix("network.")]
     return nested
 
@@ -237,7 +203,7 @@ def flatten(nested: Nested, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}."""
     flat = {}
     for name, value in nested.items():
-        if isinstance(value, Mapping | ml_collections.ConfigDict):
+        if isinstance(value, SECTION):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
@@ -258,7 +224,7 @@ def describe(config: Nested) -> Iterator[tuple[str, Any, str]]:
     """Yields name, value and meaning of every field, in order. Meanings come from the dataclasses' docstrings."""
     values = flatten(config)
     for name, meaning in _meanings(Config, ""):
-        if name not in _DERIVED:
+        if name not in DERIVED:
             yield name, values[name], meaning
 
 
@@ -348,7 +314,28 @@ def make_process(config: Config, vocab_size: int, mask_id: int | None) -> forwar
     return forward.Process(graph_class(config.graph).from_tokenizer(vocab_size, mask_id), noise)
 
 
-def _parse(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+def _put(merged: ml_collections.ConfigDict, partial: Nested, prefix: str) -> None:
+    """Puts fields, whose names begin with `prefix`, over those of a config."""
+    sections = {field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)}
+    for key, value in partial.items():
+        if not isinstance(key, str):
+            raise errors.UserError(
+                f"has the key {key!r}, which is not text", field=f"config.{prefix}".rstrip("."), remedy=_LISTED
+            )
+        name = prefix + key
+        if name in sections:
+            _put(merged, section(name, value), f"{name}.")
+            continue
+        check_field(name, merged)
+        if isinstance(value, SECTION):
+            raise wrong_type(name, value, merged)
+        try:
+            merged.update_from_flattened_dict({name: value})
+        except TypeError:
+            raise wrong_type(name, value, merged) from None
+
+
+def _parse(cls: Any, values: Nested, prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = [name for name in values if name not in fields]
     if unknown:
@@ -356,26 +343,15 @@ def _parse(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
     parsed = {}
     for name, field in fields.items():
         path = prefix + name
-        if path in _DERIVED:
-            parsed[name] = _DERIVED[path]
+        if path in DERIVED:
+            parsed[name] = DERIVED[path]
         elif name not in values:
             raise errors.UserError("is missing", field=f"config.{path}", remedy=_LISTED)
         elif dataclasses.is_dataclass(field.type):
-            parsed[name] = _parse(field.type, dict(values[name]), f"{path}.")
+            parsed[name] = _parse(field.type, section(path, values[name]), f"{path}.")
         else:
             parsed[name] = _convert(path, values[name], field.type)
     return cls(**parsed)
-
-
-def _filled(cls: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved fields of a section; a field that it lacks gets the value that means "as before"."""
-    filled = dict(saved)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            filled[field.name] = _filled(field.type, saved.get(field.name, {}))
-        elif field.default is not dataclasses.MISSING and f"network.{field.name}" not in _DERIVED:
-            filled.setdefault(field.name, field.metadata.get("before", field.default))
-    return filled
 
 
 def _convert(name: str, value: Any, kind: Any) -> Any:

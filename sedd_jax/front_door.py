@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sedd_jax import config as configs
-from sedd_jax import runs
+from sedd_jax import config_files, runs
 from sedd_jax.data import tokenizers
 from sedd_jax.diffusion import forward
 from sedd_jax.evaluation import likelihoods, perplexity, text_bounds
@@ -179,7 +179,7 @@ def train(config: configs.Config | configs.Nested | Path, workdir: Path, *, verb
         errors.UserError: where config, corpus or directory do not allow a run.
     """
     if isinstance(config, str | os.PathLike):
-        config = configs.read_file(config)
+        config = config_files.read_python(config)
     if not isinstance(config, configs.Config):
         config = configs.parse(configs.merge(config))
     stream: Any = sys.stderr if verbose else io.StringIO()

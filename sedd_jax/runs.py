@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from sedd_jax import checkpoints
+from sedd_jax import checkpoints, config_files
 from sedd_jax import config as configs
 from sedd_jax.data import alphabets, batches, corpora, prepare, shards, tokenizers
 from sedd_jax.diffusion import forward, graphs, samplers
@@ -303,11 +303,9 @@ def load(workdir: storage.Directory | str) -> Run:
     local = storage.local_copy(workdir)
     saved = read_json(local / "config.json")
     try:
-        config = configs.read(saved)
+        config = config_files.read_saved(saved)
     except errors.UserError as error:
         raise error.at(f"{local / 'config.json'}, which another version may have written") from error
-    except (AttributeError, KeyError, TypeError) as error:
-        raise errors.UserError(f"{local / 'config.json'} is damaged ({error!r})", remedy=_REPAIR) from error
     tokenizer = tokenizers.read(local / "tokenizer.json")
     return Run(workdir=workdir, config=config, tokenizer=tokenizer)
 

@@ -22,6 +22,7 @@ WINGS = (
     "sampling",
     "conversion",
     "runs",
+    "config_files",
     "config",
     "checkpoints",
     "model",

@@ -4,6 +4,7 @@ import importlib.util
 import pytest
 
 from sedd_jax import config as configs
+from sedd_jax import config_files
 from sedd_jax.runtime import errors
 from tests.support import places
 
@@ -121,4 +122,42 @@ def test_a_config_file_that_gives_no_fields_is_named(tmp_path, text, message):
     path = tmp_path / "c.py"
     path.write_text(text)
     with pytest.raises(errors.UserError, match=rf"config={path} .*{message}"):
-        configs.read_file(path)
+        config_files.read_python(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({1: 2}, "config has the key 1, which is not text: `sedd train --help` lists"),
+        ({None: {}}, "config has the key None, which is not text"),
+        ({("data", "length"): 2}, r"config has the key \('data', 'length'\), which is not text"),
+        ({"data": {1: 2}}, "config.data has the key 1, which is not text"),
+        ({"data": {b"length": 2}}, "config.data has the key b'length', which is not text"),
+        ({"data": {"length": {1: 2}}}, "config.data.length=.* must be of type int"),
+        ({"seed": {}}, "config.seed={} must be of type int"),
+        ({"data": None}, "config.data=None holds no fields: `sedd train --help` lists"),
+        ({"data": [1]}, r"config.data=\[1\] holds no fields"),
+        ({"network": "small"}, "config.network='small' holds no fields"),
+        ({"nets": {}}, "config.nets is not a field"),
+    ],
+)
+def test_a_config_file_with_fields_that_are_none_is_named(tmp_path, fields, message):
+    path = tmp_path / "c.py"
+    path.write_text(f"def get_config(): return {fields!r}")
+    with pytest.raises(errors.UserError, match=f"^{message}"):
+        configs.merge(config_files.read_python(path))
+
+
+def test_an_endless_config_is_refused():
+    endless = {}
+    endless["data"] = endless
+    with pytest.raises(errors.UserError, match=r"^config.data.data is not a field"):
+        configs.merge(endless)
+
+
+@pytest.mark.parametrize("value", [None, [], [1], [["length", 1]], "text", 5])
+@pytest.mark.parametrize("read", [config_files.read_saved, configs.parse], ids=["of_a_run", "of_python"])
+def test_a_saved_config_whose_section_is_none_is_named(read, value):
+    saved = configs.to_dict(configs.Config()) | {"data": value}
+    with pytest.raises(errors.UserError, match=r"^config.data=.* holds no fields"):
+        read(saved)

@@ -89,7 +89,7 @@ def join_processes(given: dict[str, Any]) -> bool:
 
 def _load_config(argv: list[str]) -> tuple[str, "configs.Nested", list[str]]:
     """The path in --config=FILE ("" if not given), the fields that the file sets, and the other arguments."""
-    from sedd_jax import config as configs
+    from sedd_jax import config_files
 
     path, rest = "", []
     arguments = iter(argv)
@@ -100,7 +100,7 @@ def _load_config(argv: list[str]) -> tuple[str, "configs.Nested", list[str]]:
         path = argument.partition("=")[2] if "=" in argument else next(arguments, "")
         if not path:
             raise flags.IllegalFlagValueError("--config=FILE names no file")
-    return path, configs.read_file(path) if path else {}, rest
+    return path, config_files.read_python(path) if path else {}, rest
 
 
 def parse(values: flags.FlagValues, argv: list[str], *directories: str) -> dict[str, Any]:

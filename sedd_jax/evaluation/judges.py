@@ -1,7 +1,6 @@
 """Judges score generated text: an autoregressive run, or a causal language model of transformers."""
 
 import abc
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -88,9 +87,9 @@ def open_judge(name: str) -> Judge:
     place = storage.directory(name)
     if not storage.is_remote(place) and (place / "config.json").is_file():
         try:
-            content = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            problem = f"cannot be read, its config.json is damaged: {error}"
+            content = runs.read_json(storage.local_copy(place) / "config.json")
+        except errors.UserError as error:
+            problem = f"cannot be read, its config.json is damaged: {error.problem}"
             raise errors.UserError(problem, field="judge", value=name) from error
         if "model_type" in content:
             return TransformersJudge(name)

@@ -102,7 +102,7 @@ def measure(
     parts = results.name("curve_points", result)
     name = results.name("curve", {**result, "points": wanted})
     done = results.read_parts(run, parts)
-    is_of = lambda part, point: all(part[key] == value for key, value in point.items())
+    is_of = lambda part, point: all(part.get(key) == value for key, value in point.items())
     for point, sampling in zip(wanted, samplings, strict=True):
         if not any(is_of(part, point) for part in done):
             drawn = generation_quality.draw(opened, sampling, samples.num_samples, samples.seed)

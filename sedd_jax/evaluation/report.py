@@ -101,16 +101,19 @@ def write(workdir: storage.Directory) -> pathlib.Path:
 def _article(run: runs.Run, result: dict[str, Any], table: Callable[[dict[str, Any]], tables.Table]) -> str:
     try:
         parts = [table(result).as_html()]
-    except KeyError as error:
+        if "picture" in result:
+            picture = run.local / results.DIRECTORY / result["picture"]
+            parts.append(_image(picture, "Perplexity and entropy against nfe"))
+        if result.get("texts"):
+            first, *others = (f"<pre>{html.escape(text)}</pre>" for text in result["texts"])
+            parts.append(f"{first}<details><summary>{len(others)} more samples</summary>{''.join(others)}</details>")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        # Whatever JSON holds may stand there.
+        lacks = f"has no {error}" if isinstance(error, KeyError) else f"holds other than a result does ({error})"
         file = run.local / results.DIRECTORY / f"{result['name']}.json"
         raise errors.UserError(
-            f"{file} has no {error}, so another version wrote it", remedy="remove it and measure again"
+            f"{file} {lacks}, so another version wrote it", remedy="remove it and measure again"
         ) from error
-    if "picture" in result:
-        parts.append(_image(run.local / results.DIRECTORY / result["picture"], "Perplexity and entropy against nfe"))
-    if result.get("texts"):
-        first, *others = (f"<pre>{html.escape(text)}</pre>" for text in result["texts"])
-        parts.append(f"{first}<details><summary>{len(others)} more samples</summary>{''.join(others)}</details>")
     hidden = ("texts", "config", "points", "sets", "samples", "held_out", "refilled")
     facts = {name: value for name, value in result.items() if name not in hidden}
     parts.append(

@@ -83,16 +83,24 @@ def load(run: runs.Run) -> dict[str, list[dict[str, Any]]]:
     storage.download(run.workdir, DIRECTORY)
     found: dict[str, list[dict[str, Any]]] = {}
     for file in (run.local / DIRECTORY).glob("*.json"):
-        result = {"name": file.stem, **json.loads(file.read_text(encoding="utf-8"))}
+        result = {"name": file.stem, **runs.read_json(file)}
         found.setdefault(file.stem.rpartition("-")[0], []).append(result)
-    return {kind: sorted(kept, key=lambda result: result.get("measured", "")) for kind, kept in found.items()}
+    return {kind: sorted(kept, key=lambda result: str(result.get("measured"))) for kind, kept in found.items()}
 
 
 def read_parts(run: runs.Run, name: str) -> list[dict[str, Any]]:
     """The finished parts of a long measurement, from which it resumes after an interruption."""
     storage.download(run.workdir, DIRECTORY)
     file = run.local / DIRECTORY / f"{name}.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] if file.exists() else []
+    if not file.exists():
+        return []
+    try:
+        parts = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    except (ValueError, RecursionError) as error:
+        raise errors.UserError(f"{file} is damaged ({error})", remedy="remove it and measure again") from error
+    if not all(isinstance(part, dict) for part in parts):
+        raise errors.UserError(f"{file} is damaged (a line holds no object)", remedy="remove it and measure again")
+    return parts
 
 
 def write_parts(run: runs.Run, name: str, parts: Sequence[dict[str, Any]]) -> None:

@@ -116,6 +116,8 @@ def test_what_is_no_judge_is_refused_in_one_line(code_run, tmp_path):
     for content, message in (
         ('{"model_type": "gpt2"}', "cannot be read by transformers"),
         ('{"model_type"', "config.json is damaged"),
+        ("null", "config.json is damaged"),
+        ('["model_type"]', "config.json is damaged"),
     ):
         if "transformers" in message:
             pytest.importorskip("transformers")

@@ -1,5 +1,6 @@
 """The report holds every result of a run, needs no other file, and runs nothing that a sample says."""
 
+import contextlib
 import html.parser
 import json
 import shutil
@@ -10,6 +11,7 @@ from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.evaluation import generation_quality, perplexity, quality_curves, report, results
 from sedd_jax.runtime import errors
+from tests.support import wrong_values
 
 
 @pytest.fixture
@@ -62,8 +64,7 @@ def test_the_page_holds_every_result(run, judge_run, capsys):
     assert generated["data_sha256"] in text
 
 
-def test_samples_are_no_markup(run):
-    opened = runs.load(run)
+def generated(opened):
     figures = {"gen_ppl_per_sequence": 1.0, "gen_ppl_pooled": 1.0, "unigram_entropy": 1.0}
     figures |= {f"distinct_{n}": 1.0 for n in (1, 2, 3)}
     result = {
@@ -74,7 +75,12 @@ def test_samples_are_no_markup(run):
         "num_samples": 1,
     }
     result |= {"sampler": "tweedie", "nfe": 5, "draw": "precise", "samples": figures, "held_out": figures}
-    results.keep(opened, results.name("generation", {}), {**result, "texts": ["<script>alert(1)</script></pre>"]})
+    return {**result, "texts": ["<script>alert(1)</script></pre>"]}
+
+
+def test_samples_are_no_markup(run):
+    opened = runs.load(run)
+    results.keep(opened, results.name("generation", {}), generated(opened))
     page = Page(report.write(run).read_text())
     assert "<script>alert(1)</script></pre>" in page.text
     assert not {"script", "b"} & set(page.tags)
@@ -86,6 +92,34 @@ def test_a_result_of_another_version_is_named(run):
     message = r"generation-\w+.json has no '\w+', so another version wrote it: remove it and measure again"
     with pytest.raises(errors.UserError, match=message):
         report.write(run)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "is damaged"),
+        ("null", "is damaged"),
+        ("{", "is damaged"),
+        ('{"measured": 5, "bound": 5, "texts": 5}', "so another version wrote it"),
+    ],
+)
+def test_a_result_that_holds_something_else_is_named(run, capsys, content, message):
+    (run / "evaluations").mkdir()
+    (run / "evaluations" / "likelihood-1.json").write_text(content)
+    assert cli.main(["eval", f"--workdir={run}", "--report", "--num_processes=1"]) == 1
+    error = capsys.readouterr().err
+    assert f"{run}/evaluations/likelihood-1.json " in error
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_values_of_other_types_in_a_result_are_no_traceback(run):
+    opened = runs.load(run)
+    result = generated(opened)
+    for changed in wrong_values.changed(result, [None, 5, "text", [], {}, [5]]):
+        results.keep(opened, "generation-1", changed)
+        with contextlib.suppress(errors.UserError):
+            report.write(run)
 
 
 def test_nothing_measured_is_no_report(run, capsys):

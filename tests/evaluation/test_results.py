@@ -10,6 +10,7 @@ import pytest
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.evaluation import results
+from sedd_jax.runtime import errors
 from tests.support import slow
 
 
@@ -41,6 +42,15 @@ def test_parts_are_read_as_they_were_written(run):
     results.write_parts(run, "kind-x", parts)
     assert results.read_parts(run, "kind-x") == parts
     assert results.load(run) == {}
+
+
+@pytest.mark.parametrize("line", ["[]", "null", "{", "5", "[" * 100_000])
+def test_parts_that_are_damaged_are_named(run, line):
+    results.write_parts(run, "kind-x", [{"a": 1.5}])
+    with results.path(run, "kind-x.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(errors.UserError, match=r"kind-x.jsonl is damaged .*: remove it and measure again"):
+        results.read_parts(run, "kind-x")
 
 
 def test_a_result_comes_with_its_circumstances(run):
