@@ -246,6 +246,8 @@ def validate(config: Config) -> None:
         raise refuse("network.hidden_size", f"{needed}, since rotary positions pair features")
     if not network.dropout < 1:
         raise refuse("network.dropout", "must be below 1")
+    if config.optimizer.decay_share > 1:
+        raise refuse("optimizer.decay_share", "must be at most 1, all of the steps")
     if network.scale_by_sigma and not (is_diffusion(config) and graph_class(config.graph).scales_by_sigma):
         remedy = f"set it to False for {config.graph.name}"
         raise refuse("network.scale_by_sigma", "only has a meaning for the absorbing graph", remedy)
@@ -270,6 +272,8 @@ def _validate_choices(config: Config) -> None:
     for name, choices in {
         "graph.name": tuple(graph_meanings()),
         "noise.name": tuple(noise_schedules.SCHEDULES),
+        "optimizer.name": optimizers.OPTIMIZERS,
+        "optimizer.schedule": optimizers.SCHEDULES,
         "network.remat": ("none", *networks.REMAT_POLICIES),
         "network.dropout_generator": ("threefry", "rbg"),
         "network.attention": ("auto", *attentions.ATTENTIONS),

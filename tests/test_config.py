@@ -23,8 +23,11 @@ def test_defaults_are_the_published_hyper_parameters():
     assert config == configs.Config()
     assert (config.network.hidden_size, config.network.num_layers, config.network.num_heads) == (768, 12, 12)
     assert dataclasses.asdict(config.optimizer) == {
+        "name": "adamw",
         "learning_rate": 3e-4,
         "warmup_steps": 2500,
+        "schedule": "constant",
+        "decay_share": 0.2,  # Of another schedule.
         "beta1": 0.9,
         "beta2": 0.999,
         "eps": 1e-8,

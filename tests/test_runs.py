@@ -262,7 +262,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoi
     with contextlib.closing(checkpoints.Checkpoints(broken / "checkpoints", keep=3)) as saved:
         run = runs.load(broken)
         mesh = train.sharding.make_mesh(config.mesh)
-        optimizer = train.optimizers.make_optimizer(config.optimizer)
+        optimizer = train.optimizers.make_optimizer(config.optimizer, config.training.num_steps)
         state, step, _ = train.initial_state(run, optimizer, mesh, saved)
         assert step == 2
         saved.save(3, state.replace(step=state.step + 1, params=jax.tree.map(lambda x: x * np.nan, state.params)))

@@ -245,7 +245,7 @@ def _write_run(directory: pathlib.Path, model: Model, compares: bool) -> verific
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema_params=params,
-        opt_state=optimizers.make_optimizer(run.config.optimizer).init(params),
+        opt_state=optimizers.make_optimizer(run.config.optimizer, run.config.training.num_steps).init(params),
     )
     written = runs.fill(directory, run.config, run.tokenizer, state)
     runs.write_json(directory / "origin.json", model.origin)

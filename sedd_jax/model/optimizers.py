@@ -1,13 +1,30 @@
-"""The published optimizer: AdamW with linear warm-up, gradient clipping, and a moving average of the parameters."""
+"""Optimizers, learning rates by step, gradient clipping, and the moving average of the parameters."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
+
+
+def _optimizer_meanings() -> dict[str, str]:
+    return {
+        "adamw": "as published",
+        "muon": "orthogonal updates of the matrices in blocks, of the size of Adam's, and AdamW for all other arrays",
+    }
+
+
+def _schedule_meanings() -> dict[str, str]:
+    return {
+        "constant": "as published",
+        "wsd": "constant, then linearly to 0 over the last `decay_share` of the steps",
+        "cosine": "half a cosine from the end of warm-up to 0 at the last step",
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,8 +32,11 @@ class OptimizerConfig:
     """Hyper-parameters, with the published values as defaults.
 
     Attributes:
-        learning_rate: learning rate after warm-up, constant from then on.
+        name: the optimizer.
+        learning_rate: learning rate at the end of warm-up.
         warmup_steps: steps of linear warm-up; step n (from 1) uses learning_rate min(n / warmup_steps, 1).
+        schedule: learning rate after warm-up.
+        decay_share: share of the steps over which the schedule wsd decays.
         beta1: Adam's decay of the gradient average.
         beta2: Adam's decay of the squared gradient average.
         eps: Adam's epsilon, added to the root of the second moment.
@@ -25,8 +45,11 @@ class OptimizerConfig:
         ema_decay: decay of the exponential moving average (EMA) of the parameters; smaller in the first steps.
     """
 
+    name: str = dataclasses.field(default="adamw", metadata={"choices": _optimizer_meanings})
     learning_rate: float = 3e-4
     warmup_steps: int = 2500
+    schedule: str = dataclasses.field(default="constant", metadata={"choices": _schedule_meanings})
+    decay_share: float = 0.2
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -35,18 +58,44 @@ class OptimizerConfig:
     ema_decay: float = 0.9999
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradient clipping, then AdamW with the warm-up schedule."""
-    return optax.chain(
-        optax.stateless(lambda grads, params: clip(grads, config.clip_norm)),
-        optax.adamw(
-            lambda count: learning_rate(config, count),
-            b1=config.beta1,
-            b2=config.beta2,
+OPTIMIZERS, SCHEDULES = tuple(_optimizer_meanings()), tuple(_schedule_meanings())
+# Root mean square of a Muon update at learning rate 1, about that of Adam's (Liu et al. 2025, section 2.2).
+_MUON_RMS = 0.2
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Gradient clipping, then AdamW or Muon, for a run of `num_steps` steps."""
+    rate = functools.partial(learning_rate, config, num_steps=num_steps)
+    if config.name == "muon":
+        optimizer = optax.contrib.muon(
+            rate,
             eps=config.eps,
             weight_decay=config.weight_decay,
-        ),
-    )
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=_MUON_RMS,
+        )
+    else:
+        optimizer = optax.adamw(
+            rate, b1=config.beta1, b2=config.beta2, eps=config.eps, weight_decay=config.weight_decay
+        )
+    return optax.chain(optax.stateless(lambda grads, params: clip(grads, config.clip_norm)), optimizer)
+
+
+def _matrices(params: Any) -> Any:
+    """Which axes of an array are a matrix that Muon updates; None for an array that AdamW updates.
+
+    These are the kernels of attention and MLP, one matrix a layer.
+    """
+
+    def axes(path: tuple[Any, ...], _: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        names = [part.key for part in path]
+        is_matrix = names[0] == "blocks" and names[-1] == "kernel" and names[1] != "modulation"
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if is_matrix else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def clip(grads: Any, max_norm: float) -> Any:
@@ -59,9 +108,17 @@ def clip(grads: Any, max_norm: float) -> Any:
     return jax.tree.map(lambda grad: grad * scale, grads)
 
 
-def learning_rate(config: OptimizerConfig, step: ArrayLike) -> Float[Array, ""]:
-    """Learning rate of the update at `step` (int scalar, traced or not), counted from 0."""
-    return config.learning_rate * jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
+def learning_rate(config: OptimizerConfig, step: ArrayLike, num_steps: int) -> Float[Array, ""]:
+    """Learning rate of the update at `step` (int scalar, traced or not), counted from 0, in a run of `num_steps`."""
+    warmup = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
+    if config.schedule == "wsd":
+        decay = jnp.clip((num_steps - step) / max(config.decay_share * num_steps, 1.0), 0.0, 1.0)
+    elif config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
+        decay = (1 + jnp.cos(jnp.pi * jnp.clip(done, 0.0, 1.0))) / 2
+    else:
+        decay = 1.0
+    return config.learning_rate * warmup * decay
 
 
 def update_ema(ema_params: Any, params: Any, num_updates: Int[Array, ""] | int, decay: float) -> Any:

@@ -75,7 +75,9 @@ def train_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[
     x0 = np.random.default_rng(0).integers(run.tokenizer.vocab_size, size=shape, dtype=np.int32)
     # Compiles before it makes the state, so that peak memory is the step's.
     compile_seconds, compiled = _compile(lambda: train.lower_step(run, mesh)[1])
-    state = train.make_state_fn(run, optimizers.make_optimizer(run.config.optimizer), mesh)()
+    state = train.make_state_fn(
+        run, optimizers.make_optimizer(run.config.optimizer, run.config.training.num_steps), mesh
+    )()
 
     def step() -> Any:
         nonlocal state

@@ -194,7 +194,7 @@ def _slow(config: configs.Config, chosen: str) -> Iterator[inventory.Problem]:
 
 def _memory(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[str, list[inventory.Problem]]:
     """What a device holds of the model while training, and whether that is too much."""
-    optimizer = optimizers.make_optimizer(run.config.optimizer)
+    optimizer = optimizers.make_optimizer(run.config.optimizer, run.config.training.num_steps)
     shapes = jax.eval_shape(lambda: train_state.create(jax.random.key(0), run.network, optimizer))
     try:
         parts = compiled_steps.gib_by_kind(shapes, mesh)

@@ -96,7 +96,7 @@ def train(
                 remedy="give a directory that all processes share, or gs://",
             )
         run = runs.load(workdir)
-        optimizer = optimizers.make_optimizer(config.optimizer)
+        optimizer = optimizers.make_optimizer(config.optimizer, config.training.num_steps)
         keep = {"keep": config.training.keep_checkpoints, "keep_every": config.training.keep_checkpoints_every}
         saved = checkpoints.Checkpoints(run.checkpoint_dir, **keep)
         try:
@@ -175,7 +175,9 @@ def train_step(
     metrics = {
         "train/loss": loss / x0.shape[1],
         "train/grad_norm": optax.tree.norm(grads),
-        "train/learning_rate": optimizers.learning_rate(run.config.optimizer, state.step),
+        "train/learning_rate": optimizers.learning_rate(
+            run.config.optimizer, state.step, run.config.training.num_steps
+        ),
     }
     if run.graph.has_cross_entropy and not run.is_autoregressive:
         metrics["train/cross_entropy"] = cross_entropy / x0.shape[1]
@@ -241,7 +243,7 @@ def make_step_fn(
 
 def lower_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[train_state.TrainState, jax.stages.Lowered]:
     """The shapes of the state, and `train_step` lowered for the mesh, whose devices need not exist here."""
-    optimizer = optimizers.make_optimizer(run.config.optimizer)
+    optimizer = optimizers.make_optimizer(run.config.optimizer, run.config.training.num_steps)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(make_state_fn(run, optimizer, mesh))
         x0 = jax.ShapeDtypeStruct((run.config.training.batch_size, run.config.data.length), jnp.int32)

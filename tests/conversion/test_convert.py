@@ -158,7 +158,7 @@ def make_run(tmp_path):
             step=jnp.int32(7),
             params=noisy(params, 0),
             ema_params=noisy(params, 1),
-            opt_state=optimizers.make_optimizer(config.optimizer).init(params),
+            opt_state=optimizers.make_optimizer(config.optimizer, config.training.num_steps).init(params),
         )
         (tmp_path / "run").mkdir()
         return runs.fill(tmp_path / "run", config, tokenizer, state), state

@@ -1,4 +1,4 @@
-"""The published optimizer: five recorded training steps with their moving average, and the schedule."""
+"""The published optimizer against five recorded steps; the other schedules, and Muon against its definition."""
 
 import functools
 
@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from sedd_jax.conversion import torch_weights
-from sedd_jax.model import optimizers
+from sedd_jax.model import networks, optimizers
 from tests.support import goldens
 
 RUNS = ["absorb_a.loglinear.clip1", "uniform_a.geo.clip300wd"]
@@ -33,7 +33,7 @@ def recorded_run(run: str) -> dict:
     name, noise, _ = run.split(".")
     network, _, params = goldens.model(name)
     config = recorded_config(run)
-    optimizer = optimizers.make_optimizer(config)
+    optimizer = optimizers.make_optimizer(config, num_steps=100)
 
     @jax.jit
     def step(n, params, ema_params, opt_state, x0, xt, t):
@@ -65,7 +65,7 @@ def test_recorded_losses_and_norms(entry):
     entry.check(recorded_run(run)[quantity])
 
 
-@goldens.cases("optim/.*")
+@goldens.cases("optim/.*", slow="uniform")
 def test_recorded_parameters_and_average(entry):
     run, quantity = entry.file.removeprefix("optim/").removesuffix(".safetensors").rsplit(".", 1)
     entry.check(recorded_run(run)[quantity])
@@ -77,7 +77,7 @@ def test_recorded_schedules(entry):
     config = recorded_config(run)
     with jax.enable_x64(True):
         if quantity == "lr":
-            entry.check([optimizers.learning_rate(config, step) for step in range(5)])
+            entry.check([optimizers.learning_rate(config, step, 100) for step in range(5)])
         elif quantity == "ema_decay":
             # From an average of 1 toward 0, what is left is the decay.
             one, zero = jnp.ones(()), jnp.zeros(())
@@ -91,14 +91,74 @@ def test_published_defaults():
     config = optimizers.OptimizerConfig()
     assert (config.learning_rate, config.warmup_steps, config.weight_decay, config.clip_norm) == (3e-4, 2500, 0.0, 1.0)
     assert (config.beta1, config.beta2, config.eps, config.ema_decay) == (0.9, 0.999, 1e-8, 0.9999)
-    assert optimizers.learning_rate(config, 0) == pytest.approx(3e-4 / 2500)
-    assert optimizers.learning_rate(config, 2499) == optimizers.learning_rate(config, 10**6) == pytest.approx(3e-4)
+    assert optimizers.learning_rate(config, 0, 100) == pytest.approx(3e-4 / 2500)
+    assert (
+        optimizers.learning_rate(config, 2499, 100)
+        == optimizers.learning_rate(config, 10**6, 100)
+        == pytest.approx(3e-4)
+    )
 
 
 def test_no_warm_up():
-    assert optimizers.learning_rate(optimizers.OptimizerConfig(warmup_steps=0), 0) == pytest.approx(3e-4)
+    assert optimizers.learning_rate(optimizers.OptimizerConfig(warmup_steps=0), 0, 100) == pytest.approx(3e-4)
 
 
 def test_average_reaches_its_largest_decay():
     average = optimizers.update_ema({"w": jnp.ones(3)}, {"w": jnp.zeros(3)}, 10**6, 0.9999)
     np.testing.assert_allclose(average["w"], 0.9999, rtol=1e-6)
+
+
+def test_a_rate_falls_to_nothing_at_the_end():
+    config = {"learning_rate": 1.0, "warmup_steps": 10}
+    wsd = optimizers.OptimizerConfig(schedule="wsd", decay_share=0.25, **config)
+    found = [float(optimizers.learning_rate(wsd, step, 200)) for step in (0, 9, 100, 150, 175, 199, 200, 300)]
+    np.testing.assert_allclose(found, [0.1, 1, 1, 1, 0.5, 0.02, 0, 0], rtol=1e-6)
+    cosine = optimizers.OptimizerConfig(schedule="cosine", **config)
+    found = [float(optimizers.learning_rate(cosine, step, 200)) for step in (0, 9, 10, 105, 200, 300)]
+    np.testing.assert_allclose(found, [0.1, 1, 1, 0.5, 0, 0], atol=1e-7)
+    whole = optimizers.OptimizerConfig(schedule="wsd", decay_share=0.0, **config)
+    assert float(optimizers.learning_rate(whole, 199, 200)) == 1
+
+
+@pytest.fixture(scope="module")
+def muon():
+    """A Muon update at learning rate 0.5, and the gradients and parameters that it was made of."""
+    sizes = networks.NetworkConfig(num_states=12, hidden_size=16, num_layers=2, num_heads=2, cond_dim=8)
+    params = networks.init(jax.random.key(0), sizes)
+    leaves, form = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    gradients = form.unflatten([jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+    config = optimizers.OptimizerConfig(name="muon", learning_rate=0.5, warmup_steps=0, clip_norm=1e9)
+    optimizer = optimizers.make_optimizer(config, num_steps=10)
+    return optimizer.update(gradients, optimizer.init(params), params)[0], gradients, params
+
+
+MATRICES = ["qkv", "attention_out", "mlp_in", "mlp_out"]
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_muon_moves_each_layers_matrix_by_an_orthogonal_one(muon, name):
+    """All singular values are near one number, and the update points along the gradient."""
+    for update, gradient in zip(muon[0]["blocks"][name]["kernel"], muon[1]["blocks"][name]["kernel"], strict=True):
+        left, scales, right = np.linalg.svd(gradient, full_matrices=False)
+        values = -np.diag(left.T @ update @ right.T) / (0.5 * 0.2 * np.sqrt(max(update.shape)))
+        # Five iterations do not reach directions in which the gradient is next to nothing.
+        values = values[scales > 0.1 * scales.max()]
+        assert len(values) > 0.8 * min(update.shape)
+        assert (values > 0.6).all()
+        assert (values < 1.3).all()
+        # Its root mean square is that of an Adam update.
+        assert 0.5 * 0.12 < np.sqrt(np.mean(np.square(update))) < 0.5 * 0.25
+
+
+def test_muon_leaves_all_other_arrays_to_adamw(muon):
+    updates, gradients, params = muon
+    adam = optax.adamw(0.5, eps=1e-8, weight_decay=0.0, nesterov=True)
+    expected = adam.update(gradients, adam.init(params), params)[0]
+
+    def others(tree):
+        blocks = {name: part for name, part in tree["blocks"].items() if name not in MATRICES}
+        return {**tree, "blocks": blocks, "bias": [tree["blocks"][name]["bias"] for name in ("mlp_in", "mlp_out")]}
+
+    assert sorted(others(updates)["blocks"]) == ["attention_norm", "mlp_norm", "modulation"]
+    jax.tree.map(np.testing.assert_array_equal, others(updates), others(expected))

@@ -37,7 +37,9 @@ def fresh_state(config, workdir):
     mesh = sharding.make_mesh(MESH)
     with jax.set_mesh(mesh):
         saved = train.checkpoints.Checkpoints(run.checkpoint_dir, keep=1)
-        state, step, said = train.initial_state(run, optimizers.make_optimizer(config.optimizer), mesh, saved)
+        state, step, said = train.initial_state(
+            run, optimizers.make_optimizer(config.optimizer, config.training.num_steps), mesh, saved
+        )
         saved.close()
     assert step == 0
     assert int(state.step) == 0
