@@ -15,7 +15,7 @@ from matplotlib import pyplot
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.runtime import sharding
-from sedd_jax.training import train
+from sedd_jax.training import train_steps
 
 SEQUENCES, GIB = 8, 2**30  # sequences a device
 
@@ -25,7 +25,7 @@ def measure(vocab_size: int, length: int) -> dict[str, float]:
     config = configs.parse(configs.merge({"data": {"length": length}, "training": {"batch_size": 4 * SEQUENCES}}))
     run = runs.unsaved(config, vocab_size)
     mesh = sharding.make_mesh(config.mesh, topologies.get_topology_desc("v5e:2x2", "tpu").devices)
-    state, lowered = train.lower_step(run, mesh)
+    state, lowered = train_steps.lower_step(run, mesh)
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params)) / GIB

@@ -21,7 +21,7 @@ from sedd_jax.diffusion import steps
 from sedd_jax.model import attentions, networks, optimizers, work
 from sedd_jax.runtime import accelerators, errors, sharding
 from sedd_jax.sampling import generate, trajectories
-from sedd_jax.training import train
+from sedd_jax.training import train_steps
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     config = configs.parse(job["config"])
     run = runs.unsaved(config, job["vocab_size"])
     mesh = sharding.make_mesh(config.mesh)
-    train.check_batch(config, mesh)
+    train_steps.check_batch(config, mesh)
     with jax.set_mesh(mesh):
         compile_seconds, step = {"train": train_step, "sample": sampling_step}[job["kind"]](run, mesh)
         jax.block_until_ready(step())
@@ -74,8 +74,8 @@ def train_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[
     shape = (run.config.training.batch_size, run.config.data.length)
     x0 = np.random.default_rng(0).integers(run.tokenizer.vocab_size, size=shape, dtype=np.int32)
     # Compiles before it makes the state, so that peak memory is the step's.
-    compile_seconds, compiled = _compile(lambda: train.lower_step(run, mesh)[1])
-    state = train.make_state_fn(
+    compile_seconds, compiled = _compile(lambda: train_steps.lower_step(run, mesh)[1])
+    state = train_steps.make_state_fn(
         run, optimizers.make_optimizer(run.config.optimizer, run.config.training.num_steps), mesh
     )()
 

@@ -13,7 +13,7 @@ from sedd_jax.model import networks, train_state, work
 from sedd_jax.performance import benchmark_ours, collectives, costs, gpus
 from sedd_jax.runtime import accelerators, sharding
 from sedd_jax.sampling import generate, trajectories
-from sedd_jax.training import train
+from sedd_jax.training import train_steps
 
 
 def compile_step(config: configs.Config, vocab_size: int, devices: list[jax.Device], sample: bool) -> dict[str, Any]:
@@ -30,8 +30,8 @@ def compile_step(config: configs.Config, vocab_size: int, devices: list[jax.Devi
     if sample:
         inputs, lowered = _lower_sampling_step(run, mesh)
     else:
-        train.check_batch(config, mesh)
-        inputs, lowered = train.lower_step(run, mesh)
+        train_steps.check_batch(config, mesh)
+        inputs, lowered = train_steps.lower_step(run, mesh)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

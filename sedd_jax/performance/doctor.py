@@ -15,7 +15,7 @@ from sedd_jax.data import tokenizers
 from sedd_jax.model import attentions, networks, optimizers, train_state
 from sedd_jax.performance import compiled_steps, inventory, self_test
 from sedd_jax.runtime import accelerators, errors, hosts, sharding
-from sedd_jax.training import train
+from sedd_jax.training import train_steps
 
 Lines = dict[str, str]
 _PRODUCTS = {
@@ -116,7 +116,7 @@ def _examine_config(result: dict[str, Any], config: configs.Config, vocab_size: 
     try:
         size = tokenizers.vocab_size_of(config.data.tokenizer) if vocab_size is None else vocab_size
         mesh = sharding.make_mesh(config.mesh)
-        train.check_batch(config, mesh)
+        train_steps.check_batch(config, mesh)
     except errors.UserError as error:
         return [inventory.Problem(True, f"{error.worded(lambda field: f'--{field}')}.")]
     run = runs.unsaved(config, size)

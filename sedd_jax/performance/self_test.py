@@ -20,7 +20,7 @@ from sedd_jax.diffusion import absorbing, losses
 from sedd_jax.model import attentions, layers, networks, objectives
 from sedd_jax.performance import inventory, numpy_network
 from sedd_jax.runtime import accelerators, errors, sharding
-from sedd_jax.training import train
+from sedd_jax.training import train_steps
 
 # What is allowed of a dtype: the largest difference, relative to the largest entry. A product in float32 that a device
 # rounds to TF32 or bfloat16 exceeds the first.
@@ -205,7 +205,7 @@ def _compared(name: str, ours: Any, expected: Any, dtype: str = "float32") -> Ch
 def optimizer_step(run: runs.Run, mesh: jax.sharding.Mesh) -> list[Check]:
     """One training step on all devices, of the run's config with a network and sequences that are tiny."""
     run = runs.unsaved(shrunk(run.config, mesh), NUM_TOKENS)
-    shapes, lowered = train.lower_step(run, mesh)
+    shapes, lowered = train_steps.lower_step(run, mesh)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     # No parameter is 0, so that every part of the network has a gradient.
     params = jax.tree.map(functools.partial(_normal, np.random.default_rng(0), 0.1), shapes.params)

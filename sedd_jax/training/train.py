@@ -1,4 +1,4 @@
-"""Training: the loop, the optimizer step and its compilation."""
+"""Training: opens or continues a run, and loops over optimizer steps, measurements and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -9,25 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int
 
 from sedd_jax import checkpoints, runs
 from sedd_jax import config as configs
 from sedd_jax.data import batches
-from sedd_jax.diffusion import losses
 from sedd_jax.evaluation import likelihoods
-from sedd_jax.model import networks, objectives, optimizers, train_state, work
+from sedd_jax.model import networks, optimizers, train_state, work
 from sedd_jax.runtime import accelerators, errors, last_words, locks, processes, sharding, storage
 from sedd_jax.sampling import generate, templates
-from sedd_jax.training import compilation, initial_weights, loss_curves, metric_writers, profiles
+from sedd_jax.training import initial_weights, loss_curves, metric_writers, profiles, train_steps
 
 # Files that training writes in addition to checkpoints.
 _WRITTEN = ("metrics.jsonl", "loss.png", "samples/*", "tensorboard/**/*", "profiles/**/*")
-Metrics = dict[str, Any]
-StepFn = Callable[[train_state.TrainState, Int[Array, "B L"]], tuple[train_state.TrainState, Metrics]]
 
 
 class NonFiniteLossError(errors.UserError):
@@ -83,7 +79,7 @@ def train(
             if the directory cannot be written any more, in which case it names the newest checkpoint.
     """
     mesh = sharding.make_mesh(config.mesh)
-    check_batch(config, mesh)
+    train_steps.check_batch(config, mesh)
     if config.init_from and not storage.holds(workdir, "config.json"):
         initial_weights.check(config)
     with contextlib.ExitStack() as owner:
@@ -103,9 +99,11 @@ def train(
             # A second SIGTERM must not end a save in progress.
             with processes.told_to_stop() as told_to_stop, contextlib.closing(saved), jax.set_mesh(mesh):
                 state, step, said = initial_state(run, optimizer, mesh, saved, from_step)
-                step_fn: Any = make_step_fn(run, optimizer, mesh, state)
+                step_fn: Any = train_steps.make_step_fn(run, optimizer, mesh, state)
                 if profiles.is_due(run.config.training, step):
-                    step_fn = lower_step(run, mesh)[1].compile()  # Its text says which module each kernel belongs to.
+                    step_fn = train_steps.lower_step(run, mesh)[
+                        1
+                    ].compile()  # Its text says which module each kernel belongs to.
                 with (
                     _make_writer(run, mesh, step, stream) as writer,
                     contextlib.closing(profiles.Profile(run, step_fn, writer.say)) as profile,
@@ -133,57 +131,6 @@ def _start(owner: contextlib.ExitStack, workdir: storage.Directory, config: conf
     runs.start(workdir, config)
 
 
-def train_step(
-    state: train_state.TrainState,
-    x0: Int[Array, "B L"],
-    *,
-    run: runs.Run,
-    optimizer: optax.GradientTransformation,
-) -> tuple[train_state.TrainState, Metrics]:
-    """One optimizer step on a batch, with gradient accumulation over micro-batches.
-
-    Times are spread evenly over the whole batch. Each micro-batch has its own noise and dropout; gradients are
-    averaged. The loss is the mean over sequences of the bound in nats (equation 10), as published. Metrics are per
-    token.
-    """
-    num_micro = run.config.training.num_micro_batches
-    base_key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
-    key_times, key_micro = jax.random.split(jax.random.fold_in(base_key, state.step))
-    with jax.named_scope("noise"):
-        t = losses.sample_times(key_times, x0.shape[0])
-
-    def loss_fn(params: networks.Params, key: Key[Array, ""], x0: Int[Array, "b L"], t: Float[Array, "b"]):
-        key_noise, key_dropout = jax.random.split(key)
-        model = networks.Model(run.network, params)
-        return objectives.mean_bounds(key_noise, model, run.process, x0, t, key_dropout)
-
-    def micro_batch(total: Any, inputs: Any):
-        (loss, cross_entropy), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *inputs)
-        return jax.tree.map(lambda a, b: a + b / num_micro, total, (loss, cross_entropy, grads)), None
-
-    # Sequence i goes to micro-batch i % num_micro: each has times from the whole interval, and sequences stay on their
-    # devices.
-    deal = lambda x: jnp.moveaxis(x.reshape(-1, num_micro, *x.shape[1:]), 1, 0)
-    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-    parts = (jax.random.split(key_micro, num_micro), deal(x0), deal(t))
-    (loss, cross_entropy, grads), _ = jax.lax.scan(micro_batch, zeros, parts)
-
-    with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        ema_params = optimizers.update_ema(state.ema_params, params, state.step + 1, run.config.optimizer.ema_decay)
-    metrics = {
-        "train/loss": loss / x0.shape[1],
-        "train/grad_norm": optax.tree.norm(grads),
-        "train/learning_rate": optimizers.learning_rate(
-            run.config.optimizer, state.step, run.config.training.num_steps
-        ),
-    }
-    if run.graph.has_cross_entropy and not run.is_autoregressive:
-        metrics["train/cross_entropy"] = cross_entropy / x0.shape[1]
-    return train_state.TrainState(state.step + 1, params, ema_params, opt_state), metrics
-
-
 def initial_state(
     run: runs.Run,
     optimizer: optax.GradientTransformation,
@@ -203,7 +150,7 @@ def initial_state(
     Returns:
         The state, its step, and a message for the user ("" for none).
     """
-    create = make_state_fn(run, optimizer, mesh)
+    create = train_steps.make_state_fn(run, optimizer, mesh)
     step = saved.find(from_step)
     if step is None:
         state, said = create(), ""
@@ -216,42 +163,7 @@ def initial_state(
     return state, step, ""
 
 
-def make_state_fn(
-    run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> Callable[[], train_state.TrainState]:
-    """A function that initialises the state of a run, compiled for the mesh."""
-
-    def create() -> train_state.TrainState:
-        return train_state.create(jax.random.key(run.config.seed), run.network, optimizer)
-
-    return jax.jit(create, out_shardings=sharding.tree_shardings(mesh, jax.eval_shape(create)))
-
-
-def make_step_fn(
-    run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, state: train_state.TrainState
-) -> StepFn:
-    """`train_step` compiled for the mesh. It donates the state."""
-    shardings = sharding.tree_shardings(mesh, state)
-    return jax.jit(
-        functools.partial(train_step, run=run, optimizer=optimizer),
-        in_shardings=(shardings, sharding.batch_sharding(mesh)),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-        compiler_options=compilation.options(run.config.training),
-    )
-
-
-def lower_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[train_state.TrainState, jax.stages.Lowered]:
-    """The shapes of the state, and `train_step` lowered for the mesh, whose devices need not exist here."""
-    optimizer = optimizers.make_optimizer(run.config.optimizer, run.config.training.num_steps)
-    with jax.set_mesh(mesh):
-        state = jax.eval_shape(make_state_fn(run, optimizer, mesh))
-        x0 = jax.ShapeDtypeStruct((run.config.training.batch_size, run.config.data.length), jnp.int32)
-        step_fn: Any = make_step_fn(run, optimizer, mesh, state)
-        return state, step_fn.lower(state, x0)
-
-
-def _loop(session: _Session, step_fn: StepFn, state: train_state.TrainState, step: int) -> dict[str, Any]:
+def _loop(session: _Session, step_fn: train_steps.StepFn, state: train_state.TrainState, step: int) -> dict[str, Any]:
     """Trains from the state of a step on; returns what `train` does."""
     run, saved, writer = session.run, session.saved, session.writer
     settings = run.config.training
@@ -259,7 +171,7 @@ def _loop(session: _Session, step_fn: StepFn, state: train_state.TrainState, ste
     held_out = likelihoods.make_held_out(run)
     plot = loss_curves.occasional_plot(run.local / "metrics.jsonl", run.local / "loss.png", _reference_entropies(run))
     written: dict[str, Any] = {"step": step}
-    pending: tuple[int, Metrics] | None = None
+    pending: tuple[int, train_steps.Metrics] | None = None
     leave_words = lambda: last_words.leave(lambda: f"{saved.newest()}; {session.again} goes on")
     leave_words()
     if step:
@@ -272,7 +184,7 @@ def _loop(session: _Session, step_fn: StepFn, state: train_state.TrainState, ste
         state, metrics = step_fn(state, _batch(run, data, step, session.mesh))
         step += 1
         written["step"] = step
-        # Metrics of the previous step are read only now, while the device computes this step.
+        # train_steps.Metrics of the previous step are read only now, while the device computes this step.
         if pending is not None:
             _check_finite(*pending, saved)
         pending = (step, metrics)
@@ -344,7 +256,7 @@ def _is_due(step: int, num_steps: int, every: int) -> bool:
     return every > 0 and (step % every == 0 or step == num_steps)
 
 
-def _train_metrics(run: runs.Run, data: batches.PackedSplit, metrics: Metrics) -> dict[str, float]:
+def _train_metrics(run: runs.Run, data: batches.PackedSplit, metrics: train_steps.Metrics) -> dict[str, float]:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     per_unit = data.characters_per_token if run.tokenizer.unit == "character" else 1.0
     values[f"train/bits_per_{run.tokenizer.unit}"] = values["train/loss"] / (math.log(2) * per_unit)
@@ -372,21 +284,7 @@ def _write_samples(opened: runs.OpenRun) -> str:
     return text
 
 
-def check_batch(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
-    """Raises errors.UserError if the devices do not divide the sequences of a micro-batch."""
-    devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
-    per_micro_batch = config.training.batch_size // config.training.num_micro_batches
-    if per_micro_batch % devices:
-        raise errors.UserError(
-            f"in {errors.name('config.training.num_micro_batches')}={config.training.num_micro_batches} leaves "
-            f"{per_micro_batch} sequences for {devices} devices",
-            field="config.training.batch_size",
-            value=config.training.batch_size,
-            remedy="make it divisible",
-        )
-
-
-def _check_finite(step: int, metrics: Metrics, saved: checkpoints.Checkpoints) -> None:
+def _check_finite(step: int, metrics: train_steps.Metrics, saved: checkpoints.Checkpoints) -> None:
     """Raises NonFiniteLossError if the loss or the norm of its gradient is not finite."""
     for name in ("train/loss", "train/grad_norm"):
         if not np.isfinite(metrics[name]):

@@ -13,7 +13,7 @@ from sedd_jax import runs
 from sedd_jax.model import networks
 from sedd_jax.performance import collectives
 from sedd_jax.runtime import sharding
-from sedd_jax.training import train
+from sedd_jax.training import train_steps
 
 # Compiles steps for many meshes.
 pytestmark = pytest.mark.slow
@@ -162,7 +162,9 @@ def step_text(shape):
         )
     )
     return (
-        train.lower_step(runs.unsaved(config, vocab_size=1023), sharding.make_mesh(config.mesh))[1].compile().as_text()
+        train_steps.lower_step(runs.unsaved(config, vocab_size=1023), sharding.make_mesh(config.mesh))[1]
+        .compile()
+        .as_text()
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.runtime import sharding
-from sedd_jax.training import compilation, train
+from sedd_jax.training import compilation, train_steps
 
 ALL = configs.TrainingConfig(deterministic=True, profile="1:2")
 SMALL = {"data.length": 16, "network.hidden_size": 32, "network.num_layers": 1, "network.num_heads": 2}
@@ -42,7 +42,7 @@ def test_this_version_of_xla_knows_them(on):
 
 def lower(**fields):
     run = runs.unsaved(configs.parse(configs.merge(SMALL | fields)), 10)
-    return train.lower_step(run, sharding.make_mesh(run.config.mesh))[1]
+    return train_steps.lower_step(run, sharding.make_mesh(run.config.mesh))[1]
 
 
 @pytest.mark.slow

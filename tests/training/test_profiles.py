@@ -14,7 +14,7 @@ import pytest
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.runtime import processes, sharding
-from sedd_jax.training import profiles, train
+from sedd_jax.training import profiles, train_steps
 from tests.support import small_runs
 
 # In XLA's notation: a step whose loop runs a product of the MLP, and the kernels of attention and the optimizer.
@@ -128,7 +128,7 @@ def assert_same(workdir, other):
 
 def test_every_module_has_operations(make_config):
     run = runs.unsaved(make_config(), 10)
-    program = train.lower_step(run, sharding.make_mesh(run.config.mesh))[1].compile().as_text()
+    program = train_steps.lower_step(run, sharding.make_mesh(run.config.mesh))[1].compile().as_text()
     found = {profiles._module(line) for line in program.splitlines()}
     assert found == {*profiles.MODULES.values(), profiles.OTHER}
 

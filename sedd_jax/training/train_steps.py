@@ -1,0 +1,121 @@
+"""The optimizer step: what it computes, and its compilation for a mesh."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from sedd_jax import config as configs
+from sedd_jax import runs
+from sedd_jax.diffusion import losses
+from sedd_jax.model import networks, objectives, optimizers, train_state
+from sedd_jax.runtime import errors, sharding
+from sedd_jax.training import compilation
+
+Metrics = dict[str, Any]
+StepFn = Callable[[train_state.TrainState, Int[Array, "B L"]], tuple[train_state.TrainState, Metrics]]
+
+
+def train_step(
+    state: train_state.TrainState,
+    x0: Int[Array, "B L"],
+    *,
+    run: runs.Run,
+    optimizer: optax.GradientTransformation,
+) -> tuple[train_state.TrainState, Metrics]:
+    """One optimizer step on a batch, with gradient accumulation over micro-batches.
+
+    Times are spread evenly over the whole batch. Each micro-batch has its own noise and dropout; gradients are
+    averaged. The loss is the mean over sequences of the bound in nats (equation 10), as published. Metrics are per
+    token.
+    """
+    num_micro = run.config.training.num_micro_batches
+    base_key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
+    key_times, key_micro = jax.random.split(jax.random.fold_in(base_key, state.step))
+    with jax.named_scope("noise"):
+        t = losses.sample_times(key_times, x0.shape[0])
+
+    def loss_fn(params: networks.Params, key: Key[Array, ""], x0: Int[Array, "b L"], t: Float[Array, "b"]):
+        key_noise, key_dropout = jax.random.split(key)
+        model = networks.Model(run.network, params)
+        return objectives.mean_bounds(key_noise, model, run.process, x0, t, key_dropout)
+
+    def micro_batch(total: Any, inputs: Any):
+        (loss, cross_entropy), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *inputs)
+        return jax.tree.map(lambda a, b: a + b / num_micro, total, (loss, cross_entropy, grads)), None
+
+    # Sequence i goes to micro-batch i % num_micro: each has times from the whole interval, and sequences stay on their
+    # devices.
+    deal = lambda x: jnp.moveaxis(x.reshape(-1, num_micro, *x.shape[1:]), 1, 0)
+    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    parts = (jax.random.split(key_micro, num_micro), deal(x0), deal(t))
+    (loss, cross_entropy, grads), _ = jax.lax.scan(micro_batch, zeros, parts)
+
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        ema_params = optimizers.update_ema(state.ema_params, params, state.step + 1, run.config.optimizer.ema_decay)
+    metrics = {
+        "train/loss": loss / x0.shape[1],
+        "train/grad_norm": optax.tree.norm(grads),
+        "train/learning_rate": optimizers.learning_rate(
+            run.config.optimizer, state.step, run.config.training.num_steps
+        ),
+    }
+    if run.graph.has_cross_entropy and not run.is_autoregressive:
+        metrics["train/cross_entropy"] = cross_entropy / x0.shape[1]
+    return train_state.TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+
+def make_state_fn(
+    run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> Callable[[], train_state.TrainState]:
+    """A function that initialises the state of a run, compiled for the mesh."""
+
+    def create() -> train_state.TrainState:
+        return train_state.create(jax.random.key(run.config.seed), run.network, optimizer)
+
+    return jax.jit(create, out_shardings=sharding.tree_shardings(mesh, jax.eval_shape(create)))
+
+
+def make_step_fn(
+    run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, state: train_state.TrainState
+) -> StepFn:
+    """`train_step` compiled for the mesh. It donates the state."""
+    shardings = sharding.tree_shardings(mesh, state)
+    return jax.jit(
+        functools.partial(train_step, run=run, optimizer=optimizer),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+        compiler_options=compilation.options(run.config.training),
+    )
+
+
+def lower_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[train_state.TrainState, jax.stages.Lowered]:
+    """The shapes of the state, and `train_step` lowered for the mesh, whose devices need not exist here."""
+    optimizer = optimizers.make_optimizer(run.config.optimizer, run.config.training.num_steps)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(make_state_fn(run, optimizer, mesh))
+        x0 = jax.ShapeDtypeStruct((run.config.training.batch_size, run.config.data.length), jnp.int32)
+        step_fn: Any = make_step_fn(run, optimizer, mesh, state)
+        return state, step_fn.lower(state, x0)
+
+
+def check_batch(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises errors.UserError if the devices do not divide the sequences of a micro-batch."""
+    devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    per_micro_batch = config.training.batch_size // config.training.num_micro_batches
+    if per_micro_batch % devices:
+        raise errors.UserError(
+            f"in {errors.name('config.training.num_micro_batches')}={config.training.num_micro_batches} leaves "
+            f"{per_micro_batch} sequences for {devices} devices",
+            field="config.training.batch_size",
+            value=config.training.batch_size,
+            remedy="make it divisible",
+        )
