@@ -23,8 +23,8 @@ Wings, each above those that it imports:
 | `diffusion/` | the paper, as pure functions of arrays |
 | `runtime/` | devices, processes, storage, errors |
 
-From the command line to the loss: `cli.main` -> `training.train` -> `model.objectives` -> `diffusion.losses` ->
-`diffusion.graphs`.
+From the command line to the loss: `cli.main` -> `training.train` -> `training.train_steps` -> `model.objectives` ->
+`diffusion.losses` -> `diffusion.graphs`.
 
 Symbols, one meaning each:
 

@@ -14,7 +14,7 @@ import pytest
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.runtime import processes, sharding
-from sedd_jax.training import profiles, train_steps
+from sedd_jax.training import profiles, train, train_steps
 from tests.support import small_runs
 
 # In XLA's notation: a step whose loop runs a product of the MLP, and the kernels of attention and the optimizer.
