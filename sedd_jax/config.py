@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from sedd_jax.diffusion import forward, graphs, noise_schedules
+from sedd_jax.diffusion import forward, graphs, losses, noise_schedules
 from sedd_jax.model import attentions, layers, networks, optimizers, sampling_config
 from sedd_jax.runtime import errors, sharding
 
@@ -68,8 +68,11 @@ class TrainingConfig:
 
     Attributes:
         num_steps: number of optimizer steps.
-        batch_size: sequences per optimizer step, summed over all devices and micro-batches.
+        batch_size: noised sequences per optimizer step, summed over all devices and micro-batches.
         num_micro_batches: gradient accumulation: micro-batches per optimizer step, whose gradients are averaged.
+        time_law: how the times of a step's sequences are drawn; the loss divides it out.
+        paired_noise: whether a step noises each sequence of text twice: at times as far from the one end as from the
+            other, and what one copy keeps the other loses.
         log_every: optimizer steps between lines in metrics.jsonl.
         eval_every: optimizer steps between evaluations on held-out text; 0 means never.
         eval_sequences: largest number of held-out sequences in an evaluation during training.
@@ -85,6 +88,8 @@ class TrainingConfig:
     num_steps: int = 400_000
     batch_size: int = 512
     num_micro_batches: int = 1
+    time_law: str = dataclasses.field(default="uniform", metadata={"choices": losses.time_laws})
+    paired_noise: bool = False
     log_every: int = 50
     eval_every: int = 5_000
     eval_sequences: int = 512
@@ -259,6 +264,12 @@ def validate(config: Config) -> None:
     if training.batch_size % training.num_micro_batches:
         divisor = f"{errors.name('config.training.num_micro_batches')}={training.num_micro_batches}"
         raise refuse("training.batch_size", f"must be divisible by {divisor}")
+    if training.paired_noise:
+        if not is_diffusion(config):
+            raise refuse("training.paired_noise", f"has no meaning for {AUTOREGRESSIVE}", "set it to False")
+        if training.batch_size // training.num_micro_batches % 2:
+            paired = errors.name("config.training.paired_noise")
+            raise refuse("training.batch_size", f"must be even in each micro-batch where {paired}=True")
     if training.profile and not re.fullmatch(r"[0-9]+:0*[1-9][0-9]*", training.profile):
         raise refuse("training.profile", "is not START:STEPS", "give 1000:3, say, for steps 1001 to 1003")
     if not 0 < noise.eps < 1:
@@ -272,6 +283,7 @@ def _validate_choices(config: Config) -> None:
     for name, choices in {
         "graph.name": tuple(graph_meanings()),
         "noise.name": tuple(noise_schedules.SCHEDULES),
+        "training.time_law": tuple(losses.time_laws()),
         "optimizer.name": optimizers.OPTIMIZERS,
         "optimizer.schedule": optimizers.SCHEDULES,
         "network.remat": ("none", *networks.REMAT_POLICIES),

@@ -30,7 +30,14 @@ WINGS = (
     "diffusion",
     "runtime",
 )
-TRUE_PATH = ("cli.main", "training.train", "training.train_steps", "model.objectives", "diffusion.losses", "diffusion.graphs")
+TRUE_PATH = (
+    "cli.main",
+    "training.train",
+    "training.train_steps",
+    "model.objectives",
+    "diffusion.losses",
+    "diffusion.graphs",
+)
 ROOMS = {
     "flax": {"model.networks", "model.train_state"},
     "orbax": {"checkpoints"},

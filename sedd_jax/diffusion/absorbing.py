@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import scores
+from sedd_jax.diffusion import pairs, scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,10 +57,10 @@ class Absorbing:
         return jnp.exp(-sigma) * self._one_hot(xt) + into_mask
 
     def sample_transition(
-        self, key: Key[Array, ""], x0: Int[Array, "B L"], sigma: Float[Array, "B"]
+        self, key: Key[Array, ""], x0: Int[Array, "B L"], sigma: Float[Array, "B"], *, paired: bool = False
     ) -> Int[Array, "B L"]:
         """Draws xt given x0: each token becomes the mask with probability 1 - e^-sigma."""
-        move = jax.random.uniform(key, x0.shape) < -jnp.expm1(-sigma)[:, None]
+        move = pairs.uniform(key, x0.shape, paired) < -jnp.expm1(-sigma)[:, None]
         return jnp.where(move, self.mask_id, x0)
 
     def sample_limit(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Int[Array, "B L"]:

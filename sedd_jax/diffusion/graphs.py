@@ -52,9 +52,9 @@ class Graph(Protocol):
         ...
 
     def sample_transition(
-        self, key: Key[Array, ""], x0: Int[Array, "B L"], sigma: Float[Array, "B"]
+        self, key: Key[Array, ""], x0: Int[Array, "B L"], sigma: Float[Array, "B"], *, paired: bool = False
     ) -> Int[Array, "B L"]:
-        """Draws xt given x0, after total noise sigma."""
+        """Draws xt given x0, after total noise sigma; if `paired`, with opposite noise in sequences 2i and 2i + 1."""
         ...
 
     def sample_limit(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Int[Array, "B L"]:

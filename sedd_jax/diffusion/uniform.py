@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import scores
+from sedd_jax.diffusion import pairs, scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,11 @@ class Uniform:
         return self.transition_column(xt, sigma)
 
     def sample_transition(
-        self, key: Key[Array, ""], x0: Int[Array, "B L"], sigma: Float[Array, "B"]
+        self, key: Key[Array, ""], x0: Int[Array, "B L"], sigma: Float[Array, "B"], *, paired: bool = False
     ) -> Int[Array, "B L"]:
         """Draws xt given x0: with probability 1 - e^-sigma a token is replaced by any of all N, itself included."""
         key_move, key_token = jax.random.split(key)
-        move = jax.random.uniform(key_move, x0.shape) < -jnp.expm1(-sigma)[:, None]
+        move = pairs.uniform(key_move, x0.shape, paired) < -jnp.expm1(-sigma)[:, None]
         return jnp.where(move, jax.random.randint(key_token, x0.shape, 0, self.num_states, x0.dtype), x0)
 
     def sample_limit(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Int[Array, "B L"]:

@@ -15,10 +15,12 @@ def mean_bounds(
     model: networks.Model,
     process: forward.Process,
     x0: Int[Array, "B L"],
-    t: Float[Array, "B"],
+    times: losses.Times,
     dropout_key: Key[Array, ""] | None = None,
+    *,
+    paired: bool = False,
 ) -> losses.Bounds:
-    """The mean of `sequence_bounds` over the batch. Training minimises its `score_entropy`.
+    """The mean of `sequence_bounds` over the batch, whatever the law of times. Training minimises its `score_entropy`.
 
     Value and gradient take one pass over the head's logits. The gradient of `cross_entropy` is 0.
 
@@ -27,13 +29,14 @@ def mean_bounds(
         model: the network.
         process: the forward process.
         x0: clean tokens.
-        t: time of each sequence.
+        times: time of each sequence.
         dropout_key: key of dropout; None turns dropout off.
+        paired: whether sequences 2i and 2i + 1 get opposite noise.
     """
     if model.config.causal:
         return autoregression.mean_bounds(model, x0, process.graph, dropout_key)
     with jax.named_scope("noise"):
-        inputs = losses.noised(key, process, x0, t)
+        inputs = losses.noised(key, process, x0, times, paired=paired)
     return noised_bounds(model, process.graph, inputs, dropout_key)
 
 

@@ -71,7 +71,7 @@ def flops_per_token(run: runs.Run, kind: str, mesh: jax.sharding.Mesh) -> work.W
 
 def train_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[[], Any]]:
     """Seconds to compile, and a function that runs one optimizer step on a batch of random tokens."""
-    shape = (run.config.training.batch_size, run.config.data.length)
+    shape = (train_steps.num_texts(run.config.training), run.config.data.length)
     x0 = np.random.default_rng(0).integers(run.tokenizer.vocab_size, size=shape, dtype=np.int32)
     # Compiles before it makes the state, so that peak memory is the step's.
     compile_seconds, compiled = _compile(lambda: train_steps.lower_step(run, mesh)[1])

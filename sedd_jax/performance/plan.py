@@ -14,6 +14,7 @@ from sedd_jax import config as configs
 from sedd_jax.data import tokenizers
 from sedd_jax.performance import compiled_steps, gpus, slices
 from sedd_jax.runtime import accelerators, errors
+from sedd_jax.training import train_steps
 
 _WIDTH = 28  # of the names in a table
 
@@ -122,7 +123,7 @@ def remedies(config: configs.Config, slice_devices: int, num_slices: int) -> Ite
     if split == 1:
         yield fields | splitting
     micro = training.num_micro_batches
-    while training.batch_size % (2 * micro * slice_devices * num_slices) == 0:
+    while train_steps.num_texts(training) % (2 * micro * slice_devices * num_slices) == 0:
         micro *= 2
         yield fields | {"training.num_micro_batches": micro}
     if split == 1:

@@ -210,7 +210,7 @@ def optimizer_step(run: runs.Run, mesh: jax.sharding.Mesh) -> list[Check]:
     # No parameter is 0, so that every part of the network has a gradient.
     params = jax.tree.map(functools.partial(_normal, np.random.default_rng(0), 0.1), shapes.params)
     state = jax.device_put(zeros.replace(params=params, ema_params=params), sharding.tree_shardings(mesh, shapes))
-    size = (run.config.training.batch_size, run.config.data.length)
+    size = (train_steps.num_texts(run.config.training), run.config.data.length)
     x0 = np.random.default_rng(0).integers(NUM_TOKENS, size=size, dtype=np.int32)
     with jax.set_mesh(mesh):
         step = _compile(lowered)

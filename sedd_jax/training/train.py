@@ -224,7 +224,7 @@ def _loop(session: _Session, step_fn: train_steps.StepFn, state: train_state.Tra
 
 def _batch(run: runs.Run, data: batches.PackedSplit, step: int, mesh: jax.sharding.Mesh) -> Int[Array, "B L"]:
     """The batch of a step. Each process reads only the sequences of its own devices."""
-    size = run.config.training.batch_size
+    size = train_steps.num_texts(run.config.training)
     read = lambda index: data.batch(step, batch_size=size, seed=run.config.seed, rows=index[0])
     return jax.make_array_from_callback((size, data.length), sharding.batch_sharding(mesh), read)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from sedd_jax import config as configs
 from sedd_jax import runs
@@ -30,20 +30,23 @@ def train_step(
 ) -> tuple[train_state.TrainState, Metrics]:
     """One optimizer step on a batch, with gradient accumulation over micro-batches.
 
-    Times are spread evenly over the whole batch. Each micro-batch has its own noise and dropout; gradients are
-    averaged. The loss is the mean over sequences of the bound in nats (equation 10), as published. Metrics are per
-    token.
+    Times are spread over the whole batch. Each micro-batch has its own noise and dropout; gradients are averaged. The
+    loss is the mean over sequences of the bound in nats (equation 10), as published. Metrics are per token. With
+    `training.paired_noise` x0 holds half as many sequences, and each is noised twice.
     """
-    num_micro = run.config.training.num_micro_batches
+    config = run.config.training
+    num_micro, copies = config.num_micro_batches, num_copies(config)
     base_key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
     key_times, key_micro = jax.random.split(jax.random.fold_in(base_key, state.step))
     with jax.named_scope("noise"):
-        t = losses.sample_times(key_times, x0.shape[0])
+        times = losses.sample_times(key_times, copies * len(x0), config.time_law, paired=config.paired_noise)
+        times = jax.tree.map(lambda x: x.reshape(len(x0), copies), times)
 
-    def loss_fn(params: networks.Params, key: Key[Array, ""], x0: Int[Array, "b L"], t: Float[Array, "b"]):
+    def loss_fn(params: networks.Params, key: Key[Array, ""], x0: Int[Array, "b L"], times: losses.Times):
         key_noise, key_dropout = jax.random.split(key)
         model = networks.Model(run.network, params)
-        return objectives.mean_bounds(key_noise, model, run.process, x0, t, key_dropout)
+        x0, times = jnp.repeat(x0, copies, axis=0), jax.tree.map(jnp.ravel, times)
+        return objectives.mean_bounds(key_noise, model, run.process, x0, times, key_dropout, paired=config.paired_noise)
 
     def micro_batch(total: Any, inputs: Any):
         (loss, cross_entropy), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *inputs)
@@ -53,7 +56,7 @@ def train_step(
     # devices.
     deal = lambda x: jnp.moveaxis(x.reshape(-1, num_micro, *x.shape[1:]), 1, 0)
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-    parts = (jax.random.split(key_micro, num_micro), deal(x0), deal(t))
+    parts = (jax.random.split(key_micro, num_micro), *jax.tree.map(deal, (x0, times)))
     (loss, cross_entropy, grads), _ = jax.lax.scan(micro_batch, zeros, parts)
 
     with jax.named_scope("optimizer"):
@@ -70,6 +73,16 @@ def train_step(
     if run.graph.has_cross_entropy and not run.is_autoregressive:
         metrics["train/cross_entropy"] = cross_entropy / x0.shape[1]
     return train_state.TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+
+def num_copies(config: configs.TrainingConfig) -> int:
+    """How often a step noises each sequence of text."""
+    return 2 if config.paired_noise else 1
+
+
+def num_texts(config: configs.TrainingConfig) -> int:
+    """Number of sequences of text in a step. `batch_size` counts their copies."""
+    return config.batch_size // num_copies(config)
 
 
 def make_state_fn(
@@ -102,7 +115,7 @@ def lower_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[train_state.Trai
     optimizer = optimizers.make_optimizer(run.config.optimizer, run.config.training.num_steps)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(make_state_fn(run, optimizer, mesh))
-        x0 = jax.ShapeDtypeStruct((run.config.training.batch_size, run.config.data.length), jnp.int32)
+        x0 = jax.ShapeDtypeStruct((num_texts(run.config.training), run.config.data.length), jnp.int32)
         step_fn: Any = make_step_fn(run, optimizer, mesh, state)
         return state, step_fn.lower(state, x0)
 
@@ -110,7 +123,7 @@ def lower_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[train_state.Trai
 def check_batch(config: configs.Config, mesh: jax.sharding.Mesh) -> None:
     """Raises errors.UserError if the devices do not divide the sequences of a micro-batch."""
     devices = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
-    per_micro_batch = config.training.batch_size // config.training.num_micro_batches
+    per_micro_batch = num_texts(config.training) // config.training.num_micro_batches
     if per_micro_batch % devices:
         raise errors.UserError(
             f"in {errors.name('config.training.num_micro_batches')}={config.training.num_micro_batches} leaves "

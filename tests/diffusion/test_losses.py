@@ -1,11 +1,13 @@
 """Losses: recorded values and gradients, closed forms, and exact expectations on problems small enough to enumerate."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from sedd_jax.conversion import torch_weights
 from sedd_jax.diffusion import forward, graphs, losses, noise_schedules, scores
@@ -97,7 +99,7 @@ def test_fresh_network_loses_log_of_the_vocabulary_a_token():
     def loss(key):
         key_t, key_xt = jax.random.split(key)
         x0 = jnp.zeros((batch, length), jnp.int32)
-        t = losses.sample_times(key_t, batch)
+        t = losses.sample_times(key_t, batch).t
         return losses.denoising_score_entropy(key_xt, summary_fn, process, x0, t).score_entropy
 
     values = np.asarray(loss(jax.random.key(1)))
@@ -172,7 +174,7 @@ def test_exact_problems_are_what_they_say(entry, golden):
 
 def test_times_are_uniform_and_evenly_spaced():
     batch = 64
-    draw = jax.jit(jax.vmap(lambda key: losses.sample_times(key, batch)))
+    draw = jax.jit(jax.vmap(lambda key: losses.sample_times(key, batch).t))
     times = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
     assert times.min() >= losses.T_MIN
     assert times.max() <= 1.0
@@ -184,9 +186,65 @@ def test_times_are_uniform_and_evenly_spaced():
 
 
 def test_times_respect_their_minimum():
-    times = losses.sample_times(jax.random.key(0), 1000, t_min=0.5)
+    times = losses.sample_times(jax.random.key(0), 1000, t_min=0.5).t
     assert 0.5 <= times.min() < 0.502
     assert 0.998 < times.max() <= 1.0
+
+
+def test_a_bell_of_times_is_divided_out():
+    """Times follow the truncated normal distribution, and weights make every mean that over even times."""
+    draw = jax.jit(jax.vmap(lambda key: losses.sample_times(key, 64, "bell")))
+    times = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(0), 2000)))
+    assert times.t.min() >= losses.T_MIN
+    assert times.t.max() <= 1.0
+    edges = np.linspace(losses.T_MIN, 1, 21)
+    below = scipy.stats.truncnorm(-0.5 / 0.3, 0.5 / 0.3, 0.5, 0.3).cdf(np.linspace(0, 1, 21))
+    counts = np.histogram(times.t[:, 5], bins=edges)[0]
+    assert oracles.chi_square_p(counts, np.diff(below)) > 1e-4
+    for function in (np.ones_like, np.square, lambda t: 1 / (0.1 + t)):
+        means = (times.weights * function(times.t)).mean(-1)
+        fine = np.linspace(losses.T_MIN, 1, 100_001)
+        assert abs(means.mean() - np.trapezoid(function(fine), fine) / (1 - losses.T_MIN)) < 5 * means.std() / 2000**0.5
+
+
+def test_pairs_have_opposite_times_and_noise():
+    times = losses.sample_times(jax.random.key(0), 64, paired=True)
+    np.testing.assert_allclose(times.t[0::2] + times.t[1::2], 1 + losses.T_MIN, rtol=1e-6)
+    spread = np.sort(np.asarray(times.t))
+    assert np.diff(spread).max() < 2 / 32
+    x0 = jnp.tile(jnp.arange(32)[:, None] % 5, (1, 100)).repeat(2, axis=0)
+    process = forward.Process(graphs.Absorbing(vocab_size=5, mask_id=5), noise_schedules.LogLinear())
+    xt = losses.noised(jax.random.key(1), process, x0, times, paired=True).xt
+    # Log-linear noise masks a share t (1 - 1e-3) of the tokens: a token is a mask in one copy or in the other.
+    np.testing.assert_array_equal(xt[0::2] == 5, xt[1::2] != 5)
+    alone = losses.noised(jax.random.key(1), process, x0, times).xt
+    assert not np.array_equal(alone[0::2] == 5, alone[1::2] != 5)
+
+
+@pytest.mark.parametrize(("law", "paired"), [("uniform", False), ("uniform", True), ("bell", True)])
+@pytest.mark.parametrize("kind", ["absorb", "uniform"])
+def test_every_law_and_pairs_have_the_expected_loss_by_enumeration(kind, law, paired, golden):
+    arrays = golden("exact.npz")
+    case = next(name.removesuffix(".p0") for name in arrays if re.fullmatch(rf"{kind}\..*loglinear\.p0", name))
+    p0, expected = arrays[f"{case}.p0"], arrays[f"{case}.mean_loss"].item()
+    graph, noise, batch = exact_graph(kind, p0), goldens.NOISES["loglinear"], 256
+    clean = jnp.asarray(np.stack(np.unravel_index(np.arange(p0.size), p0.shape), -1))
+    one = oracles.exact_score_fn(graph, p0)
+    score_fn = jax.vmap(lambda xt, sigma: one(xt[None], sigma[None])[0])
+
+    @jax.jit
+    def loss(key):
+        key_x0, key_t, key_xt = jax.random.split(key, 3)
+        copies = 2 if paired else 1
+        x0 = clean[jax.random.choice(key_x0, p0.size, (batch // copies,), p=jnp.asarray(p0.ravel()))]
+        times = losses.sample_times(key_t, batch, law, paired=paired)
+        inputs = losses.noised(key_xt, forward.Process(graph, noise), x0.repeat(copies, axis=0), times, paired=paired)
+        summary = scores.summarize(jnp.log(score_fn(inputs.xt, inputs.sigma)), inputs.xt, inputs.x0)
+        found = losses.of_positions(graph, summary, inputs.sigma, inputs.xt, inputs.x0).score_entropy
+        return (inputs.weights * found.sum(-1)).sum()
+
+    values = np.asarray(jax.lax.map(loss, jax.random.split(jax.random.key(0), 1000)))
+    assert abs(values.mean() - expected) < 4 * values.std() / len(values) ** 0.5
 
 
 def test_uniform_graph_has_one_bound():

@@ -33,8 +33,8 @@ class TwiceUniform:
     def mask_id(self):
         return None
 
-    def sample_transition(self, key, x0, sigma):
-        return self._own.sample_transition(key, x0, 2 * sigma)
+    def sample_transition(self, key, x0, sigma, *, paired=False):
+        return self._own.sample_transition(key, x0, 2 * sigma, paired=paired)
 
     def sample_limit(self, key, shape):
         return self._own.sample_limit(key, shape)
