@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import hashlib
 import json
+import pathlib
 import re
 from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int, Integer
 
-from sedd_jax.runtime import errors
+from sedd_jax.runtime import errors, storage
 
 _NUM_CODE_POINTS = 0x110000
 _MAX_DIGITS = 4300  # int() refuses longer numbers
@@ -183,6 +184,20 @@ def check_ids(ids: Integer[np.ndarray, " L"], stop: int) -> None:
         raise ValueError(
             f"id {ids[position]} at position {position} is outside [0, {stop}): decode unmasked tokens only"
         )
+
+
+def content(path: str) -> bytes:
+    """Read a file of a tokenizer.
+
+    Raises:
+        errors.UserError: if there is none, or it is a directory or another thing that is no file.
+    """
+    if not pathlib.Path(path).exists():
+        raise errors.UserError(
+            f"the tokenizer's file {path} does not exist", remedy="put it back, or name where it is now"
+        )
+    storage.check_regular(pathlib.Path(path))
+    return pathlib.Path(path).read_bytes()
 
 
 def fingerprint_of(description: dict[str, Any]) -> str:

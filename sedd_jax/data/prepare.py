@@ -90,12 +90,17 @@ def read_tokenizer(
             f"the tokenizer's file {path} is missing",
             remedy=f"put it back, or say where it is now by {errors.name(field)}={description['kind']}:FILE",
         )
+    header_file = place / shards.HEADER
     try:
-        return tokenizers.from_json(description)
+        tokenizer = tokenizers.from_json(description)
+        tokenizers.num_ids(tokenizer)  # Opens a model that the description holds.
+    except errors.UserError as error:
+        raise error.at(str(header_file)) from error
     except (KeyError, TypeError) as error:
         raise errors.UserError(
-            f"{place / shards.HEADER} is damaged ({error!r})", remedy="remove the directory and prepare it again"
+            f"{header_file} is damaged ({error!r})", remedy="remove the directory and prepare it again"
         ) from error
+    return tokenizer
 
 
 def _beside(description: dict[str, Any], place: storage.Directory) -> dict[str, Any]:

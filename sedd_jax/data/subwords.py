@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import pathlib
 import re
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -127,7 +126,7 @@ class WordPiece:
     unit: ClassVar[str] = "token"
 
     def __post_init__(self):
-        found = hashlib.sha256(content(self.path)).hexdigest()
+        found = hashlib.sha256(alphabets.content(self.path)).hexdigest()
         if found != self.sha256:
             raise errors.UserError(f"{self.path} has sha256 {found}, not {self.sha256}", remedy=_RETURN)
         if missing := {"[MASK]", "[SEP]", "[UNK]"} - self._pieces.keys():
@@ -138,7 +137,7 @@ class WordPiece:
     @functools.cached_property
     def _pieces(self) -> dict[str, int]:
         try:
-            text = content(self.path).decode("utf-8")
+            text = alphabets.content(self.path).decode("utf-8")
         except UnicodeDecodeError as error:
             raise errors.UserError(
                 f"{self.path} is not UTF-8 text ({error})", remedy="give BERT's own vocabulary file"
@@ -205,7 +204,7 @@ class WordPiece:
 
     def file(self) -> bytes:
         """Content of a file for `path`."""
-        return content(self.path)
+        return alphabets.content(self.path)
 
     def fingerprint(self) -> str:
         """Hash that is equal for tokenizers that give every text the same ids, wherever their files are."""
@@ -231,6 +230,8 @@ class SentencePiece:
         import sentencepiece
 
         try:
+            if not self.model:
+                raise ValueError("it is empty")
             return sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.model, validate=True))
         except (TypeError, ValueError, RuntimeError) as error:
             raise errors.UserError("this is no SentencePiece model", remedy="give the .model file") from error
@@ -339,8 +340,12 @@ def learn_sentence_piece(vocab_size: int, documents: Iterable[str]) -> SentenceP
 
 def load_sentence_piece(path: str) -> SentencePiece:
     """Read a SentencePiece model from a .model file."""
-    tokenizer = SentencePiece(model=base64.b64encode(content(path)).decode())
-    if not tokenizer.vocab_size:
+    tokenizer = SentencePiece(model=base64.b64encode(alphabets.content(path)).decode())
+    try:
+        is_empty = tokenizer.vocab_size == 0
+    except errors.UserError as error:
+        raise error.at(path) from error
+    if is_empty:
         raise errors.UserError(f"{path} holds no pieces", remedy="give a SentencePiece .model file")
     return tokenizer
 
@@ -352,16 +357,7 @@ def gpt2(path: str | None) -> GPT2:
 
 def word_piece(path: str) -> WordPiece:
     """WordPiece tokenizer with the vocabulary of a file."""
-    return WordPiece(path=path, sha256=hashlib.sha256(content(path)).hexdigest())
-
-
-def content(path: str) -> bytes:
-    """Read a file of a tokenizer."""
-    if not pathlib.Path(path).is_file():
-        raise errors.UserError(
-            f"the tokenizer's file {path} does not exist", remedy="put it back, or name where it is now"
-        )
-    return pathlib.Path(path).read_bytes()
+    return WordPiece(path=path, sha256=hashlib.sha256(alphabets.content(path)).hexdigest())
 
 
 def _read_ranks(path: str | None) -> dict[bytes, int]:
@@ -376,7 +372,7 @@ def _read_ranks(path: str | None) -> dict[bytes, int]:
                 f"GPT-2's ranks are not here, and tiktoken cannot fetch them ({str(error).partition(': Max')[0]})",
                 remedy="name them as gpt2:FILE, such as gpt2.tiktoken of prepared text, or set TIKTOKEN_CACHE_DIR",
             ) from error
-    lines = [line.split() for line in content(path).splitlines() if line]
+    lines = [line.split() for line in alphabets.content(path).splitlines() if line]
     try:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as error:

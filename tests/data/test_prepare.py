@@ -290,6 +290,13 @@ def no_network(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
 
 
+def test_prepared_text_whose_model_of_pieces_is_damaged_is_named(source, tmp_path):
+    prepare.prepare(source, "bytes", tmp_path / "p", num_workers=1)
+    _edit_header(tmp_path / "p", kind="sentencepiece", model="bm8gbW9kZWw=")
+    with pytest.raises(errors.UserError, match=rf"^{tmp_path}/p/header.json: this is no SentencePiece model"):
+        prepare.read_tokenizer(tmp_path / "p")
+
+
 def _edit_header(directory, **fields):
     header = json.loads((directory / "header.json").read_text())
     header["tokenizer"] |= fields

@@ -359,8 +359,22 @@ def test_pieces_of_a_file_keep_their_unknown_and_their_mask(tmp_path):
     for unknown in ("aza", "a▁a"):
         assert tokenizer.encode(unknown).tolist().count(tokenizer.unk_id) == 1
     path.write_bytes(b"no model")
-    with pytest.raises(ValueError, match=r"this is no SentencePiece model: give the \.model file"):
-        _build(f"sentencepiece:{path}")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2", "wordpiece"])
+@pytest.mark.parametrize("content", [b"no model", b"", None])
+def test_a_file_that_is_no_vocabulary_is_named(tmp_path, kind, content):
+    path = tmp_path / "other.file"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(errors.UserError, match=r"^[^:]*/other\.file"):
+        _build(f"{kind}:{path}")
+
+
+def test_a_damaged_model_of_pieces_is_named_by_the_file_that_holds_it(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"kind": "sentencepiece", "model": "bm8gbW9kZWw="}))
+    with pytest.raises(errors.UserError, match=rf"^{path}: this is no SentencePiece model: give the \.model file"):
+        tokenizers.read(path)
 
 
 def test_rare_characters_take_no_piece_but_come_back():
