@@ -1,5 +1,6 @@
 """Corpora of tensorflow-datasets and of the Hugging Face hub."""
 
+import http.client
 import os
 import pathlib
 import types
@@ -75,7 +76,11 @@ def _prepare(spec: str, tfds: types.ModuleType, builder: Any) -> None:
 
 
 def _answers(address: str) -> bool:
-    """Whether the host of an HTTP address answers."""
+    """Whether the host of the Hub's address answers.
+
+    Raises:
+        errors.UserError: if that is no address.
+    """
     try:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_SECONDS_TO_ANSWER):
             return True
@@ -83,6 +88,11 @@ def _answers(address: str) -> bool:
         return True  # An error status is an answer too. The download will report it.
     except OSError:
         return False
+    except (ValueError, http.client.InvalidURL) as error:
+        raise errors.UserError(
+            f"the environment has HF_ENDPOINT={address!r}, which is no address ({error})",
+            remedy=f"set it to one such as {_HF}, or unset it",
+        ) from error
 
 
 def read_hf(spec: str) -> documents.Corpus:
@@ -104,7 +114,7 @@ def read_hf(spec: str) -> documents.Corpus:
         import huggingface_hub
     except ImportError as error:
         raise errors.UserError(f"hf:{spec} needs the package datasets", remedy="pip install 'sedd_jax[hf]'") from error
-    if not pathlib.Path(repository).is_dir() and not _answers(os.environ.get("HF_ENDPOINT", _HF)):
+    if not pathlib.Path(repository).is_dir() and not _answers(os.environ.get("HF_ENDPOINT") or _HF):
         # Cached datasets still load, and others fail at once. Both packages read HF_HUB_OFFLINE only when imported.
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:

@@ -1,6 +1,7 @@
 """NVIDIA GPUs to compile for that are not here."""
 
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -164,8 +165,22 @@ def make_devices(topology: str, num_hosts: int = 1) -> list[jax.Device]:
 
 
 def usable_share() -> float:
-    """The share of a GPU's memory that JAX takes for arrays."""
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+    """The share of a GPU's memory that JAX takes for arrays.
+
+    Raises:
+        errors.UserError: if the environment sets one that is none.
+    """
+    given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
+    try:
+        share = float(given)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < math.inf:
+        raise errors.UserError(
+            f"the environment has XLA_PYTHON_CLIENT_MEM_FRACTION={given}, which is no share of a memory",
+            remedy="set it to a number such as 0.75, or unset it",
+        )
+    return share
 
 
 def _assume_cudnn() -> None:

@@ -112,6 +112,14 @@ def test_torn_and_uneven_files_are_one_line(tmp_path, monkeypatch, second, why):
     assert "An error occurred while generating the dataset (" not in str(raised.value)
 
 
+@pytest.mark.parametrize("address", ["nonsense", "http://[", "https://two words"])
+def test_an_address_of_the_hub_that_is_none_is_named(monkeypatch, address):
+    pytest.importorskip("datasets", reason="hf: needs the extra 'hf'")
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(errors.UserError, match=r"the environment has HF_ENDPOINT=.*, which is no address .*: set it"):
+        hub_corpora.read_hf("an/owner")
+
+
 def test_hugging_face_datasets_say_at_once_what_is_missing(tmp_path):
     # A judge of transformers may have imported the packages before.
     code = "import datasets\n" + _failure("hf:Salesforce/wikitext/wikitext-2-raw-v1") + _failure("hf:lm1b")

@@ -68,6 +68,13 @@ def test_every_gpu_has_the_row_of_its_accelerator():
 
 @pytest.mark.slow
 @pytest.mark.skipif(HAS_PLUGIN, reason="JAX's plugin for GPUs is installed")
+@pytest.mark.parametrize("value", ["x", "75%", "-1", "0", "nan", "inf"])
+def test_a_share_of_memory_that_is_none_is_named(monkeypatch, value):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", value)
+    with pytest.raises(errors.UserError, match=rf"XLA_PYTHON_CLIENT_MEM_FRACTION={value}, which is no share of a mem"):
+        gpus.usable_share()
+
+
 def test_without_the_plugin_it_says_what_to_install():
     status, _, err = plan(*SMALL, "--topology=h100:1")
     assert (status, err) == (1, "sedd plan: plan needs JAX's plugin for GPUs: pip install 'sedd_jax[gpu-plan]'\n")

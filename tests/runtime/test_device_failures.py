@@ -1,5 +1,10 @@
 """Devices that refuse are one line with what helps, in every command."""
 
+import os
+import re
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -9,6 +14,7 @@ from sedd_jax.evaluation import likelihoods
 from sedd_jax.runtime import device_failures, last_words
 from sedd_jax.sampling import generate
 from sedd_jax.training import train
+from tests.support import slow
 
 NO_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17.31GiB.\nBufferAssignment: more lines"
 
@@ -43,6 +49,21 @@ def test_no_memory_is_one_line_with_what_helps(code_run, monkeypatch, capsys, co
     assert remedy in err[-1]
     assert "`sedd plan" in err[-1]
     assert not any("Traceback" in line for line in err)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    slow.all_but(
+        [("JAX_ENABLE_X64", "maybe"), ("JAX_NUM_CPU_DEVICES", "x")],
+        [("JAX_ENABLE_X64", "maybe"), ("JAX_NUM_CPU_DEVICES", "x"), ("JAX_PLATFORMS", "nonsense")],
+    ),
+)
+def test_a_setting_that_jax_cannot_read_is_one_line(code_run, name, value):
+    command = [sys.executable, "-m", "sedd_jax", "sample", f"--workdir={code_run}", "--num_processes=1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {name: value}, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert re.match(f"sedd sample: JAX .* {name}='?{value}'?.*: ", done.stderr)
 
 
 def test_a_device_that_fails_otherwise_is_no_want_of_memory():
