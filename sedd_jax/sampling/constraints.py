@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from sedd_jax.model import categoricals
 from sedd_jax.sampling import regexes
 
+_FEWEST_STATES = 32  # Automata with fewer are padded to it.
 _LEAST = -1e4  # Lowest log weight of a class that is possible, relative to the likeliest.
 
 
@@ -31,6 +32,12 @@ class Automaton(NamedTuple):
     class_of: Int[Array | np.ndarray, "V"]
     next_state: Int[Array | np.ndarray, "S C"]
     is_accepting: Bool[Array | np.ndarray, "S"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Numbers of states and of classes, on which the shapes of arrays depend."""
+        num_states, num_classes = self.next_state.shape
+        return num_states, num_classes
 
     @property
     def num_classes(self) -> int:
@@ -56,6 +63,20 @@ class Patterns(NamedTuple):
 
     automaton: Automaton
     places: Places
+
+
+def pad(automaton: Automaton) -> Automaton:
+    """The automaton with more states, which nothing reaches: a power of two of them, at least 32.
+
+    A program is compiled for every number of states and classes. Draws do not depend on the number of states, so that
+    patterns with as many classes share a few programs. They do depend on the number of classes.
+    """
+    num_states = len(automaton.is_accepting)
+    more = max(_FEWEST_STATES, 1 << (num_states - 1).bit_length()) - num_states
+    return automaton._replace(
+        next_state=np.pad(automaton.next_state, ((0, more), (0, 0)), constant_values=regexes.DEAD),
+        is_accepting=np.pad(automaton.is_accepting, (0, more)),
+    )
 
 
 def pin(

@@ -225,7 +225,8 @@ def draw_tokens(
     num_gaps = int((~np.asarray(given.is_given)).sum(1).max())
     num_steps = num_steps_of(run, settings, num_gaps)
     rules = rules_of(run, settings)
-    programs = trajectories.make_programs(run.network, rules)
+    size = None if patterns is None else patterns.automaton.size
+    programs = trajectories.make_programs(run.network, rules, size)
     inputs = opened.model.params, None if patterns is None else patterns.automaton
     key_limit, key_steps, key_last = jax.random.split(jax.random.key(seed), 3)
     slots = programs.begin_fn(key_limit, key_steps, together(given, num_steps, patterns))

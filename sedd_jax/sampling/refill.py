@@ -109,7 +109,8 @@ def draw(
     rows = [_row(run, settings, index, template, ends.fit, patterns) for index, template in enumerate(asked)]
     rows.sort(key=lambda row: -len(row.tokens))
     rules = generate.rules_of(run, settings)._replace(eos_id=eos_id, pads=ends.fit, is_together=False)
-    programs = trajectories.make_programs(run.network, rules)
+    size = None if patterns is None else patterns.automaton.size
+    programs = trajectories.make_programs(run.network, rules, size)
     stride, tell = FOREVER, lambda *_: None
     if watch is not None:
         most = sum(row.num_steps * rules.repeats + 1 for row in rows)

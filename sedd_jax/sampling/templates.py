@@ -167,4 +167,4 @@ def compile_patterns(run: runs.Run, templates: Sequence[Template]) -> constraint
     for gap in patterns.kinds(gaps).values():
         patterns.check(gap, automaton, initial)
     places = [patterns.place(one.gaps, len(one.tokens), automaton, initial) for one in templates]
-    return constraints.Patterns(automaton, jax.tree.map(lambda *rows: np.stack(rows), *places))
+    return constraints.Patterns(constraints.pad(automaton), jax.tree.map(lambda *rows: np.stack(rows), *places))

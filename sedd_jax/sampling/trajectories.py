@@ -22,6 +22,8 @@ from sedd_jax.model import controls, networks
 from sedd_jax.runtime import sharding
 from sedd_jax.sampling import constraints, draws
 
+KEPT = 16  # Programs of rules that were used last are kept. Each takes tens of megabytes.
+
 
 class Rules(NamedTuple):
     """How all sequences are filled. Programs are compiled for each value of it.
@@ -208,9 +210,18 @@ def is_finished(rules: Rules, slots: Slots) -> Bool[Array, "B"]:
     return slots.is_busy & (~left.any(1) | (batch.iteration > batch.num_steps * rules.repeats))
 
 
-@functools.lru_cache(maxsize=32)
-def make_programs(network: networks.NetworkConfig, rules: Rules) -> Programs:
-    """The programs of a network; each compiles once for each number of slots and each length."""
+@functools.lru_cache(maxsize=KEPT)
+def make_programs(
+    network: networks.NetworkConfig, rules: Rules, size_of_patterns: tuple[int, int] | None = None
+) -> Programs:
+    """The programs of a network; each compiles once for each number of slots and each length.
+
+    Args:
+        network: the network.
+        rules: how sequences are filled.
+        size_of_patterns: `size` of the automaton of patterns; None if there are none. Each size has programs of its
+            own, so that the bound of this cache bounds the memory of all of them.
+    """
 
     def draws_of(inputs: tuple[networks.Params, constraints.Automaton | None], slots: Slots) -> steps.Draws:
         params, automaton = inputs

@@ -74,11 +74,12 @@ class Opened:
 
     Attributes:
         checkpoint: the run with the weights of one checkpoint on the devices.
-        compiled: settings that something was drawn with, all with one step, since the number needs no new program.
+        compiled: settings that something was drawn with, all with one step, since the number needs no new program; and
+            the size of the patterns then.
     """
 
     checkpoint: runs.OpenRun
-    compiled: set[configs.SamplingConfig] = dataclasses.field(default_factory=set)
+    compiled: set[tuple[configs.SamplingConfig, tuple[int, int] | None]] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,12 +91,14 @@ class Request:
         parsed: as it was read.
         settings: how to draw.
         seed: seed of everything random.
+        size_of_patterns: `size` of the automaton of the template's patterns; None if it has none.
     """
 
     template: str
     parsed: templates.Template
     settings: configs.SamplingConfig
     seed: int
+    size_of_patterns: tuple[int, int] | None = None
 
 
 def open_run(workdir: storage.Directory, step: int | None) -> Opened:
@@ -189,12 +192,14 @@ def parse(run: runs.Run, query: str) -> Request:
                 "holds the character U+0000, which no command line can", field="template", remedy="remove it"
             )
         parsed = templates.parse(run, template)
-        generate.refuse_patterns(settings, templates.compile_patterns(run, [parsed]))
+        patterns = templates.compile_patterns(run, [parsed])
+        generate.refuse_patterns(settings, patterns)
         if run.is_autoregressive:
             autoregression.refuse_text_after_gaps(parsed.is_given)
     except errors.UserError as error:
         raise RefusedError(422, error.worded(_spelled)) from error
-    return Request(template=template, parsed=parsed, settings=settings, seed=seed)
+    size = None if patterns is None else patterns.automaton.size
+    return Request(template=template, parsed=parsed, settings=settings, seed=seed, size_of_patterns=size)
 
 
 def _spelled(field: str) -> str:
@@ -217,7 +222,7 @@ def command(opened: Opened, request: Request) -> str:
 def draw(opened: Opened, request: Request, emit: queue.Emit) -> None:
     """Draws what a request asks for. Emits `started`, a `step` for each state of the trajectory, and at last `done`."""
     run, parsed = opened.checkpoint.run, request.parsed
-    program = dataclasses.replace(request.settings, num_steps=1)
+    program = dataclasses.replace(request.settings, num_steps=1), request.size_of_patterns
     emit("started", {"is_first": program not in opened.compiled})
     begun = time.monotonic()
     is_given = parsed.is_given[: parsed.length]

@@ -95,6 +95,20 @@ def test_classes_follow_their_joint_distribution(compiled, choose):
         _assert_follows(draws[:, row], gaps, automaton, log_weights[row])
 
 
+def test_states_that_nothing_reaches_change_no_draw(compiled, choose):
+    """Patterns of many sizes share programs, and draw what each drew in a program of its own."""
+    automaton, initial = compiled
+    padded = constraints.pad(automaton)
+    assert padded.size == (32, automaton.num_classes)
+    assert constraints.pad(padded).size == padded.size
+    log_weights = np.random.default_rng(1).normal(size=(3, LENGTH, automaton.num_classes), scale=3).astype(np.float32)
+    log_weights[..., 0] = -np.inf
+    places = _stack(ROWS, automaton, initial)
+    drawn = [_draws(choose, which, places, log_weights, num_draws=500) for which in (automaton, padded)]
+    assert (drawn[0] == drawn[1]).all()
+    assert (drawn[0] >= 0).any()
+
+
 def test_known_tokens_are_kept_and_the_rest_follows(compiled, choose):
     """One token of each gap is known. Known tokens outside of a gap do not influence it."""
     automaton, initial = compiled

@@ -1,5 +1,6 @@
 """Sequences at different steps: each has the distribution of a batch of its own, with no evaluation too many."""
 
+import gc
 import heapq
 import itertools
 
@@ -10,7 +11,7 @@ import pytest
 import scipy.stats
 
 from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
-from sedd_jax.model import categoricals
+from sedd_jax.model import categoricals, networks
 from sedd_jax.sampling import refill, trajectories
 from tests.support import oracles, slow, toy_sampler
 
@@ -271,3 +272,21 @@ def test_told_of_turns_though_nothing_is_finished():
     assert len(list(drawn)) == 2
     assert [finished.tolist() for finished, *_ in told] == [[False, False]] * 2 + [[True, True]]
     assert [turns.tolist() for *_, turns in told] == [[4, 4], [8, 8], [9, 9]]
+
+
+@pytest.mark.slow
+def test_programs_that_were_used_long_ago_are_given_back():
+    """A page that is asked for ever new patterns keeps only the last programs."""
+    rules = rules_of("absorb")
+    network = networks.NetworkConfig(num_states=N + 1, hidden_size=4, num_heads=1, num_layers=1, cond_dim=4)
+    trajectories.make_programs.cache_clear()
+    counts = []
+    for number in range(2 * trajectories.KEPT):
+        programs = trajectories.make_programs(network, rules, (number, 2))
+        programs.begin_fn(jax.random.key(0), jax.random.key(1), trajectories.nobody((2, 3)))
+        del programs
+        gc.collect()
+        counts.append(len(jax.devices()[0].client.live_executables()))
+    assert counts[trajectories.KEPT - 1] - counts[0] == trajectories.KEPT - 1
+    assert counts[-1] == counts[trajectories.KEPT - 1]
+    trajectories.make_programs.cache_clear()
