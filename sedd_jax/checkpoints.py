@@ -99,10 +99,12 @@ class Checkpoints:
         if not saved:
             raise RuntimeError(f"checkpoint of step {step} was not saved: {self._directory} holds {self.steps()}")
 
-    def check(self) -> None:
-        """Raises OSError if a save that has ended failed."""
-        if not self._manager.is_saving_in_progress():
-            self.wait()
+    def check(self) -> bool:
+        """Whether no save is in progress. Raises OSError if one that has ended failed."""
+        if self._manager.is_saving_in_progress():
+            return False
+        self.wait()
+        return True
 
     def wait(self) -> None:
         """Waits until no save is in progress; raises OSError if one failed."""

@@ -174,6 +174,7 @@ def _loop(session: _Session, step_fn: train_steps.StepFn, state: train_state.Tra
     pending: tuple[int, train_steps.Metrics] | None = None
     leave_words = lambda: last_words.leave(lambda: f"{saved.newest()}; {session.again} goes on")
     leave_words()
+    has_saved = False  # Since words were left, which lists the checkpoints, in a bucket over the network.
     if step:
         nothing = (
             "" if step < settings.num_steps else f", config.training.num_steps={settings.num_steps}: nothing to do"
@@ -193,8 +194,9 @@ def _loop(session: _Session, step_fn: train_steps.StepFn, state: train_state.Tra
         due = functools.partial(_is_due, step, settings.num_steps)
         if due(settings.log_every):
             _check_finite(step, metrics, saved)
-            saved.check()
-            leave_words()
+            if saved.check() and has_saved:
+                leave_words()
+                has_saved = False
             train_metrics = _train_metrics(run, data, metrics)
             written |= train_metrics
             writer.write(step, train_metrics)
@@ -215,7 +217,7 @@ def _loop(session: _Session, step_fn: train_steps.StepFn, state: train_state.Tra
                     # Before the checkpoint: a run that resumes from it needs the metrics of the steps up to it.
                     storage.upload(run.workdir, *_WRITTEN)
                 saved.save(step, state)
-                leave_words()
+                has_saved = True
         if stops:
             writer.say(f"stopped by SIGTERM at step {step}, which is saved: {session.again} goes on")
             break
