@@ -3,23 +3,23 @@
 import dataclasses
 import importlib.util
 import os
-import pathlib
 from typing import Any
 
 from sedd_jax import config as configs
-from sedd_jax.runtime import errors
+from sedd_jax.runtime import errors, packaged
 
 
 def read_python(path: str | os.PathLike[str]) -> configs.Nested:
-    """The fields that a Python file such as configs/quickstart.py sets: what its `get_config()` returns.
+    """The fields that a Python file, or a packaged config such as quickstart, sets: what its `get_config()` returns.
 
     Raises:
-        errors.UserError: where `path` is not such a file, or the file fails.
+        errors.UserError: where `path` is neither, or the file fails.
     """
     refuse = lambda problem, remedy: errors.UserError(problem, field="config", value=path, remedy=remedy)
-    spec = importlib.util.spec_from_file_location("sedd_config", path)
-    if not pathlib.Path(path).is_file() or spec is None or spec.loader is None:
-        raise refuse("is not a file of Python", "give one of configs/*.py")
+    file = packaged.config_file(path)
+    spec = importlib.util.spec_from_file_location("sedd_config", file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise refuse("is not a file of Python", f"give a path, or one of {', '.join(packaged.config_names())}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

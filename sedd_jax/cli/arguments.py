@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from sedd_jax.runtime import packaged
+
 if TYPE_CHECKING:
     from sedd_jax import config as configs
+
+_CONFIG_HELP = "--config=FILE  a file of Python, or one of {}; the defaults below if not given"
 
 Command = Callable[[list[str]], int | None]  # Takes arguments, returns an exit status (None: success).
 Define = Callable[..., object]  # Defines a flag from its name, default and help, and for numbers the limits.
@@ -27,7 +31,7 @@ def parse_config(
     path, partial, rest = _load_config(argv)
     merged = configs.merge(partial)
     if asks_for_help(rest):
-        print_help(command, values, ["--config=FILE  a file such as configs/NAME.py; the defaults below if not given"])
+        print_help(command, values, [_CONFIG_HELP.format(", ".join(packaged.config_names()))])
         fields = "\n".join(f"  --config.{name}={value!r}  {doc}" for name, value, doc in configs.describe(merged))
         print(f"\nconfig fields{f' with the values of {path}' if path else ''}:\n{fields}")
         return None
@@ -88,7 +92,7 @@ def join_processes(given: dict[str, Any]) -> bool:
 
 
 def _load_config(argv: list[str]) -> tuple[str, "configs.Nested", list[str]]:
-    """The path in --config=FILE ("" if not given), the fields that the file sets, and the other arguments."""
+    """What --config=FILE gives ("" if not given), the fields that the file sets, and the other arguments."""
     from sedd_jax import config_files
 
     path, rest = "", []

@@ -1,21 +1,18 @@
 """The command line, `sedd COMMAND`. Results go to stdout, everything else to stderr."""
 
-import contextlib
 import functools
 import json
 import logging as python_logging
 import pathlib
-import platform
-import shlex
 import sys
-from importlib import metadata
 
 from absl import flags, logging
 
-from sedd_jax.cli import arguments, output
+from sedd_jax.cli import arguments, output, versions
 from sedd_jax.runtime import device_failures, errors, hosts, interrupts
 
 _HELP = ("--help", "-h", "help")
+_VERSION = "--version"
 TRY_AGAIN = 75  # EX_TEMPFAIL: launchers restart a run that exits with this status.
 
 
@@ -40,7 +37,7 @@ def main(argv: list[str]) -> int:
     with a note that asks for a report.
     """
     name, *rest = argv or ["help"]
-    if name not in COMMANDS and name not in _HELP:
+    if name not in COMMANDS and name not in (*_HELP, _VERSION):
         return _fail("sedd", f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}", 2)
     logging.set_verbosity(logging.FATAL)
     logging.use_absl_handler()
@@ -48,6 +45,9 @@ def main(argv: list[str]) -> int:
         if name in _HELP:
             print(usage())
             return 0 if argv else 2
+        if name == _VERSION:
+            print(versions.table())
+            return 0
         return COMMANDS[name](rest) or 0
     except flags.Error as error:
         return _fail(f"sedd {name}", f"{error}; see `sedd {name} --help`", 2)
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
             return _fail(f"sedd {name}", errors.refused(error), 1)
         if (explained := device_failures.explained(error, name)) is not None:
             return _fail(f"sedd {name}", explained.worded(functools.partial(_spelled, name)), 1)
-        error.add_note(_request_for_report(argv))
+        error.add_note(versions.request_for_report(argv))
         raise
 
 
@@ -74,7 +74,13 @@ def usage() -> str:
     """The text of `sedd --help`."""
     lines = [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["sedd: score entropy discrete diffusion", "", *lines, "", "`sedd COMMAND --help` lists a command's flags."]
+        [
+            "sedd: score entropy discrete diffusion",
+            "",
+            *lines,
+            "",
+            "`sedd COMMAND --help` lists a command's flags, `sedd --version` says what runs here.",
+        ]
     )
 
 
@@ -373,20 +379,6 @@ def _spelled(command: str, field: str) -> str:
         return f"--{field}"
     setting = field.removeprefix("config.sampling.")
     return f"--{setting}" if "." not in setting and command in _TAKE_SAMPLING else field
-
-
-def _request_for_report(argv: list[str]) -> str:
-    """The note under the traceback of a bug: what to report with it."""
-    versions = [f"Python {platform.python_version()}"]
-    for package in ("jax", "numpy", "sedd_jax"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions.append(f"{package} {metadata.version(package)}")
-    if commit := hosts.revision():
-        versions.append(f"commit {commit}")
-    return (
-        "This is a bug in sedd. Please report it with the traceback above, the command and the versions:\n"
-        f"  {shlex.join(['sedd', *argv])}\n  {', '.join(versions)}"
-    )
 
 
 def _fail(command: str, message: str, status: int) -> int:
