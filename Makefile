@@ -7,7 +7,7 @@ ACCELERATOR ?= $(shell if command -v nvidia-smi >/dev/null; then echo '[gpu]'; e
 # As many tests at a time as there are cores, but not too many for the memory; a test file stays in one process.
 PYTEST = .venv/bin/python -m pytest -n auto --maxprocesses=8 --dist loadfile
 
-.PHONY: quickstart test test-rest test-all
+.PHONY: quickstart test test-rest test-all docs
 
 quickstart: .venv/installed
 	.venv/bin/sedd train --config=configs/quickstart.py --workdir=$(RUN)
@@ -30,6 +30,11 @@ test-rest: .venv/installed-test-all
 test-all: .venv/installed-test-all
 	$(PYTEST) -m 'slow or not slow'
 
+# The documentation site, in site/.
+docs: .venv/installed-docs
+	.venv/bin/python docs/site/build.py site
+	@echo "Open site/index.html"
+
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -e '.$(ACCELERATOR)'
@@ -41,4 +46,8 @@ test-all: .venv/installed-test-all
 
 .venv/installed-test-all: .venv/installed-test
 	.venv/bin/python -m pip install --quiet -e '.[test-all]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	.venv/bin/python -m pip install --quiet -e '.[docs]'
 	touch $@
