@@ -156,6 +156,16 @@ def test_the_version_is_a_line_where_a_library_does_not_fit(monkeypatch, capsys)
     assert capsys.readouterr().err == "sedd --version: jax cannot be imported: install it again\n"
 
 
+def test_the_workflow_runs_the_gate_of_this_repository_on_a_cpu():
+    workflow = yaml.safe_load((places.REPOSITORY / ".github" / "workflows" / "gate.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    (command,) = (step for step in job["steps"] if "run" in step)
+    assert command["run"] == "bash .ci/run"
+    assert command["env"] == {"JAX_PLATFORMS": "cpu"}
+    assert workflow["permissions"] == {"contents": "read"}
+    assert (places.REPOSITORY / ".ci" / "run").is_file()
+
+
 def test_the_citation_is_the_one_in_the_readme():
     citation = yaml.safe_load((places.REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["cff-version"] == "1.2.0"
