@@ -19,6 +19,7 @@ Wings, each above those that it imports:
 | `conversion/` | checkpoints to and from PyTorch and StableHLO |
 | `runs`, `config`, `checkpoints` | a run directory and what is in it |
 | `model/` | the network, its streamed head, what is drawn from it, the training objective |
+| `programs/` | problems to solve by code, and the sandbox that tries solutions |
 | `data/` | text, tokenizers, batches |
 | `diffusion/` | the paper, as pure functions of arrays |
 | `runtime/` | devices, processes, storage, errors |

@@ -26,6 +26,7 @@ WINGS = (
     "config",
     "checkpoints",
     "model",
+    "programs",
     "data",
     "diffusion",
     "runtime",

@@ -131,8 +131,14 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     text("suite_data", "data", "with --suite=zero_shot: where prepared sets are", flag_values=values)
-    text("problems", None, "with --suite=humaneval: JSON lines in HumanEval's format", flag_values=values)
-    flags.DEFINE_float("timeout_s", 3.0, "with --suite=humaneval: seconds of an attempt", 0.01, flag_values=values)
+    text(
+        "problems",
+        None,
+        "with --suite=humaneval: HumanEval.jsonl, HumanEvalPlus.jsonl or mbpp.jsonl",
+        flag_values=values,
+    )
+    patience = "with --suite=humaneval: least seconds of an attempt; 3, or 4 at each input of HumanEval+"
+    flags.DEFINE_float("timeout_s", None, patience, 0.01, flag_values=values)
     choice("generate", False, "perplexity of samples under --judge, and their entropy", flag_values=values)
     text("curve", None, "steps:16,32,... or nfe:17,33,...: the same for --samplers", flag_values=values)
     text("infill", None, "paper, prompt or a pattern such as 25{50}25: refill held-out text", flag_values=values)

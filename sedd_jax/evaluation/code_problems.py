@@ -1,71 +1,25 @@
-"""pass@k of generated code on problems with tests, in the format of HumanEval (Chen et al. 2021, arXiv 2107.03374)."""
+"""pass@k of generated code on problems with tests, as of HumanEval (Chen et al. 2021, arXiv 2107.03374) and MBPP."""
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
-import json
 import math
-import os
-import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.data import text_files
-from sedd_jax.evaluation import generation_quality, results, sandbox, tables
+from sedd_jax.evaluation import generation_quality, results, tables
+from sedd_jax.programs import layouts, sandbox, trials
 from sedd_jax.runtime import errors, hosts, storage
 from sedd_jax.sampling import templates
 
 ATTEMPTS = generation_quality.Samples(num_samples=10)
 _KS = (1, 10, 100)
-# A function that follows a prompt ends before the first match.
-_STOP = re.compile(r"\n(class|def|#|@|if|print)")
-_FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
-
-
-class Problem(NamedTuple):
-    """A problem: the code to write follows the prompt or, if there is a suffix, is between the two."""
-
-    task_id: str
-    prompt: str
-    canonical_solution: str
-    test: str
-    entry_point: str
-    suffix: str | None = None
-
-
-def read(path: str | os.PathLike[str]) -> list[Problem]:
-    """Reads problems from a JSON lines file.
-
-    Raises:
-        errors.UserError: where there is no such file, or a line is not a problem.
-    """
-    path = hosts.local_path(os.fspath(path))
-    if not path.is_file():
-        raise errors.UserError(
-            "is not a file", field="problems", value=path, remedy="give one in the format of HumanEval.jsonl"
-        )
-    found = []
-    for line in text_files.lines([str(path)]):
-        try:
-            content = json.loads(line.text)
-            wanted = {name: content[name] for name in _FIELDS} | {"suffix": content.get("suffix")}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise errors.UserError(
-                f"this line is not a problem with {', '.join(_FIELDS)} ({type(error).__name__}: {error})",
-                place=line.place,
-                remedy="mend or remove it",
-            ) from error
-        if not all(isinstance(value, str) for value in wanted.values() if value is not None):
-            raise errors.UserError(f"{', '.join(_FIELDS)} and suffix must be text", place=line.place)
-        found.append(Problem(**wanted))
-    if not found:
-        raise errors.UserError("has no problem in it", field="problems", value=path, remedy="give another file")
-    return found
 
 
 def measure(
@@ -74,39 +28,38 @@ def measure(
     *,
     step: int | None = None,
     attempts: generation_quality.Samples = ATTEMPTS,
-    timeout_s: float = 3.0,
+    timeout_s: float | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Generates code for every problem and runs its tests in `sandbox`.
+    """Generates code for every problem and runs its tests in `programs.sandbox`.
 
     After a prompt the model fills all of its length; the text up to the next statement counts. Between a prompt and a
     suffix it fills as many tokens as the reference solution has.
 
     Args:
         workdir: the run directory.
-        problems: the file, see `read`.
+        problems: the file, see `layouts.read`.
         step: the checkpoint; the newest if None.
         attempts: how many attempts at each problem.
-        timeout_s: seconds for an attempt to pass its tests.
+        timeout_s: the least seconds an attempt has to pass its tests, see `trials.prepare`.
         **settings: fields of `config.SamplingConfig` that differ from the run's: sampler, num_steps, draw.
 
     Returns:
         `pass_at_1` and so on with standard errors over problems, how attempts ended, and `left_out`: problems that do
-        not fit the model's length, or have text outside its vocabulary. These count as not passed.
+        not fit the model's length, or have text outside its vocabulary. These count as not passed. Where problems have
+        the layout of EvalPlus, `original_pass_at_1` and so on are of the tests without those that it adds.
 
     Raises:
         errors.UserError: where programs cannot be run safely, or a problem's own solution does not pass its tests.
     """
     sandbox.check()
-    found = read(problems)
+    found = layouts.read(problems)
     run = runs.load(workdir)
     sampling = run.sampling(num_samples=attempts.batch_size, **settings)
-    references = [assemble(problem, problem.canonical_solution) for problem in found]
-    for problem, outcome in zip(found, _run_all(references, timeout_s), strict=True):
-        if outcome != sandbox.Outcome.PASSED:
-            raise errors.UserError(
-                f"the solution that {problem.task_id} comes with {outcome}", place=problems, remedy="mend or remove it"
-            )
+    try:
+        prepared = _each(found, functools.partial(trials.prepare, timeout_s=timeout_s), found)
+    except errors.UserError as error:
+        raise error.at(problems) from error
     opened = run.restore(step)
     result = {
         **results.circumstances(run, opened.step),
@@ -127,19 +80,21 @@ def measure(
         except errors.UserError as error:
             left_out[problem.task_id] = str(error)
     written = _attempt(opened, sampling, asked, attempts)
-    outcomes = _run_all([assemble(problem, code) for problem, code in written], timeout_s)
-    passed = collections.Counter(
-        problem for (problem, _), outcome in zip(written, outcomes, strict=True) if outcome == sandbox.Outcome.PASSED
-    )
-    for k in _KS:
-        if k <= attempts.num_samples:
-            each = np.array([pass_at_k(attempts.num_samples, passed[problem], k) for problem in found])
-            result |= {f"pass_at_{k}": float(each.mean()), f"pass_at_{k}_stderr": generation_quality.stderr(each)}
-    result["outcomes"] = dict(collections.Counter(outcomes))
+    ready = dict(zip(found, prepared, strict=True))
+    ended = _each(found, trials.attempt, [ready[problem] for problem, _ in written], [code for _, code in written])
+    kinds = {"": [attempt.outcome == sandbox.Outcome.PASSED for attempt in ended]}
+    if any(problem.answers for problem in found):
+        kinds["original_"] = [attempt.passed_original for attempt in ended]
+    for kind, outcomes in kinds.items():
+        passed = collections.Counter(
+            problem.task_id for (problem, _), is_passed in zip(written, outcomes, strict=True) if is_passed
+        )
+        result |= _estimates(kind, [passed[problem.task_id] for problem in found], attempts.num_samples)
+        result[f"{kind}passed"] = dict(passed)
+    result["outcomes"] = dict(collections.Counter(attempt.outcome for attempt in ended))
     result["left_out"] = left_out
-    result["passed"] = {problem.task_id: count for problem, count in passed.items()}
     firsts = written[:: attempts.num_samples]
-    result["texts"] = [assemble(problem, code) for problem, code in firsts[: results.KEPT_TEXTS]]
+    result["texts"] = [problem.program(code) for problem, code in firsts[: results.KEPT_TEXTS]]
     results.keep(run, name, result)
     return result
 
@@ -149,17 +104,26 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
 
 
-def assemble(problem: Problem, code: str) -> str:
-    """The program that passes if `code` solves the problem."""
-    return f"{problem.prompt}{code}{problem.suffix or ''}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
+def _estimates(kind: str, passed: list[int], num_samples: int) -> dict[str, float]:
+    """pass@k over problems, from how many attempts at each passed, with standard errors."""
+    found = {}
+    for k in _KS:
+        if k <= num_samples:
+            each = np.array([pass_at_k(num_samples, count, k) for count in passed])
+            found |= {
+                f"{kind}pass_at_{k}": float(each.mean()),
+                f"{kind}pass_at_{k}_stderr": generation_quality.stderr(each),
+            }
+    return found
 
 
 def table(result: dict[str, Any]) -> tables.Table:
     """The result of `measure` as a table."""
     rows = [
-        (f"pass@{k}", tables.estimate(result[f"pass_at_{k}"], result[f"pass_at_{k}_stderr"]))
+        (f"pass@{k}{title}", tables.estimate(result[f"{kind}pass_at_{k}"], result[f"{kind}pass_at_{k}_stderr"]))
+        for kind, title in (("", ""), ("original_", ", original tests"))
         for k in _KS
-        if f"pass_at_{k}" in result
+        if f"{kind}pass_at_{k}" in result
     ]
     ended = ", ".join(f"{count} {outcome}" for outcome, count in sorted(result["outcomes"].items()))
     notes = [f"attempts: {ended or 'none'}"]
@@ -177,7 +141,7 @@ def table(result: dict[str, Any]) -> tables.Table:
     )
 
 
-def _template(run: runs.Run, problem: Problem) -> templates.Template:
+def _template(run: runs.Run, problem: layouts.Problem) -> templates.Template:
     """The template of a program: prompt, gap and suffix.
 
     Raises:
@@ -186,16 +150,16 @@ def _template(run: runs.Run, problem: Problem) -> templates.Template:
     prompt = run.tokenizer.encode(problem.prompt)
     if problem.suffix is None:
         return templates.assemble(run, [prompt, (max(1, run.config.data.length - len(prompt)), None)])
-    gap = len(run.tokenizer.encode(problem.canonical_solution))
+    gap = len(run.tokenizer.encode(problem.solution))
     return templates.assemble(run, [prompt, (gap, None), run.tokenizer.encode(problem.suffix)])
 
 
 def _attempt(
     opened: runs.OpenRun,
     sampling: configs.SamplingConfig,
-    asked: dict[Problem, templates.Template],
+    asked: dict[layouts.Problem, templates.Template],
     attempts: generation_quality.Samples,
-) -> list[tuple[Problem, str]]:
+) -> list[tuple[layouts.Problem, str]]:
     """Draws the code of all attempts, those at one problem after another."""
     if not asked:
         return []
@@ -208,17 +172,17 @@ def _attempt(
     ]
 
 
-def _code(run: runs.Run, problem: Problem, row: Int[np.ndarray, "L"], template: templates.Template) -> str:
+def _code(run: runs.Run, problem: layouts.Problem, row: Int[np.ndarray, "L"], template: templates.Template) -> str:
     """The code that was written into the gap, up to an end of text or, after a prompt, the next statement."""
     start, end = np.flatnonzero(~template.is_given[: template.length])[[0, -1]] + (0, 1)
     written = row[start:end]
     if run.tokenizer.eos_id is not None:
         written = written[: np.argmax(np.append(written, run.tokenizer.eos_id) == run.tokenizer.eos_id)]
     text = run.tokenizer.decode(written)
-    return text if problem.suffix is not None else _STOP.split(text, maxsplit=1)[0]
+    return text if problem.suffix is not None else problem.stop.split(text, maxsplit=1)[0]
 
 
-def _run_all(programs: Sequence[str], timeout_s: float) -> list[sandbox.Outcome]:
-    """Runs programs in parallel, one on each core."""
-    with concurrent.futures.ThreadPoolExecutor(hosts.num_cores()) as pool:
-        return list(pool.map(lambda program: sandbox.run(program, timeout_s=timeout_s), programs))
+def _each(problems: Sequence[layouts.Problem], do: Callable[..., Any], *work: Sequence[Any]) -> list[Any]:
+    """Does all work in parallel, as much at once as the machine's cores and memory take."""
+    with concurrent.futures.ThreadPoolExecutor(trials.num_at_once(problems)) as pool:
+        return list(pool.map(do, *work))

@@ -12,7 +12,8 @@ import pytest
 
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
-from sedd_jax.evaluation import code_problems, generation_quality, sandbox
+from sedd_jax.evaluation import code_problems, generation_quality
+from sedd_jax.programs import layouts, sandbox
 
 CHECK = "def check(a):\n    assert (a, b) == (1, 22)"
 PREFIX = {"task_id": "t/0", "prompt": "a = 1\nb", "canonical_solution": " = 22\n", "test": CHECK, "entry_point": "a"}
@@ -28,9 +29,16 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def problems(tmp_path):
+    """Two that the model has the length and the vocabulary for, and two that it has not."""
     path = tmp_path / "problems.jsonl"
     path.write_text("".join(json.dumps(problem) + "\n" for problem in (PREFIX, INFILL, LONG, FOREIGN)))
     return str(path)
+
+
+def read(tmp_path, *contents):
+    path = tmp_path / "read.jsonl"
+    path.write_text("".join(json.dumps(content) + "\n" for content in contents))
+    return layouts.read(path)
 
 
 @pytest.mark.parametrize(("passed", "k"), list(itertools.product(range(6), (1, 2, 5))))
@@ -73,28 +81,51 @@ def test_attempts_that_pass_are_counted(code_run, problems, monkeypatch):
     assert run.tokenizer.vocab_size < 20  # so that Z is foreign
 
 
-def test_a_function_ends_where_another_statement_begins(code_run):
+def test_inputs_of_evalplus_are_tried_and_the_original_ones_counted_apart(code_run, tmp_path, monkeypatch, capsys):
+    """Half of the attempts return what is right for the first input alone."""
+    prompt = "def a(b):\n"
+    content = {"task_id": "t/9", "prompt": prompt, "canonical_solution": "    return b / 3\n", "entry_point": "a"}
+    content |= {"base_input": [[0]], "plus_input": [[1.0], [float("inf")]], "atol": 0, "contract": ""}
+    path = tmp_path / "plus.jsonl"
+    path.write_text(json.dumps(content))
+    (problem,) = layouts.read(path)
+    written = [
+        (problem, code) for code in ["    return b / 3 + 1e-9\n", "    return b\n", "    return 1\n"] for _ in range(2)
+    ]
+    monkeypatch.setattr(code_problems, "_template", lambda run, problem: None)
+    monkeypatch.setattr(code_problems, "_attempt", lambda *_: written)
+    result = code_problems.measure(code_run, str(path), attempts=generation_quality.Samples(num_samples=6))
+    assert result["pass_at_1"] == pytest.approx(2 / 6)
+    assert result["original_pass_at_1"] == pytest.approx(4 / 6)
+    assert (result["passed"], result["original_passed"]) == ({"t/9": 2}, {"t/9": 4})
+    assert result["outcomes"] == {"passed": 2, "failed": 4}
+    assert result["texts"][0] == prompt + "    return b / 3 + 1e-9\n\n"
+    lines = str(code_problems.table(result)).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:4]] == ["pass@1", "pass@1, original tests"]
+
+
+def test_a_function_ends_where_another_statement_begins(code_run, tmp_path):
     run = runs.load(code_run)
-    problem = code_problems.Problem(**PREFIX)
+    problem, infill = read(tmp_path, PREFIX, INFILL)
     for text, code in (
         ("    return 1\n\ndef f():\n    pass", "    return 1\n"),
         ("    x = 1\nprint(x)", "    x = 1"),
         ("    x\n    if x:\n        print(x)\n", "    x\n    if x:\n        print(x)\n"),
         ("class A: pass", "class A: pass"),
     ):
-        assert code_problems._STOP.split(text, maxsplit=1)[0] == code
+        assert problem.stop.split(text, maxsplit=1)[0] == code
     template = code_problems._template(run, problem)
     assert (template.is_given.sum(), template.length) == (7, 32)
-    between = code_problems._template(run, code_problems.Problem(**INFILL))
+    between = code_problems._template(run, infill)
     assert between.length == 3 + 4 + 6
     assert np.flatnonzero(~between.is_given[: between.length]).tolist() == [3, 4, 5, 6]
 
 
-def test_between_a_prompt_and_a_suffix_everything_written_counts(code_run, monkeypatch):
+def test_between_a_prompt_and_a_suffix_everything_written_counts(code_run, tmp_path):
     run = runs.load(code_run)
-    monkeypatch.setattr(code_problems, "_STOP", re.compile(r"\nb"))
-    for content, code in ((INFILL, " 1\nb"), (PREFIX, " 1")):
-        problem = code_problems.Problem(**content)
+    prefix, infill = read(tmp_path, PREFIX, INFILL)
+    for whole, code in ((infill, " 1\nb"), (prefix, " 1")):
+        problem = whole._replace(stop=re.compile(r"\nb"))
         template = code_problems._template(run, problem)
         row = template.tokens.copy()
         row[np.flatnonzero(~template.is_given)[:4]] = run.tokenizer.encode(" 1\nb")
@@ -117,19 +148,20 @@ def test_problems_are_read_as_they_are_distributed(tmp_path):
     problem = {**PREFIX, "prompt": PREFIX["prompt"] + "# \u2028\n"}
     path = tmp_path / "HumanEval.jsonl.gz"
     path.write_bytes(gzip.compress((json.dumps(problem, ensure_ascii=False) + "\n").encode()))
-    assert [one.prompt for one in code_problems.read(path)] == [problem["prompt"]]
+    assert [one.prompt for one in layouts.read(path)] == [problem["prompt"]]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "has no problem in it"),
-        ("{", ":1: this line is not a problem with task_id"),
-        ("[]", ":1: this line is not a problem with task_id"),
+        ("{", ":1: this line is not a problem, nor JSON"),
+        ("3", ":1: this line is not a problem with task_id"),
+        ("[]", "has no problem in it"),
         (json.dumps(PREFIX) + '\n{"task_id": "t/1"}', ":2: this line is not a problem with task_id"),
         (
             json.dumps({**PREFIX, "test": 1}),
-            ":1: task_id, prompt, canonical_solution, test, entry_point and suffix must",
+            "with task_id, prompt, canonical_solution, test, entry_point, suffix: test is 1: mend or remove it",
         ),
         (json.dumps({**PREFIX, "canonical_solution": " = 2\n"}), "the solution that t/0 comes with failed: mend"),
     ],

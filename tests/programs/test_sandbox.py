@@ -8,11 +8,12 @@ import textwrap
 import time
 import zoneinfo
 
+import numpy as np
 import pytest
 
-from sedd_jax.evaluation import sandbox
+from sedd_jax.programs import sandbox
 from sedd_jax.runtime import errors
-from tests.support import places
+from tests.support import places, slow
 
 PASSED, FAILED, TIMED_OUT = sandbox.Outcome.PASSED, sandbox.Outcome.FAILED, sandbox.Outcome.TIMED_OUT
 
@@ -78,7 +79,7 @@ def test_a_program_ends_with_the_process_that_started_it():
     """A killed `sedd eval` leaves no program behind, however much time that program has."""
     code = """
         import subprocess
-        from sedd_jax.evaluation import sandbox
+        from sedd_jax.programs import sandbox
         class Shown(subprocess.Popen):
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
@@ -181,7 +182,7 @@ def test_threads_of_a_library_are_confined_too():
     """Threads that ran before the filter was installed, as linear algebra libraries start them."""
     code = """
         import ctypes, queue, threading
-        from sedd_jax.evaluation import sandbox
+        from sedd_jax.programs import sandbox
         asked, answers = queue.SimpleQueue(), queue.SimpleQueue()
         def serve():
             libc = ctypes.CDLL(None, use_errno=True)
@@ -221,6 +222,135 @@ def test_threads_of_a_library_are_confined_too():
 )
 def test_system_calls_are_refused(call):
     assert sandbox.run(REFUSED.format(call=call), timeout_s=20.0) == PASSED
+
+
+# Each is refused by the system, so none opens the file. What compiles or runs other programs raises before.
+NUMPY_FILES = {
+    "load": "np.load(path)",
+    "load as memory map": "np.load(path, mmap_mode='r')",
+    "fromfile": "np.fromfile(path, np.uint8)",
+    "memmap": "np.memmap(path, np.uint8, 'r')",
+    "memmap to write": "np.memmap(path, np.uint8, 'w+', shape=(4,))",
+    "open_memmap": "np.lib.format.open_memmap(path, 'w+', shape=(4,))",
+    "loadtxt": "np.loadtxt(path)",
+    "genfromtxt": "np.genfromtxt(path)",
+    "fromregex": "np.fromregex(path, '(.)', [('x', 'S1')])",
+    "tofile": "np.arange(4).tofile(path)",
+    "save": "np.save(path, np.arange(4))",
+    "savez": "np.savez(path, np.arange(4))",
+    "savetxt": "np.savetxt(path, np.arange(4))",
+    "dump": "np.arange(4).dump(path)",
+    "DataSource": "np.lib.npyio.DataSource('/').open(path)",
+    "ctypeslib": "np.ctypeslib.load_library('libc', '/usr/lib')",
+    "a C call by ctypeslib": "refused(np.ctypeslib.ctypes.CDLL(None).open(path.encode(), 66, 0o600))",
+    "a pointer of an array": "refused(np.ctypeslib.ctypes.CDLL(None).write(1000, np.zeros(9).ctypes.data, 9))",
+    "f2py": "__import__('numpy.f2py').f2py.compile('end', extension='.f90')",
+    "f2py reading": "__import__('numpy.f2py').f2py.run_main([path])",
+    "testing": "np.testing.rundocs(path)",
+}
+
+
+@pytest.mark.parametrize(
+    "name", slow.all_but(["load", "fromfile", "memmap", "tofile", "a C call by ctypeslib", "f2py"], NUMPY_FILES)
+)
+def test_numpy_opens_no_file(tmp_path, name):
+    statement = NUMPY_FILES[name]
+    path = tmp_path / "array.npy"
+    is_read = any(word in statement for word in ("load(", "'r'", "fromfile", "txt(path)", "fromregex", "DataSource"))
+    if is_read:
+        np.save(path, np.arange(4))
+    program = f"""
+        import numpy as np
+        def refused(found):
+            if found == -1:
+                raise PermissionError
+        path = {str(path)!r}
+        try:
+            {statement}
+        except (OSError, ImportError, AttributeError, SystemExit) as error:
+            # It is the system that refuses, not a wrong name.
+            assert not isinstance(error, (FileNotFoundError, AttributeError)) or "f2py" in {statement!r}, repr(error)
+        else:
+            raise AssertionError("it was done")
+        """
+    assert sandbox.run(textwrap.dedent(program), timeout_s=20.0) == PASSED
+    assert path.exists() == is_read
+
+
+def test_numpy_computes_with_large_arrays_within_the_memory_of_a_driver():
+    plain = "def drive(program, given, tell):\n    program()\n"
+    program = "import numpy as np\nx = np.empty(2**27)\nx[::2**20] = 1\nassert x[::2**20].sum() == 128\n"
+    small, large = sandbox.Driver(plain), sandbox.Driver(plain, memory=2**33)
+    assert sandbox.drive(program, small, timeout_s=60.0).outcome == FAILED
+    assert sandbox.drive(program, large, timeout_s=60.0).outcome == PASSED
+
+
+MULTIPLY = """
+import numpy as np
+a = np.random.default_rng(0).normal(size=(300, 300))
+q, r = np.linalg.qr(a)
+assert np.ma.allclose(np.ma.array(q @ r), a)
+"""
+
+
+def test_numpy_multiplies_matrices_without_threads():
+    assert sandbox.run(MULTIPLY, timeout_s=20.0) == PASSED
+
+
+DRIVER = """
+def drive(program, given, tell):
+    names = program()
+    for _ in range(names["ticks"]):
+        tell(b".")
+    names["wait"]()
+    tell(given[: names["said"]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "ended"),
+    [
+        ("ticks, said, wait = 2, 3, lambda: 0", (PASSED, 2, b"abc")),
+        ("ticks, said, wait = 2, 0, lambda: 0", (PASSED, 2, b"")),
+        ("ticks, said, wait = 1, 0, lambda: 0", (FAILED, 1, b"")),
+        ("ticks, said, wait = 2, 3, lambda: 1 / 0", (FAILED, 2, b"")),
+        ("ticks, said, wait = 3, 0, lambda: 0", (PASSED, 2, b".")),
+        ("ticks, said, wait = 2, 8, lambda: 0", (FAILED, 2, b"")),
+        ("import time\nticks, said, wait = 1, 0, lambda: time.sleep(9)", (TIMED_OUT, 1, b"")),
+        ("import time\nticks, said, wait = 0, 0, lambda: time.sleep(9)", (TIMED_OUT, 0, b"")),
+        ("import time\nticks, said, wait = 2, 2, lambda: time.sleep(1)", (PASSED, 2, b"ab")),
+    ],
+)
+def test_a_driver_tells_how_far_it_came_and_what_it_found(program, ended):
+    driver = sandbox.Driver(DRIVER, given=b"abcdefgh", parts=(0.7, 0.7), most=4)
+    assert sandbox.drive(program, driver, timeout_s=20.0) == ended
+
+
+def test_each_part_has_seconds_of_its_own_and_all_have_the_whole():
+    source = (
+        "import time\ndef drive(program, given, tell):\n    while True:\n        time.sleep(0.2)\n        tell(b'.')\n"
+    )
+    driver = sandbox.Driver(source, parts=(5.0,) * 100)
+    outcome, num_parts, _ = sandbox.drive("", driver, timeout_s=1.5)
+    assert outcome == TIMED_OUT
+    assert 1 <= num_parts <= 7
+
+
+def test_megabytes_are_handed_over_as_they_are():
+    driver = sandbox.Driver(
+        "def drive(program, given, tell):\n    tell(given)\n", given=bytes(range(256)) * 2**16, most=2**25
+    )
+    outcome, _, told = sandbox.drive("", driver, timeout_s=60.0)
+    assert outcome == PASSED
+    assert told == driver.given
+
+
+def test_only_what_a_text_names_is_loaded():
+    text = "import numpy as np\n'UTF-16'.encode('latin-1')\n" + repr([f"word{number}" for number in range(1000)])
+    found = sandbox.needs(text)
+    assert {"module numpy.random", "encoding UTF-16", "encoding latin-1"} <= found
+    assert not {need for need in found if "word" in need or "asyncio" in need}
+    assert sandbox.needs("'Europe/Paris'") == frozenset()
 
 
 def test_a_fork_bomb_starts_nothing():

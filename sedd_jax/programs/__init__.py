@@ -1,0 +1,1 @@
+"""Untrusted programs: problems to solve by code, and the sandbox in which solutions are tried."""
