@@ -315,7 +315,7 @@ def drive(program, given, tell):
         ("ticks, said, wait = 1, 0, lambda: 0", (FAILED, 1, b"")),
         ("ticks, said, wait = 2, 3, lambda: 1 / 0", (FAILED, 2, b"")),
         ("ticks, said, wait = 3, 0, lambda: 0", (PASSED, 2, b".")),
-        ("ticks, said, wait = 2, 8, lambda: 0", (FAILED, 2, b"")),
+        ("ticks, said, wait = 2, 5, lambda: 0", (FAILED, 2, b"")),
         ("import time\nticks, said, wait = 1, 0, lambda: time.sleep(9)", (TIMED_OUT, 1, b"")),
         ("import time\nticks, said, wait = 0, 0, lambda: time.sleep(9)", (TIMED_OUT, 0, b"")),
         ("import time\nticks, said, wait = 2, 2, lambda: time.sleep(1)", (PASSED, 2, b"ab")),
