@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Int, Key
 
-from sedd_jax.diffusion import first_hitting, forward, steps, trapezoidal
+from sedd_jax.diffusion import entropy_bound, first_hitting, forward, steps, trapezoidal
 
 
 @runtime_checkable
@@ -103,6 +103,16 @@ SAMPLERS: dict[str, Sampler] = {
             needs_mask=True,
             takes_grid=False,
             ends_with_masks=True,
+        )
+    ),
+    "entropy_bound": entropy_bound.EntropyBound(
+        traits=steps.Traits(
+            meaning="absorbing graph only, biased: fills the surest masks first, so it may take fewer evaluations",
+            needs_mask=True,
+            takes_grid=False,
+            ends_with_masks=True,
+            is_biased=True,
+            is_adaptive=True,
         )
     ),
 }

@@ -68,6 +68,10 @@ DrawFn = Callable[[Key[Array, ""], Evaluation, Int[Array, "B L"], Bool[Array, "B
 LeapFn = Callable[[Key[Array, ""], list[Rates], Int[Array, "B L"], Bool[Array, "B L"]], Int[Array, "B L"]]
 
 
+# (evaluation at xt, xt, positions where it is needed) -> entropy of the token there in nats, 0 elsewhere.
+EntropyFn = Callable[[Evaluation, Int[Array, "B L"], Bool[Array, "B L"]], Float[Array, "B L"]]
+
+
 class Draws(NamedTuple):
     """The network and the draws from it, as functions: all that a sampler needs.
 
@@ -75,11 +79,13 @@ class Draws(NamedTuple):
         evaluate_fn: (xt, sigma) -> evaluation of the network.
         draw_fn: draws the next states from an evaluation and a step.
         leap_fn: draws the next states from rates.
+        entropy_fn: how unsure the network is of each token that is not known.
     """
 
     evaluate_fn: Callable[[Int[Array, "B L"], Float[Array, "B"]], Evaluation]
     draw_fn: DrawFn
     leap_fn: LeapFn
+    entropy_fn: EntropyFn
 
     def move(
         self,
@@ -215,6 +221,8 @@ class Traits:
         takes_grid: whether its steps are at the times of a grid; then it has a field `grid`.
         takes_guidance: whether it supports classifier-free guidance.
         ends_with_masks: whether it needs no further evaluation once no mask is left.
+        is_biased: whether more evaluations do not bring its samples to the model's distribution.
+        is_adaptive: whether it may fill all masks in fewer evaluations than asked for. Results then count those taken.
         published_name: its name in the published program; "" if that lacks it.
     """
 
@@ -224,6 +232,8 @@ class Traits:
     takes_grid: bool = True
     takes_guidance: bool = True
     ends_with_masks: bool = False
+    is_biased: bool = False
+    is_adaptive: bool = False
     published_name: str = ""
 
 
@@ -324,7 +334,7 @@ def _denoising(draws: Draws, graph: graphs.Graph, is_last: Bool[Array, "B"]) -> 
         last = draws.draw_fn(key_last, evaluation, xt, is_movable & is_last[:, None], jump)
         return where(is_last, last, moved)
 
-    return Draws(draws.evaluate_fn, draw, leap)
+    return draws._replace(draw_fn=draw, leap_fn=leap)
 
 
 def _or_zeros(offset: Array | None, like: Array) -> Array:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from sedd_jax import config as configs
 from sedd_jax import runs
+from sedd_jax.diffusion import samplers
 from sedd_jax.evaluation import judges, results, tables
 from sedd_jax.model import sampling_config
 from sedd_jax.runtime import storage
@@ -65,7 +66,8 @@ def measure(
     real, sha256 = held_out(run, samples.num_samples, samples.seed)
     # Scored before anything is drawn, in case the judge cannot read this text.
     of_text = read(run, reader, real)
-    drawn = draw(opened, sampling, samples.num_samples, samples.seed)
+    taken: list[int] = []
+    drawn = draw(opened, sampling, samples.num_samples, samples.seed, count=taken.extend)
     result = {
         **results.circumstances(run, opened.step),
         "judge": reader.name,
@@ -79,6 +81,8 @@ def measure(
     }
     name = results.name("generation", result)
     result["samples"], result["held_out"] = read(run, reader, drawn), of_text
+    if is_adaptive(sampling.sampler):
+        result["mean_nfe"] = float(np.mean(taken))
     result["texts"] = [run.tokenizer.decode(row) for row in drawn[: results.KEPT_TEXTS]]
     results.keep(run, name, result)
     return result
@@ -134,7 +138,21 @@ def described(run: runs.Run, sampling: configs.SamplingConfig, num_gaps: int | N
 
 def how(result: dict[str, Any]) -> str:
     """The fields of `described`, in words."""
-    return ", ".join([result["sampler"], f"nfe {result['nfe']}", f"{result['draw']} draws", *changed(result)])
+    nfe = f"nfe at most {result['nfe']}" if is_adaptive(result["sampler"]) else f"nfe {result['nfe']}"
+    if "mean_nfe" in result:
+        nfe = f"nfe {result['mean_nfe']:.1f} on average, {nfe.removeprefix('nfe ')}"
+    return ", ".join([named(result["sampler"]), nfe, f"{result['draw']} draws", *changed(result)])
+
+
+def is_adaptive(sampler: str) -> bool:
+    """Whether a sampler may take fewer evaluations than asked for; that of autoregressive runs does not."""
+    return sampler in samplers.SAMPLERS and samplers.SAMPLERS[sampler].traits.is_adaptive
+
+
+def named(sampler: str) -> str:
+    """The name of a sampler, and that it is biased if it is."""
+    is_biased = sampler in samplers.SAMPLERS and samplers.SAMPLERS[sampler].traits.is_biased
+    return f"{sampler} (biased)" if is_biased else sampler
 
 
 def changed(result: dict[str, Any]) -> list[str]:
@@ -156,10 +174,17 @@ def held_out(run: runs.Run, num_samples: int, seed: int) -> tuple[Int[np.ndarray
     ), split.sha256
 
 
-def draw(opened: runs.OpenRun, sampling: configs.SamplingConfig, num_samples: int, seed: int) -> Int[np.ndarray, "S L"]:
+def draw(
+    opened: runs.OpenRun,
+    sampling: configs.SamplingConfig,
+    num_samples: int,
+    seed: int,
+    *,
+    count: generate.CountFn | None = None,
+) -> Int[np.ndarray, "S L"]:
     """Draws unconditional samples, `sampling.num_samples` at once, on the mesh of all devices."""
     nothing = np.zeros((num_samples, opened.run.config.data.length), np.int32)
-    return fill(opened, sampling, nothing, nothing.astype(bool), seed)
+    return fill(opened, sampling, nothing, nothing.astype(bool), seed, count=count)
 
 
 def fill(
@@ -168,10 +193,12 @@ def fill(
     tokens: Int[np.ndarray, "S L"],
     is_given: Bool[np.ndarray, "S L"],
     seed: int,
+    *,
+    count: generate.CountFn | None = None,
 ) -> Int[np.ndarray, "S L"]:
     """Fills the tokens that are not given, `sampling.num_samples` sequences at once, on the mesh of all devices."""
     with opened.on_devices():
-        return np.concatenate(list(generate.draw_batches(opened, tokens, is_given, sampling, seed=seed)))
+        return np.concatenate(list(generate.draw_batches(opened, tokens, is_given, sampling, seed=seed, count=count)))
 
 
 def read(run: runs.Run, judge: judges.Judge, tokens: Int[np.ndarray, "S L"], num_draws: int = 1) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.evaluation import generation_quality, judges, results, tables
@@ -105,11 +107,13 @@ def measure(
     is_of = lambda part, point: all(part.get(key) == value for key, value in point.items())
     for point, sampling in zip(wanted, samplings, strict=True):
         if not any(is_of(part, point) for part in done):
-            drawn = generation_quality.draw(opened, sampling, samples.num_samples, samples.seed)
+            taken: list[int] = []
+            drawn = generation_quality.draw(opened, sampling, samples.num_samples, samples.seed, count=taken.extend)
+            is_adaptive = generation_quality.is_adaptive(sampling.sampler)
             done.append(
                 {
                     **point,
-                    "nfe": generate.num_evaluations(run, sampling),
+                    "nfe": float(np.mean(taken)) if is_adaptive else generate.num_evaluations(run, sampling),
                     **generation_quality.read(run, reader, drawn),
                 }
             )
@@ -178,7 +182,8 @@ def table(result: dict[str, Any]) -> tables.Table:
         f"{found['distinct_2']:.3f}",
     )
     for point in result["points"]:
-        rows.append((f"{point['sampler']}, {point['draw']} draws", str(point["nfe"]), *cells(point)))
+        name = generation_quality.named(point["sampler"])
+        rows.append((f"{name}, {point['draw']} draws", f"{point['nfe']:.4g}", *cells(point)))
     if result["judge_samples"]:
         rows.append(("the judge's own samples", str(result["judge_samples"]["nfe"]), *cells(result["judge_samples"])))
     rows.append(("held-out text", "", *cells(result["held_out"])))
@@ -221,7 +226,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         nfe = [point["nfe"] for point in points]
         for axes, name in ((quality, "gen_ppl_per_sequence"), (entropy, "unigram_entropy")):
             stderrs = [point[f"{name}_stderr"] or 0.0 for point in points]
-            label = f"{sampler}, {draw} draws" if axes is quality else None
+            label = f"{generation_quality.named(sampler)}, {draw} draws" if axes is quality else None
             axes.errorbar(nfe, [point[name] for point in points], yerr=stderrs, label=label, **style)
     for label, found, color in (
         ("held-out text", result["held_out"], "#667085"),

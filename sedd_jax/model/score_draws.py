@@ -162,6 +162,15 @@ def draw_published(
     return over_head(model, _race, weights, is_movable, jump.stay, keys)
 
 
+def entropies(
+    model: networks.Model, evaluation: steps.Evaluation, xt: Int[Array, "B L"], is_needed: Bool[Array, "B L"]
+) -> Float[Array, "B L"]:
+    """Entropy in nats of the token y != xt whose probability is in proportion to the score; 0 where not `is_needed`."""
+    features = evaluation.features[:, :, None]
+    weights = Weights(features, xt, jnp.zeros((*xt.shape, 1)), jnp.ones((*xt.shape, 1)))
+    return over_head(model, _entropies, weights, is_needed)
+
+
 DRAWS = {"precise": draw, "published": draw_published}
 
 
@@ -240,6 +249,34 @@ def _block_sums(vocabulary: tiles.Vocabulary, weights: Weights, is_movable: Bool
 
     sums = jnp.zeros((len(rows.order), vocabulary.num_blocks))
     return rows.scatter(jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, sums), is_movable.shape)
+
+
+def _entropies(vocabulary: tiles.Vocabulary, weights: Weights, is_needed: Bool[Array, "B L"]) -> Array:
+    """log sum_y e^z - sum_y z e^z / sum_y e^z over all y != xt, [B, L]; 0 where not `is_needed`."""
+    rows = tiles.choose(is_needed, _chunk_size(is_needed, vocabulary.width))
+    gathered = gather(rows, weights)
+
+    def visit_block(k: Int[Array, ""], sums: Any) -> Any:
+        states = vocabulary.block(k)
+
+        def visit(i: Int[Array, ""], sums: Any) -> Any:
+            largest, total, weighted = (rows.chunk(x, i) for x in sums)
+            chunk = _chunk(rows, gathered, i)
+            z = jnp.where(states.other_than(chunk.xt), states.logits(chunk.features)[:, 0], score_heads.NEVER)
+            top = jnp.maximum(largest, z.max(-1))
+            shift, share = largest - top, jnp.exp(z - top[:, None])
+            # Of what is relative to the largest logit so far, now relative to the new one.
+            weighted = jnp.exp(shift) * (weighted + shift * total) + ((z - top[:, None]) * share).sum(-1)
+            total = jnp.exp(shift) * total + share.sum(-1)
+            return jax.tree.map(lambda x, y: tiles.put(x, y, i), sums, (top, total, weighted))
+
+        return rows.visit(visit, sums)
+
+    nothing = jnp.zeros(len(rows.order))
+    start = (jnp.full_like(nothing, score_heads.NEVER), nothing, nothing)
+    _, total, weighted = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, start)
+    total = jnp.where(total > 0, total, 1.0)
+    return rows.scatter(jnp.log(total) - weighted / total, is_needed.shape)
 
 
 def _draw_states(vocabulary: tiles.Vocabulary, weights: Weights, keys: Array, block: Int[Array, "B L"]) -> Array:

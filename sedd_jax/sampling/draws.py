@@ -1,5 +1,6 @@
 """Draws the next tokens from the network, under a user's controls: the functions that a sampler calls."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ class NetworkDraws(NamedTuple):
     @property
     def draws(self) -> steps.Draws:
         """The functions that a sampler calls."""
-        return steps.Draws(self._evaluate, self._draw, self._leap)
+        return steps.Draws(self._evaluate, self._draw, self._leap, functools.partial(score_draws.entropies, self.model))
 
     def _evaluate(self, xt: Int[Array, "B L"], sigma: Array) -> steps.Evaluation:
         return steps.Evaluation(networks.apply(self.model, xt, sigma, None, self.lengths), sigma)

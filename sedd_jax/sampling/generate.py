@@ -21,6 +21,8 @@ from sedd_jax.sampling import constraints, templates, trajectories
 
 # (steps taken, total steps, tokens so far) -> nothing.
 WatchTokens = Callable[[int, int, Int[Array, "B L"]], None]
+# network evaluations that each sequence took -> nothing.
+CountFn = Callable[[Int[np.ndarray, "B"]], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,9 @@ def draw_samples(
         jnp.broadcast_to(jnp.asarray(template.tokens, jnp.int32), shape), jnp.broadcast_to(template.is_given, shape)
     )
     patterns = templates.compile_patterns(run, [template] * settings.num_samples)
-    tokens = draw_tokens(opened, given, settings, seed=seed, patterns=patterns, watch=watch)
+    taken: list[int] = []
+    count = lambda nfe: taken.extend(nfe.tolist())
+    tokens = draw_tokens(opened, given, settings, seed=seed, patterns=patterns, watch=watch, count=count)
     num_gaps = int((~template.is_given).sum())
     return [
         Sample(
@@ -148,7 +152,7 @@ def draw_samples(
             seed=seed,
             index=index,
             step=opened.step,
-            nfe=num_evaluations(run, settings, num_gaps),
+            nfe=taken[index],
             **circumstances(run, settings, num_gaps),
         )
         for index, row in enumerate(tokens[:, : template.length])
@@ -176,7 +180,10 @@ def sampler_name(run: runs.Run, settings: configs.SamplingConfig) -> str:
 
 
 def num_evaluations(run: runs.Run, settings: configs.SamplingConfig, num_gaps: int | None = None) -> int:
-    """Network evaluations (NFE) needed to fill `num_gaps` tokens (all of them if None), the last one included."""
+    """Network evaluations (NFE) to fill `num_gaps` tokens (all of them if None), the last one included.
+
+    A sampler that is adaptive may take fewer; see `draw_tokens`.
+    """
     before_last = per_step(run, settings) * num_steps_of(run, settings, num_gaps)
     return before_last + (1 if settings.guidance == 1 else 2)
 
@@ -204,6 +211,7 @@ def draw_tokens(
     seed: int,
     patterns: constraints.Patterns | None = None,
     watch: WatchTokens | None = None,
+    count: CountFn | None = None,
 ) -> Int[np.ndarray, "B L"]:
     """Draws sequences that agree with the known tokens of each, as one batch.
 
@@ -214,6 +222,7 @@ def draw_tokens(
         seed: seed of all random numbers; the same seed draws the same tokens.
         patterns: patterns that the text of gaps must match; None if there are none.
         watch: called about 64 times with the steps taken, the total steps, and the tokens so far.
+        count: called once with the network evaluations that each sequence took.
 
     Raises:
         errors.UserError: where an autoregressive run is given tokens after a gap, or the draws allow no patterns.
@@ -237,10 +246,22 @@ def draw_tokens(
         _, slots, _ = programs.advance_fn(inputs, key_steps, slots, start * rules.repeats, stop * rules.repeats)
         if watch:
             watch(stop, num_steps + 1, given.clamp(jax.block_until_ready(slots.batch.xt)))
+    if count:
+        count(_evaluations_taken(run, settings, slots.batch, num_gaps))
     tokens = programs.finish_fn(inputs, key_steps, key_last, slots)
     if watch:
         watch(num_steps + 1, num_steps + 1, tokens)
     return np.asarray(tokens)
+
+
+def _evaluations_taken(
+    run: runs.Run, settings: configs.SamplingConfig, batch: steps.Batch, num_gaps: int
+) -> Int[np.ndarray, "B"]:
+    """Network evaluations of each sequence, with the last one, which is all that `batch` still lacks."""
+    if not run.sampler(settings).traits.is_adaptive:
+        return np.full(len(batch.xt), num_evaluations(run, settings, num_gaps))
+    is_left = np.asarray(batch.given.is_movable(run.graph, batch.xt)).any(1)
+    return per_iteration(run, settings) * np.maximum(1, np.asarray(batch.iteration) + is_left)
 
 
 def rules_of(run: runs.Run, settings: configs.SamplingConfig) -> trajectories.Rules:
@@ -271,10 +292,12 @@ def draw_batches(
     settings: configs.SamplingConfig,
     *,
     seed: int,
+    count: CountFn | None = None,
 ) -> Iterator[Int[np.ndarray, "B L"]]:
     """Draws S sequences that agree with the given tokens of each, in batches of `settings.num_samples`.
 
     Each batch is drawn by `draw_tokens`, with a seed that follows from `seed` and the number of the batch.
+    `count` is called for every batch.
     """
     size = settings.num_samples
     for number, start in enumerate(range(0, len(tokens), size)):
@@ -282,7 +305,9 @@ def draw_batches(
         rows = np.arange(start, start + size) % len(tokens)
         (own,) = np.random.SeedSequence([seed, number]).generate_state(1).tolist()
         given = steps.Given(jnp.asarray(tokens[rows]), jnp.asarray(is_given[rows]))
-        yield draw_tokens(opened, given, settings, seed=own)[: len(tokens) - start]
+        num_own = len(tokens) - start
+        own_count = None if count is None else lambda nfe, num_own=num_own: count(nfe[:num_own])
+        yield draw_tokens(opened, given, settings, seed=own, count=own_count)[:num_own]
 
 
 def refuse_patterns(settings: configs.SamplingConfig, patterns: constraints.Patterns | None) -> None:

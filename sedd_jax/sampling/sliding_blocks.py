@@ -95,17 +95,18 @@ def draw(
     whole = lambda x: jnp.broadcast_to(jnp.asarray(x), shape)
     given = steps.Given(whole(template.tokens.astype(np.int32)), whole(template.is_given))
     patterns = templates.compile_patterns(run, [template] * settings.num_samples)
-    text, nfe = np.zeros((settings.num_samples, 0), np.int32), 0
+    text = np.zeros((settings.num_samples, 0), np.int32)
+    taken: list[np.ndarray] = []
     for index, own in enumerate(_seeds(seed, 1 + -(-(num_tokens - length) // block))):
         if index:
             seen = length - block
             tokens = np.concatenate([text[:, len(text[0]) - seen :], np.zeros((len(text), block), np.int32)], axis=1)
             given, patterns = steps.Given(jnp.asarray(tokens), whole(np.arange(length) < seen)), None
         show = None if watch is None else generate.as_text(run, length, watch)
-        rows = generate.draw_tokens(opened, given, settings, seed=own, patterns=patterns, watch=show)
+        rows = generate.draw_tokens(
+            opened, given, settings, seed=own, patterns=patterns, watch=show, count=taken.append
+        )
         text = np.concatenate([text, rows if not index else rows[:, length - block :]], axis=1)
-        num_gaps = int((~np.asarray(given.is_given)).sum(1).max())
-        nfe += generate.num_evaluations(run, settings, num_gaps)
     how = generate.circumstances(run, settings, length)
     return [
         generate.Sample(
@@ -114,10 +115,10 @@ def draw(
             seed=seed,
             index=index,
             step=opened.step,
-            nfe=nfe,
+            nfe=int(nfe),
             **how,
         )
-        for index, row in enumerate(text[:, :num_tokens])
+        for index, (row, nfe) in enumerate(zip(text[:, :num_tokens], np.sum(taken, axis=0), strict=True))
     ]
 
 

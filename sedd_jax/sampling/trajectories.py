@@ -167,7 +167,7 @@ def advance(
         xt = rules.sampler.take(key, number, draws_fn(slots), rules.process, batch, is_last)
         if not rules.is_together:
             xt = steps.where(slots.is_busy, xt, batch.xt)
-        batch = batch._replace(xt=xt, iteration=batch.iteration + slots.is_busy)
+        batch = batch._replace(xt=xt, iteration=batch.iteration + _takes_part(rules, slots))
         return number + 1, slots._replace(batch=batch)
 
     number, slots = jax.lax.while_loop(goes_on, take, (jnp.asarray(start), slots))
@@ -178,6 +178,12 @@ def _has_work(rules: Rules, slots: Slots) -> Bool[Array, ""]:
     if not rules.is_together:
         return slots.is_busy.any() & ~is_finished(rules, slots).any()
     return _is_unfilled(rules, slots).any() if rules.sampler.traits.ends_with_masks else jnp.asarray(True)
+
+
+def _takes_part(rules: Rules, slots: Slots) -> Bool[Array, "B"]:
+    """Which sequences an iteration counts for: if their number is adaptive, not for those that are filled."""
+    is_adaptive = rules.is_together and rules.sampler.traits.is_adaptive
+    return slots.is_busy & _is_unfilled(rules, slots).any(1) if is_adaptive else slots.is_busy
 
 
 def _is_unfilled(rules: Rules, slots: Slots) -> Bool[Array, "B L"]:

@@ -67,7 +67,7 @@ def test_points_that_are_done_are_not_drawn_again(run, judge_run, monkeypatch):
     monkeypatch.setattr(
         generation_quality,
         "draw",
-        lambda opened, *args: [drawn.append(opened.run.is_autoregressive), draw(opened, *args)][1],
+        lambda opened, *args, **rest: [drawn.append(opened.run.is_autoregressive), draw(opened, *args, **rest)][1],
     )
     both = quality_curves.measure(run, str(judge_run), curve(4, 2), samples=SAMPLES)
     assert drawn == [False, False, True]

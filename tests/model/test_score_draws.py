@@ -124,6 +124,26 @@ def test_draws_are_the_same_on_every_mesh(shape, batch):
         np.testing.assert_array_equal(drawn(model, features, xt), alone)
 
 
+@pytest.mark.parametrize("name", ["absorb", "mask inside"])
+def test_entropies_are_those_of_the_whole_array(name):
+    """Of a token that is not the mask; logits are large, and of some positions far apart or all the bias."""
+    graph = GRAPHS[name]
+    model, features, xt = problem(graph, normalized=True)
+    model.params["head_bias"] += 120.0
+    features = (features * jnp.linspace(0, 3, BATCH)[:, None, None]).at[0, 1].set(1e4)
+    is_needed = graph.is_noise(xt).at[2].set(False)
+    z = np.array(score_heads.logits(model, features)[..., : graph.num_states], float)
+    z[..., graph.mask_id] = -np.inf
+    shares = np.exp(z - z.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    expected = -np.where(shares > 0, shares * np.log(np.where(shares > 0, shares, 1)), 0).sum(-1)
+    evaluation = steps.Evaluation(features, jnp.full(BATCH, 0.7))
+    found = np.asarray(jax.jit(lambda: score_draws.entropies(model, evaluation, xt, is_needed))())
+    np.testing.assert_allclose(found, np.where(is_needed, expected, 0.0), rtol=1e-4, atol=1e-5)
+    assert expected[:, 0].min() < 1.5
+    assert expected[:, 0].max() > 5.0
+
+
 def test_no_array_over_the_vocabulary():
     """Memory of a step does not grow with the vocabulary, but for the head itself."""
 

@@ -4,6 +4,7 @@ Nothing here uses the closed forms of `sedd_jax`; `exact_score_fn` and `dense_dr
 them. `sample` and `take_steps` run the engine of sampling without a network.
 """
 
+import collections
 import functools
 import itertools
 from collections.abc import Callable
@@ -175,6 +176,29 @@ STEP_DISTRIBUTIONS = {
 }
 
 
+def entropy_bound(p0: np.ndarray, num_evaluations: int) -> np.ndarray:
+    """Distribution over clean tokens of the sampler of that name with exact conditionals, by definition; like p0."""
+    reached = {(None,) * p0.ndim: 1.0}
+    for left in range(num_evaluations, 0, -1):
+        before, reached = reached, collections.Counter()
+        for known, probability in before.items():
+            rest = p0[tuple(slice(None) if token is None else slice(token, token + 1) for token in known)]
+            gaps = [axis for axis, token in enumerate(known) if token is None]
+            own = {gap: rest.sum(tuple(set(range(p0.ndim)) - {gap})).ravel() / rest.sum() for gap in gaps}
+            entropy = {gap: -(p[p > 0] * np.log(p[p > 0])).sum() for gap, p in own.items()}
+            ranked = sorted(gaps, key=entropy.__getitem__)
+            bound = lambda some, entropy=entropy: sum(entropy[gap] for gap in some[:-1])
+            count = max(n for n in range(len(gaps) + 1) if n < 2 or left * bound(ranked[:n]) <= bound(ranked) + 1e-9)
+            for tokens in itertools.product(range(len(p0)), repeat=count):
+                filled = dict(zip(ranked, tokens, strict=False))
+                to = tuple(filled.get(axis, token) for axis, token in enumerate(known))
+                reached[to] += probability * np.prod([own[gap][token] for gap, token in filled.items()])
+    found = np.zeros_like(p0)
+    for tokens, probability in reached.items():
+        found[tokens] = probability
+    return found
+
+
 def sampler_distribution(
     graph: graphs.Graph, noise: noise_schedules.NoiseSchedule, p0: np.ndarray, sampler: str, num_steps: int
 ) -> np.ndarray:
@@ -183,6 +207,8 @@ def sampler_distribution(
     if sampler == "first_hitting":
         assert num_steps + 1 >= p0.ndim  # With fewer evaluations it is not exact.
         return embed(graph, p0).ravel()
+    if sampler == "entropy_bound":
+        return embed(graph, entropy_bound(p0, num_steps + 1)).ravel()
     p = (xs == graph.mask_id).all(-1).astype(float) if graph.has_mask else np.full(len(xs), 1 / len(xs))
     dt = (1 - time_grids.T_END) / num_steps
     for t in 1 - dt * np.arange(num_steps):
@@ -249,7 +275,13 @@ def dense_draws(score_fn: ScoreFn, graph: graphs.Graph, draw=categoricals.draw) 
         weights = weights * -jnp.expm1(-away) / jnp.maximum(away, 1e-30)
         return jnp.where(is_movable, draw(key, jnp.where(current, jnp.exp(-away), weights)), xt)
 
-    return steps.Draws(evaluate, jump, leap)
+    def entropy(evaluation, xt, is_needed):
+        current = xt[..., None] == jnp.arange(graph.num_states)[None, None]
+        weights = jnp.where(current, 0.0, evaluation.features)
+        shares = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+        return jnp.where(is_needed, -jax.scipy.special.xlogy(shares, shares).sum(-1), 0.0)
+
+    return steps.Draws(evaluate, jump, leap, entropy)
 
 
 def sample(
