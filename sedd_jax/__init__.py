@@ -13,7 +13,8 @@ Wings, each above those that it imports:
 | `front_door` | the same for Python: `open`, `train` |
 | `performance/` | benchmarks, plans for devices that are not here, and the examination of this machine |
 | `training/` | the training loop and what it writes |
-| `evaluation/` | likelihood, quality of samples, infilling, code |
+| `evaluation/` | measurements that are kept and shown: likelihood, quality of samples, infilling, code |
+| `bounds/` | bounds on the likelihood of sequences and texts, and their errors |
 | `serving/` | the page of `sedd serve` |
 | `sampling/` | text from a run: templates, patterns, prompts, and the one engine that fills them |
 | `conversion/` | checkpoints to and from PyTorch and StableHLO |

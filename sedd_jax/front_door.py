@@ -1,6 +1,7 @@
 """What a notebook does: open a run, sample from it, fill gaps, bound the likelihood of text, train."""
 
 import io
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -8,9 +9,10 @@ from typing import Any
 
 from sedd_jax import config as configs
 from sedd_jax import config_files, runs
+from sedd_jax.bounds import likelihoods, text_bounds
 from sedd_jax.data import tokenizers
 from sedd_jax.diffusion import forward
-from sedd_jax.evaluation import likelihoods, perplexity, text_bounds
+from sedd_jax.evaluation import perplexity
 from sedd_jax.model import networks
 from sedd_jax.runtime import errors, storage, terminals
 from sedd_jax.sampling import generate, refill, templates
@@ -156,11 +158,11 @@ class OpenRun:
         with terminals.shown(verbose):
             result = perplexity.evaluate(self.workdir, data=data, split=split, step=self.step, settings=settings)
         name = [name for name in likelihoods.BOUNDS if name in result][-1]
-        num_tokens = result["num_sequences"] * result["length"]
+        num_tokens, stderr = result["num_sequences"] * result["length"], result[name]["nats_per_token_stderr"]
         return text_bounds.Bound(
             name=name,
             nats_per_token=result[name]["nats_per_token"],
-            nats_per_token_stderr=result[name]["nats_per_token_stderr"],
+            nats_per_token_stderr=math.inf if stderr is None else stderr,
             num_tokens=num_tokens,
             num_characters=round(num_tokens * result["characters_per_token"]),
         )

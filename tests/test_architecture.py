@@ -18,6 +18,7 @@ WINGS = (
     "performance",
     "training",
     "evaluation",
+    "bounds",
     "serving",
     "sampling",
     "conversion",

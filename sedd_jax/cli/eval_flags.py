@@ -27,9 +27,12 @@ class Mode(NamedTuple):
 
 
 def _likelihood(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
-    from sedd_jax.evaluation import perplexity
+    from sedd_jax.evaluation import comparisons, perplexity
 
     settings = perplexity.Settings(**{name: given.pop(name) for name in _PASSES if name in given})
+    if "against" in given:
+        result = comparisons.measure(workdir, **given, settings=settings)
+        return result, comparisons.table(result)
     result = perplexity.evaluate(workdir, **given, settings=settings)
     return result, perplexity.table(result)
 
@@ -100,7 +103,7 @@ def modes() -> dict[str, Mode]:
     refinements = tuple(arguments.refinements())
     drawn = ("num_steps", "draw", *refinements, "seed", "batch_size", "num_samples")
     return {
-        "likelihood": Mode(("data", "split", *_PASSES), _likelihood),
+        "likelihood": Mode(("data", "split", "against", *_PASSES), _likelihood),
         "zero_shot": Mode(("suite_data", *_PASSES), _zero_shot),
         "humaneval": Mode(("problems", "timeout_s", "sampler", *drawn), _humaneval),
         "generate": Mode(("judge", "sampler", *drawn), _generate),
@@ -118,9 +121,12 @@ def define(values: flags.FlagValues) -> None:
     number("step", None, "checkpoint; the newest if not given", flag_values=values)
     text("data", None, "prepared:DIR or another source; the run's own if not given", flag_values=values)
     text("split", None, "train, valid or test; valid of its own text, test of other", flag_values=values)
+    text("against", None, "another run: the difference of both bounds, with an error of its own", flag_values=values)
     text("protocol", "published", "or strict: with prior and reconstruction terms", flag_values=values)
     number("num_times", None, "draws of time and noise for each sequence", flag_values=values)
-    flags.DEFINE_float("target_stderr", 0.01, "else as many as this needs, nats per token", flag_values=values)
+    flags.DEFINE_float(
+        "target_stderr", 0.01, "else as many as this standard error needs, nats per token", flag_values=values
+    )
     number("batch_size", 32, "sequences at once", 1, flag_values=values)
     number("seed", 0, "of times, noise, samples and choices", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_enum(

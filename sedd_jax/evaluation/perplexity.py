@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
 
 from sedd_jax import runs
+from sedd_jax.bounds import likelihoods
 from sedd_jax.data import batches, corpora, shards
 from sedd_jax.diffusion import losses
-from sedd_jax.evaluation import likelihoods, results, tables
+from sedd_jax.evaluation import results, tables
 from sedd_jax.runtime import errors, sharding, storage, terminals
 
 PROTOCOLS = ("published", "strict")
-_MAX_TIMES = 1000
+MAX_TIMES = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,36 +82,30 @@ def evaluate(
     """
     settings = settings or Settings()
     run = runs.load(workdir)
-    protocol = settings.protocol
-    if run.is_autoregressive:
-        # The value depends on neither time nor noise: one pass is enough, and there are no terms at the ends.
-        protocol, settings = "exact", dataclasses.replace(settings, protocol="published", num_times=1)
-    split = split or ("valid" if data is None else "test")
     with tempfile.TemporaryDirectory() as scratch:
-        text = _open(run, data, split, pathlib.Path(scratch))
-        opened = run.restore(step)
-        # All that a pass is a function of.
-        drawn = {"step": opened.step, "split": split, "data_sha256": text.sha256, "length": text.length}
-        drawn |= {"protocol": protocol, "seed": settings.seed, "batch_size": settings.batch_size}
-        with opened.on_devices():
-            name = results.name("likelihood", drawn | {"devices": sharding.num_batch_devices()})
-            done = _passes(opened, text.sequences(), settings, name)
+        split = split or ("valid" if data is None else "test")
+        text = open_text(run, data, split, pathlib.Path(scratch))
+        kept = Kept(run.restore(step), text, split, settings)
+        with terminals.progress() as report:
+            while len(kept.done) < (needed := _num_times(kept)):
+                kept.draw(report, of=needed)
+    done = kept.done[: settings.num_times]
     result = {
-        **results.circumstances(run, opened.step),
-        **drawn,
+        **results.circumstances(run, kept.opened.step),
+        **kept.drawn,
         "source": data or run.config.data.source,
         "num_sequences": text.num_sequences,
         "left_out_tokens": text.num_tokens - text.num_sequences * text.length,
         "num_times": len(done),
         "characters_per_token": text.characters_per_token,
         "words_per_token": text.words_per_token,
-        **_figures(run, text, settings, done),
+        **_figures(kept, done),
     }
-    results.keep(run, name, result)
+    results.keep(run, kept.name, result)
     return result
 
 
-def _open(run: runs.Run, data: str | None, split: str, scratch: pathlib.Path) -> batches.PackedSplit:
+def open_text(run: runs.Run, data: str | None, split: str, scratch: pathlib.Path) -> batches.PackedSplit:
     """One split of the run's own text, of prepared text, or of a source, which is tokenized into `scratch`."""
     if data is None:
         return run.split(split)
@@ -127,64 +121,91 @@ def _open(run: runs.Run, data: str | None, split: str, scratch: pathlib.Path) ->
     return batches.open_split(scratch, split, length)
 
 
-def _passes(
-    opened: runs.OpenRun, sequences: Integer[np.ndarray, "S L"], settings: Settings, name: str
-) -> list[likelihoods.Pass]:
-    """All passes that are needed: those that the run directory holds, and new ones, which are kept there."""
-    run = opened.run
-    done = [likelihoods.Pass(**part) for part in results.read_parts(run, name)]
-    values_fn = likelihoods.make_values_fn(run, with_reconstruction=settings.protocol == "strict")
-    with terminals.progress() as report:
+class Kept:
+    """Passes of a run over a text, which its directory keeps.
 
-        def share(number: int, part: float) -> None:
-            expected = max(_num_times(settings, done), number + 1)
-            report("bounds", (number + part) / expected, round((number + part) * sequences.size))
+    Attributes:
+        opened: the run.
+        text: the text.
+        settings: how to estimate the bounds. One pass is all for the autoregressive baseline, whose value depends on
+            neither time nor noise.
+        drawn: all that a pass is a function of.
+        name: under which passes are kept.
+        done: passes so far, those that were kept before among them.
+    """
 
-        drawn = likelihoods.passes(
-            functools.partial(values_fn, opened.model),
-            sequences,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            first=len(done),
-            is_exact=run.is_autoregressive,
-            report=share,
+    def __init__(self, opened: runs.OpenRun, text: batches.PackedSplit, split: str, settings: Settings):
+        self.opened, self.text = opened, text
+        is_exact = opened.run.is_autoregressive
+        self.settings = dataclasses.replace(settings, protocol="published", num_times=1) if is_exact else settings
+        self.drawn = {"step": opened.step, "split": split, "data_sha256": text.sha256, "length": text.length}
+        self.drawn |= {"protocol": "exact" if is_exact else settings.protocol}
+        self.drawn |= {"seed": settings.seed, "batch_size": settings.batch_size}
+        with opened.on_devices():
+            where = {"devices": sharding.num_batch_devices(), "groups": likelihoods.MOST_GROUPS}
+        self.name = results.name("likelihood", self.drawn | where)
+        self.done = [likelihoods.Pass(**part) for part in results.read_parts(opened.run, self.name)]
+        self._values_fn = likelihoods.make_values_fn(opened.run, with_reconstruction=self.settings.protocol == "strict")
+
+    def draw(self, report: terminals.Report, *, of: int, before: int = 0) -> None:
+        """Draws one more pass and keeps it.
+
+        Args:
+            report: shows progress.
+            of: passes that are expected, of all runs.
+            before: passes that other runs have drawn.
+        """
+        run, sequences, first = self.opened.run, self.text.sequences(), len(self.done)
+        whole = lambda number, part: before + number + part
+        share = lambda number, part: report(
+            "bounds", whole(number, part) / of, round(whole(number, part) * sequences.size)
         )
-        while len(done) < _num_times(settings, done):
-            done.append(next(drawn))
-            results.write_parts(run, name, [found._asdict() for found in done])
-    return done[: settings.num_times]
+        with self.opened.on_devices():
+            drawn = likelihoods.passes(
+                functools.partial(self._values_fn, self.opened.model),
+                sequences,
+                batch_size=self.settings.batch_size,
+                seed=self.settings.seed,
+                first=first,
+                is_exact=run.is_autoregressive,
+                report=share,
+            )
+            self.done.append(next(drawn))
+        results.write_parts(run, self.name, [found._asdict() for found in self.done])
+
+    def totals(self, done: Sequence[likelihoods.Pass]) -> list[likelihoods.Pass]:
+        """Passes of both bounds by the protocol. The strict one adds the terms at the ends to the integral."""
+        if self.settings.protocol != "strict":
+            return [found._replace(groups=found.groups[:2]) for found in done]
+        prior = likelihoods.prior(self.opened.run.process)
+        totals = []
+        for found in done:
+            *bounds, reconstruction = np.array(found.groups)
+            # The mean over [T_MIN, 1] times the width is the integral.
+            total = np.stack(bounds) * (1 - losses.T_MIN) + (reconstruction + prior / len(reconstruction))[None]
+            totals.append(found._replace(groups=total.tolist()))
+        return totals
 
 
-def _num_times(settings: Settings, done: Sequence[likelihoods.Pass]) -> int:
+def _num_times(kept: Kept) -> int:
     """Number of passes that are needed, estimated from those done so far."""
+    settings = kept.settings
     if settings.num_times is not None:
         return settings.num_times
-    if not done:
-        return 1
-    stderr = max(estimate.stderr for estimate in likelihoods.combine(done)[:2])
-    if stderr <= settings.target_stderr:
-        return len(done)
-    return min(_MAX_TIMES, max(len(done) + 1, math.ceil(len(done) * min(1e6, stderr / settings.target_stderr) ** 2)))
+    return likelihoods.num_passes(kept.totals(kept.done), settings.target_stderr, most=MAX_TIMES)
 
 
-def _figures(
-    run: runs.Run, text: batches.PackedSplit, settings: Settings, done: Sequence[likelihoods.Pass]
-) -> dict[str, Any]:
-    estimates = likelihoods.combine(done)
-    bounds = likelihoods.named_bounds(run, estimates)
-    figures: dict[str, Any] = {}
-    if settings.protocol == "strict":
-        prior, reconstruction = likelihoods.prior(run.process), estimates[2]
-        figures["prior_nats_per_token"] = prior
+def _figures(kept: Kept, done: Sequence[likelihoods.Pass]) -> dict[str, Any]:
+    run, text = kept.opened.run, kept.text
+    bounds = likelihoods.named_bounds(run, likelihoods.combine(kept.totals(done)))
+    figures: dict[str, Any] = {"stderr_freedom": next(iter(bounds.values())).freedom}
+    if kept.settings.protocol == "strict":
+        *integrals, reconstruction = likelihoods.combine(done)
+        figures["prior_nats_per_token"] = likelihoods.prior(run.process)
         figures["reconstruction_nats_per_token"] = reconstruction.mean
-        figures["reconstruction_nats_per_token_stderr"] = reconstruction.stderr
-        for name, bound in bounds.items():
-            # The mean over [T_MIN, 1] times the width is the integral; the terms at its ends are added.
-            mean, stderr = bound.mean * (1 - losses.T_MIN), bound.stderr * (1 - losses.T_MIN)
-            figures[f"{name}_integral_nats_per_token"] = mean
-            bounds[name] = likelihoods.Estimate(
-                mean + prior + reconstruction.mean, math.hypot(stderr, reconstruction.stderr)
-            )
+        figures["reconstruction_nats_per_token_stderr"] = known(reconstruction.stderr)
+        for name, integral in zip(bounds, integrals, strict=False):
+            figures[f"{name}_integral_nats_per_token"] = integral.mean * (1 - losses.T_MIN)
     for name, bound in bounds.items():
         bits = 1 / (math.log(2) * text.characters_per_token)
         if not bound.mean < 700:
@@ -199,18 +220,23 @@ def _figures(
         per_word = math.exp(nats_per_word) if nats_per_word < 700 else None
         figures[name] = {
             "nats_per_token": bound.mean,
-            "nats_per_token_stderr": bound.stderr,
+            "nats_per_token_stderr": known(bound.stderr),
             "bits_per_character": bound.mean * bits,
-            "bits_per_character_stderr": bound.stderr * bits,
+            "bits_per_character_stderr": known(bound.stderr * bits),
             "ppl_bound": ppl_bound,
-            "ppl_bound_stderr": ppl_bound * bound.stderr,
+            "ppl_bound_stderr": known(ppl_bound * bound.stderr),
             "ppl_bound_per_word": per_word,
-            "ppl_bound_per_word_stderr": None if per_word is None else per_word * bound.stderr / text.words_per_token,
+            "ppl_bound_per_word_stderr": per_word and known(per_word * bound.stderr / text.words_per_token),
         }
     if run.tokenizer.unit == "character":
-        known = batches.entropies(text.tokens.read(0, text.num_tokens), run.graph.num_states)
-        figures["unigram_entropy_bits"], figures["bigram_entropy_bits"] = known
+        entropies = batches.entropies(text.tokens.read(0, text.num_tokens), run.graph.num_states)
+        figures["unigram_entropy_bits"], figures["bigram_entropy_bits"] = entropies
     return figures
+
+
+def known(stderr: float) -> float | None:
+    """A standard error as a result holds it: None where it is not known."""
+    return stderr if math.isfinite(stderr) else None
 
 
 def table(result: dict[str, Any]) -> tables.Table:
@@ -238,14 +264,27 @@ def table(result: dict[str, Any]) -> tables.Table:
     if "score_entropy" in result and "cross_entropy" not in result:
         notes.append("cross-entropy   not defined for the uniform graph, whose ratios have no known sum")
     if result["protocol"] == "strict":
+        name = "reconstruction_nats_per_token"
+        reconstruction = tables.estimate(result[name], result[f"{name}_stderr"], 4)
         notes.append(
-            f"in them, in nats/token: prior {result['prior_nats_per_token']:.4f}, reconstruction "
-            f"{result['reconstruction_nats_per_token']:.4f} ± {result['reconstruction_nats_per_token_stderr']:.4f}"
+            f"in them, in nats/token: prior {result['prior_nats_per_token']:.4f}, reconstruction {reconstruction}"
         )
     if "bigram_entropy_bits" in result:
         notes.append(
             f"own entropy of this text in bits/character: {result['unigram_entropy_bits']:.4f} unigram, "
             f"{result['bigram_entropy_bits']:.4f} bigram (given the one before)"
         )
+    notes += _about_errors(result)
     columns = ("bound", "nats/token", "bits/character", "ppl_bound", "ppl_bound per word")
     return tables.Table(head=head, columns=columns, rows=rows, notes=notes)
+
+
+def _about_errors(result: dict[str, Any]) -> list[str]:
+    """What the errors of a result are, in words; nothing where it is exact."""
+    if result["protocol"] == "exact":
+        return []
+    if "stderr_freedom" not in result:
+        return ["± is an upper estimate of an earlier version, which counts differences between sequences as noise"]
+    if not result["stderr_freedom"]:
+        return ["one pass has no standard error: draw two times or more (--num_times)"]
+    return [f"± is the standard error over times and noise ({result['stderr_freedom']} degrees of freedom)"]

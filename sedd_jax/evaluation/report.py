@@ -12,6 +12,7 @@ from sedd_jax import runs
 from sedd_jax.evaluation import (
     code_problems,
     code_quality,
+    comparisons,
     generation_quality,
     perplexity,
     quality_curves,
@@ -25,6 +26,7 @@ from sedd_jax.runtime import errors, storage
 NAME = "report.html"
 _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], tables.Table]]] = {
     "likelihood": ("Likelihood", perplexity.table),
+    "comparison": ("Likelihood against another run", comparisons.table),
     "zero_shot": ("Zero-shot suite", zero_shot.table),
     "generation": ("Generated text", generation_quality.table),
     "curve": ("Quality against compute", quality_curves.table),

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 # Called with the steps taken, the number of steps, and a function that returns the texts so far.
 Watch = Callable[[int, int, Callable[[], list[str]]], None]
+# Called with the name of a part, the fraction of it that is done, and the number of tokens.
+Report = Callable[[str, float, int], None]
 SECONDS_BETWEEN_LINES = 30.0
 # Samples, texts and file names may hold any characters. Escape sequences must be visible and not act on the terminal.
 VISIBLE_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -72,7 +74,7 @@ def _line_now_and_then() -> Watch:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Callable[[str, float, int], None]]:
+def progress() -> Iterator[Report]:
     """A callback that shows the progress of each part: its name, the fraction done and the number of tokens.
 
     A terminal shows a bar for each part. Otherwise a line is written at most every 30 seconds.
@@ -85,7 +87,7 @@ def progress() -> Iterator[Callable[[str, float, int], None]]:
         yield _share_now_and_then()
 
 
-def _bars() -> Iterator[Callable[[str, float, int], None]]:
+def _bars() -> Iterator[Report]:
     from rich import console, progress
 
     columns = (
@@ -106,7 +108,7 @@ def _bars() -> Iterator[Callable[[str, float, int], None]]:
         yield update
 
 
-def _share_now_and_then() -> Callable[[str, float, int], None]:
+def _share_now_and_then() -> Report:
     last = time.monotonic()
 
     def write(name: str, done: float, tokens: int) -> None:

@@ -15,8 +15,8 @@ from jaxtyping import Array, Int
 
 from sedd_jax import checkpoints, runs
 from sedd_jax import config as configs
+from sedd_jax.bounds import likelihoods
 from sedd_jax.data import batches
-from sedd_jax.evaluation import likelihoods
 from sedd_jax.model import networks, optimizers, train_state, work
 from sedd_jax.runtime import accelerators, errors, last_words, locks, processes, sharding, storage
 from sedd_jax.sampling import generate, templates

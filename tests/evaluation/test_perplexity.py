@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from sedd_jax import runs
+from sedd_jax.bounds import likelihoods
 from sedd_jax.cli import main as cli
 from sedd_jax.data import prepare
-from sedd_jax.evaluation import likelihoods, perplexity
+from sedd_jax.evaluation import perplexity
 
 
 @pytest.fixture
@@ -109,6 +110,21 @@ def test_passes_go_on_until_the_error_is_small_enough(run):
         assert max(stderrs) <= target
 
 
+def test_results_of_earlier_versions_are_shown_with_what_their_errors_are(run):
+    result = _evaluate(run)
+    assert "± is the standard error over times and noise (16 degrees of freedom)" in str(perplexity.table(result))
+    del result["stderr_freedom"]
+    assert "± is an upper estimate of an earlier version" in str(perplexity.table(result))
+
+
+def test_a_single_time_has_no_error(run):
+    result = _evaluate(run, num_times=1)
+    assert result["cross_entropy"]["ppl_bound_stderr"] is None
+    shown = str(perplexity.table(result))
+    assert "one pass has no standard error: draw two times or more (--num_times)" in shown
+    assert "inf" not in shown
+
+
 def test_what_was_stopped_goes_on(run, monkeypatch):
     whole = _evaluate(run, num_times=4)
     kept = run / "evaluations"
@@ -127,7 +143,7 @@ def test_what_was_stopped_goes_on(run, monkeypatch):
 
     monkeypatch.setattr(likelihoods, "passes", counted)
     again = _evaluate(run, num_times=4)
-    assert drawn == [2]
+    assert drawn == [2, 3]
     assert again == whole
     assert passes.read_text() == "".join(lines)
     fewer = _evaluate(run, num_times=1)

@@ -29,7 +29,7 @@ def sets(tmp_path):
 def test_the_suite_runs_what_it_finds_and_lists_what_it_does_not(code_run, sets, monkeypatch, capsys):
     for name in ("http_proxy", "https_proxy", "HF_ENDPOINT"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    arguments = ["--suite=zero_shot", f"--suite_data={sets}", "--num_times=1", "--num_processes=1", "--json"]
+    arguments = ["--suite=zero_shot", f"--suite_data={sets}", "--num_times=2", "--num_processes=1", "--json"]
     assert cli.main(["eval", f"--workdir={code_run}", *arguments]) == 0
     *printed, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)

@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from sedd_jax import runs
+from sedd_jax.bounds import likelihoods
 from sedd_jax.cli import main as cli
-from sedd_jax.evaluation import likelihoods
 from sedd_jax.runtime import device_failures, last_words
 from sedd_jax.sampling import generate
 from sedd_jax.training import train

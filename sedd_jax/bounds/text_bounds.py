@@ -1,6 +1,7 @@
 """Bounds on the likelihood of a given text."""
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -8,8 +9,10 @@ import numpy as np
 from jaxtyping import Int
 
 from sedd_jax import runs
-from sedd_jax.evaluation import likelihoods
+from sedd_jax.bounds import likelihoods
 from sedd_jax.runtime import errors
+
+_COPIES = 32  # of a window, in a pass
 
 
 class Bound(NamedTuple):
@@ -18,7 +21,7 @@ class Bound(NamedTuple):
     Attributes:
         name: score_entropy, cross_entropy (the tighter one, where the graph has it) or negative_log_likelihood.
         nats_per_token: the bound.
-        nats_per_token_stderr: its standard error, over draws of time and noise.
+        nats_per_token_stderr: its standard error, over draws of time and noise; infinite for a single draw.
         num_tokens: tokens of the text.
         num_characters: characters of the text.
     """
@@ -58,7 +61,8 @@ def bound_text(opened: runs.OpenRun, text: str, *, num_times: int = 128, seed: i
     Args:
         opened: the run.
         text: the text, of at least one token.
-        num_times: draws of time and noise for each window; the times are spread evenly.
+        num_times: draws of time and noise for each window, at least two for a standard error; 32 of them, a pass, are
+            spread evenly over time. Rounded up to whole passes.
         seed: seed of times and noise.
 
     Raises:
@@ -80,12 +84,14 @@ def bound_text(opened: runs.OpenRun, text: str, *, num_times: int = 128, seed: i
 def _bound_window(
     opened: runs.OpenRun, window: Int[np.ndarray, "L"], num_times: int, seed: int
 ) -> tuple[str, likelihoods.Estimate]:
-    """Name and estimate of the tightest bound on a window, from `num_times` copies of it at different times."""
+    """Name and estimate of the tightest bound on a window, from passes over copies of it at different times."""
     run = opened.run
-    copies = np.tile(window[None], (1 if run.is_autoregressive else num_times, 1))
+    num_copies = 1 if run.is_autoregressive else min(_COPIES, -(-num_times // 2))
+    copies = np.tile(window[None], (num_copies, 1))
     values_fn = functools.partial(_values_fn(run), opened.model)
-    drawn = likelihoods.passes(values_fn, copies, batch_size=32, seed=seed, is_exact=run.is_autoregressive)
-    bounds = likelihoods.named_bounds(run, likelihoods.combine([next(drawn)]))
+    drawn = likelihoods.passes(values_fn, copies, batch_size=_COPIES, seed=seed, is_exact=run.is_autoregressive)
+    num_passes = 1 if run.is_autoregressive else -(-num_times // num_copies)
+    bounds = likelihoods.named_bounds(run, likelihoods.combine(list(itertools.islice(drawn, num_passes))))
     return list(bounds.items())[-1]
 
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
+from sedd_jax.bounds import likelihoods
 from sedd_jax.diffusion import forward, graphs, losses, noise_schedules, scores
-from sedd_jax.evaluation import likelihoods
 from tests.support import oracles
 
 NOISES = {
@@ -121,7 +122,7 @@ def test_passes_estimate_means_and_errors():
     estimates = likelihoods.combine(done)
     for estimate, expected in zip(estimates, ((1 + losses.T_MIN) / 2, 0.3), strict=True):
         assert abs(estimate.mean - expected) < 5 * estimate.stderr
-    spread = np.std([found.means for found in done], axis=0) / math.sqrt(len(done))
+    spread = np.std([np.sum(found.groups, axis=1) for found in done], axis=0) / math.sqrt(len(done))
     assert [estimate.stderr for estimate in estimates] == pytest.approx(spread.tolist(), rel=0.35)
 
 
@@ -137,6 +138,83 @@ def test_a_report_follows_each_pass():
     assert seen == [(0, 3 / 7), (0, 6 / 7), (0, 1.0), (1, 3 / 7), (1, 6 / 7), (1, 1.0)]
 
 
-def test_a_single_sequence_has_no_error_that_could_be_stated():
-    only = next(likelihoods.passes(_values, SEQUENCES[:1], batch_size=3, seed=0))
-    assert likelihoods.combine([only])[0].stderr == math.inf
+def test_one_pass_has_no_error_that_could_be_stated():
+    done = list(itertools.islice(likelihoods.passes(_values, SEQUENCES[:1], batch_size=3, seed=0), 2))
+    assert likelihoods.combine(done[:1])[0].stderr == math.inf
+    assert 0 < likelihoods.combine(done)[0].stderr < math.inf
+
+
+def _apart(key, x0, t):
+    """Sequences whose levels differ a hundred times as much as times and noise change a value."""
+    level = 40.0 * x0[:, 0]
+    return (level + 2 * jnp.sin(3 * t) + (1 + t) * jax.random.normal(key, t.shape))[None]
+
+
+def _other(key, x0, t):
+    return _apart(key, x0, t) + 0.5 + 0.1 * t[None]
+
+
+def _truths(num_sequences, length):
+    """Expected values of `_apart` and of its difference to `_other`, per token."""
+    ends = np.cos(3 * losses.T_MIN) - np.cos(3)
+    mean = 40 * np.arange(num_sequences).mean() + 2 * ends / 3 / (1 - losses.T_MIN)
+    return mean / length, (0.5 + 0.1 * (1 + losses.T_MIN) / 2) / length
+
+
+def _until(target_stderr):
+    """Draws passes until the standard error is small enough, as `sedd eval` does."""
+
+    def draw(drawn):
+        done = []
+        while len(done) < likelihoods.num_passes(done, target_stderr, most=50):
+            done.append(next(drawn))
+        return done
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("num_sequences", "draw"),
+    [(5, lambda drawn: list(itertools.islice(drawn, 4))), (40, _until(0.015)), (200, _until(0.006))],
+    ids=["four passes of one group", "five groups", "sixteen groups"],
+)
+def test_the_interval_of_95_percent_holds_the_truth_as_often(num_sequences, draw):
+    """Of 200 repetitions, also where passes go on until the error is small enough."""
+    sequences = np.tile(np.arange(num_sequences)[:, None], (1, 10))
+    truth, _ = _truths(num_sequences, 10)
+    values_fn, held, stderrs, means = jax.jit(_apart), 0, [], []
+    for seed in range(200):
+        found = likelihoods.combine(draw(likelihoods.passes(values_fn, sequences, batch_size=256, seed=seed)))[0]
+        held += abs(found.mean - truth) <= found.half_width
+        stderrs.append(found.stderr)
+        means.append(found.mean)
+    assert 180 <= held <= 198
+    assert np.mean(stderrs) == pytest.approx(np.std(means), rel=0.2)
+
+
+def test_the_difference_of_two_models_has_an_error_of_its_own():
+    sequences = np.tile(np.arange(40)[:, None], (1, 10))
+    ours, others = (
+        [*itertools.islice(likelihoods.passes(jax.jit(fn), sequences, batch_size=256, seed=3), 3)]
+        for fn in (_apart, _other)
+    )
+    found = likelihoods.combine(likelihoods.difference(others, ours))[0]
+    assert abs(found.mean - _truths(40, 10)[1]) <= found.half_width
+    assert found.stderr < likelihoods.combine(ours)[0].stderr / 20
+    exact = likelihoods.Pass([[0.1] * 5], is_exact=True)
+    against = likelihoods.combine(likelihoods.difference(ours, [exact]))[0]
+    assert against.mean == pytest.approx(likelihoods.combine(ours)[0].mean - 0.5)
+    assert against.stderr == pytest.approx(likelihoods.combine(ours)[0].stderr)
+    assert likelihoods.combine(likelihoods.difference([exact], [exact]))[0] == (0.0, 0.0, 0)
+
+
+def test_what_is_exact_needs_one_pass():
+    exact = likelihoods.Pass([[0.25, 0.5]], is_exact=True)
+    assert likelihoods.combine([exact])[0] == (0.75, 0.0, 0)
+    assert likelihoods.combine([exact])[0].half_width == 0
+    assert likelihoods.num_passes([exact], 0.01, most=1000) == 1
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 16, 500])
+def test_the_quantile_is_that_of_students_distribution(freedom):
+    assert likelihoods.quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=5e-3)
