@@ -66,7 +66,7 @@ def main() -> None:
 
     for name in graphs.GRAPHS:
         graph = graphs.GRAPHS[name].from_tokenizer(NUM_TOKENS, None)
-        for normalize in (False, True)[: 1 + graph.scales_by_sigma]:
+        for normalize in (False, True):
             config = networks.NetworkConfig(
                 num_states=graph.num_states,
                 scale_by_sigma=graph.scales_by_sigma,

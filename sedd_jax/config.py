@@ -256,7 +256,7 @@ def validate(config: Config) -> None:
     if network.scale_by_sigma and not (is_diffusion(config) and graph_class(config.graph).scales_by_sigma):
         remedy = f"set it to False for {config.graph.name}"
         raise refuse("network.scale_by_sigma", "only has a meaning for the absorbing graph", remedy)
-    if network.normalize and not network.scale_by_sigma:
+    if network.normalize and not (network.scale_by_sigma or graph_class(config.graph).mixes_uniformly):
         remedy = f"set {errors.name('config.network.scale_by_sigma')}=True"
         raise refuse("network.normalize", "fixes the sum of the scores, which depends on sigma", remedy)
     has_mask = graph_class(config.graph).has_mask

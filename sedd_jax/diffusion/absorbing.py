@@ -23,6 +23,7 @@ class Absorbing:
     has_mask: ClassVar[bool] = True
     has_cross_entropy: ClassVar[bool] = True
     scales_by_sigma: ClassVar[bool] = True
+    mixes_uniformly: ClassVar[bool] = False
 
     vocab_size: int
     mask_id: int

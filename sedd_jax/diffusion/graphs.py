@@ -24,12 +24,15 @@ class Graph(Protocol):
         has_cross_entropy: whether `cross_entropy` is a tighter bound than `score_entropy`.
         scales_by_sigma: whether the network's output may be divided by (e^sigma - 1) N. This needs true ratios out of
             noise that sum to 1 / (e^sigma - 1).
+        mixes_uniformly: whether noise redraws a token with probability 1 - e^-sigma from all N. Then a distribution of
+            the clean token given all other positions has a score (`networks.NetworkConfig.normalize`).
     """
 
     meaning: ClassVar[str]
     has_mask: ClassVar[bool]
     has_cross_entropy: ClassVar[bool]
     scales_by_sigma: ClassVar[bool]
+    mixes_uniformly: ClassVar[bool]
 
     @classmethod
     def from_tokenizer(cls, vocab_size: int, mask_id: int | None) -> "Graph":

@@ -22,6 +22,7 @@ class Uniform:
     has_mask: ClassVar[bool] = False
     has_cross_entropy: ClassVar[bool] = False
     scales_by_sigma: ClassVar[bool] = False
+    mixes_uniformly: ClassVar[bool] = True
 
     vocab_size: int
 

@@ -48,8 +48,9 @@ class NetworkConfig:
         dropout_generator: random generator for dropout, threefry (same result on every mesh) or rbg (cheaper, but its
             result depends on the mesh).
         scale_by_sigma: whether scores are divided by (e^sigma - 1) N, for N tokens (absorbing graph only).
-        normalize: whether scores are scaled to the sum 1 / (e^sigma - 1) of the true ratios. Then the softmax of the
-            output is the distribution of x0, and score entropy is cross-entropy (mean parameterisation, SUBS in MDLM).
+        normalize: whether the softmax of the output is a distribution of the clean token. Absorbing graph: that of x0
+            given xt, so that score entropy is cross-entropy (mean parameterisation, SUBS in MDLM). Uniform graph: that
+            given all other positions of xt, so that the bound has the form of UDLM's.
         dtype: dtype of the matrix products: float32 (exact on every device), bfloat16, or tensorfloat32 (float32 whose
             products an NVIDIA GPU rounds to TF32; on other devices the same as float32). Everything else is float32.
         remat: rematerialisation, what the backward pass computes again to save memory: none, elementwise (all but
@@ -82,6 +83,14 @@ class NetworkConfig:
     def padded_states(self) -> int:
         """P: num_states rounded up to a multiple of 128, so that the vocabulary axis shards and fills matrix units."""
         return -(-self.num_states // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def mixes_uniformly(self) -> bool:
+        """Whether scores are ratios of e^-sigma r + (1 - e^-sigma) / V, where r is the softmax of the output.
+
+        That is `normalize` for the uniform graph; the absorbing one has `scale_by_sigma`, too.
+        """
+        return self.normalize and not self.scale_by_sigma
 
     @property
     def head_size(self) -> int:

@@ -4,6 +4,7 @@ The score is summed over each block of states. A first draw decides between stay
 block, a second draw picks the token among the states of that block. Both use `categoricals.draw`, so both are precise.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import steps
+from sedd_jax.diffusion import scores, steps
 from sedd_jax.model import categoricals, layers, networks, score_heads, tiles
 from sedd_jax.runtime import sharding
 
@@ -28,15 +29,15 @@ DRAWN_ROWS = {"cpu": 16, "gpu": 128, "tpu": 128}
 class Weights(NamedTuple):
     """The weight of every state at each position, as a formula instead of an array over states.
 
-    The weight of y != xt is max(sum_e slope_e score_e(y) + offset, 0). Here score_e = exp(z_e + log_scale_e), where z_e
-    is the head's output for the features of evaluation e, of E. The weight of xt is 0.
+    The weight of y != xt is max(sum_e slope_e exp(z_e(y) + log_scale_e) + offset, 0), where z_e is the head's output
+    for the features of evaluation e, of E. The weight of xt is 0.
 
     Attributes:
         features: features from E evaluations of the network.
         xt: current states.
-        log_scale: added to the head's output to get log score.
+        log_scale: added to the head's output; see `score_heads.Scale`.
         slope: factor of each score.
-        offset: added to the sum of the scores; None if it is 0 everywhere.
+        offset: added to the sum; None if it is 0 everywhere.
     """
 
     features: Float[Array, "*p E D"]
@@ -95,7 +96,7 @@ def draw(
     weights = _score(model, evaluation, xt, is_movable)
     sums = over_head(model, _block_sums, weights, is_movable)
     jump = jump_fn(sums.sum(-1))
-    weights = weights._replace(slope=jump.slope[..., None], offset=jump.offset)
+    weights = _of_jump(weights, jump)
     # With an offset, the weights are clipped at 0 and no multiple of the score, so another pass sums them.
     sums = weights.slope * sums if jump.offset is None else over_head(model, _block_sums, weights, is_movable)
     return _draw_from_sums(key, model, weights, sums, jump.stay, is_movable, choice)
@@ -131,15 +132,20 @@ def leap(
     weights = Weights(
         features=jnp.stack([one.evaluation.features for one in rates], axis=2),
         xt=xt,
-        log_scale=jnp.stack(scales, axis=-1),
+        log_scale=jnp.stack([scale.log_scale for scale in scales], axis=-1),
         slope=jnp.stack([one.slope for one in rates], axis=-1),
+        offset=_sum(
+            [one.slope * scale.shift for one, scale in zip(rates, scales, strict=True) if scale.shift is not None]
+        ),
     )
     sums = over_head(model, _block_sums, weights, is_movable)
     total = sums.sum(-1)
     share = jnp.where(total > 0, -jnp.expm1(-total) / jnp.where(total > 0, total, 1.0), 0.0)[..., None]
     if draw == "published":
         keys = jax.random.key_data(_position_keys(key, xt))
-        return over_head(model, _race, weights._replace(slope=share * weights.slope), is_movable, jnp.exp(-total), keys)
+        offset = None if weights.offset is None else share[..., 0] * weights.offset
+        weights = weights._replace(slope=share * weights.slope, offset=offset)
+        return over_head(model, _race, weights, is_movable, jnp.exp(-total), keys)
     return _draw_from_sums(key, model, weights, share * sums, jnp.exp(-total), is_movable, choice)
 
 
@@ -158,7 +164,7 @@ def draw_published(
     weights = _score(model, evaluation, xt, is_movable)
     jump = jump_fn(over_head(model, _block_sums, weights, is_movable).sum(-1))
     keys = jax.random.key_data(_position_keys(key, xt))
-    weights = weights._replace(slope=jump.slope[..., None], offset=jump.offset)
+    weights = _of_jump(weights, jump)
     return over_head(model, _race, weights, is_movable, jump.stay, keys)
 
 
@@ -177,9 +183,23 @@ DRAWS = {"precise": draw, "published": draw_published}
 def _score(
     model: networks.Model, evaluation: steps.Evaluation, xt: Int[Array, "B L"], is_movable: Bool[Array, "B L"]
 ) -> Weights:
-    """The score itself as `Weights`: slope 1, offset 0."""
-    log_scale = score_heads.scale_needed(model, evaluation.features, xt, evaluation.sigma, is_movable)
-    return Weights(evaluation.features[:, :, None], xt, log_scale[..., None], jnp.ones((*xt.shape, 1)))
+    """The score itself as `Weights`, slope 1."""
+    scale = score_heads.scale_needed(model, evaluation.features, xt, evaluation.sigma, is_movable)
+    one = jnp.ones((*xt.shape, 1))
+    return Weights(evaluation.features[:, :, None], xt, scale.log_scale[..., None], one, scale.shift)
+
+
+def _sum(terms: list[Float[Array, "B L"]]) -> Float[Array, "B L"] | None:
+    """The sum of the terms; None if there are none."""
+    return functools.reduce(jnp.add, terms) if terms else None
+
+
+def _of_jump(weights: Weights, jump: scores.Jump) -> Weights:
+    """The weights of a step, from those of the score."""
+    own = None if weights.offset is None else jump.slope * weights.offset
+    return weights._replace(
+        slope=jump.slope[..., None], offset=_sum([term for term in (own, jump.offset) if term is not None])
+    )
 
 
 def _draw_from_sums(

@@ -30,6 +30,31 @@ class _Positions(NamedTuple):
     xt: Int[Array, "B L"]
     x0: Int[Array, "B L"]
     is_needed: Bool[Array, "B L"]
+    log_noise: Float[Array, "B L"] | None = None
+
+
+class Raw(NamedTuple):
+    """What a loss or a sampler needs of the logits z of each position.
+
+    Attributes:
+        logsumexp: logsumexp of z over all y != xt.
+        total: sum over all y != xt of z; with `config.mixes_uniformly`, of log(1 + N r_y / (e^sigma - 1)), where r is
+            the softmax of z.
+        at_x0: z at x0.
+        at_xt: z at xt with `config.mixes_uniformly`, else 0.
+    """
+
+    logsumexp: Float[Array, "*B"]
+    total: Float[Array, "*B"]
+    at_x0: Float[Array, "*B"]
+    at_xt: Float[Array, "*B"]
+
+
+class Scale(NamedTuple):
+    """How the score follows from the head's output z: score_y = exp(z_y + log_scale) + shift; a shift of None is 0."""
+
+    log_scale: Float[Array, "B L"]
+    shift: Float[Array, "B L"] | None = None
 
 
 def logits(model: networks.Model, features: Float[Array, "*B D"]) -> Float[Array, "*B P"]:
@@ -51,6 +76,11 @@ def log_score(
     z = logits(model, features)[..., : model.config.num_states]
     current = xt[..., None] == jnp.arange(model.config.num_states)[None, None]
     logsumexp = jax.nn.logsumexp(jnp.where(current, -jnp.inf, z), axis=-1)
+    if model.config.mixes_uniformly:
+        at_xt = jnp.take_along_axis(z, xt[..., None], axis=-1)[..., 0]
+        log_odds = _log_noise(model.config, sigma, xt) - jnp.logaddexp(logsumexp, at_xt)
+        mixed = jax.nn.softplus(z + log_odds[..., None])
+        return jnp.where(current, 0.0, mixed - jax.nn.softplus(at_xt + log_odds)[..., None])
     return jnp.where(current, 0.0, z + log_scale(model.config, sigma, logsumexp)[..., None])
 
 
@@ -66,23 +96,33 @@ def summarize(
 
     It is differentiable in parameters and features. The backward pass computes the logits of each tile again.
     """
-    raw = _summarize(model.config, *_head(model), features, xt, x0, is_needed)
+    noise = _log_noise(model.config, sigma, xt) if model.config.mixes_uniformly else None
+    raw = _summarize(model.config, *_head(model), _Positions(features, xt, x0, is_needed, noise))
     summary = of_logits(model.config, raw, xt, x0, sigma)
     return jax.tree.map(lambda x: jnp.where(is_needed, x, 0.0), summary)
 
 
 def of_logits(
     config: networks.NetworkConfig,
-    raw: scores.ScoreSummary,
+    raw: Raw,
     xt: Int[Array, "B L"],
     x0: Int[Array, "B L"],
     sigma: Float[Array, "B"],
 ) -> scores.ScoreSummary:
-    """The summary of the score from logsumexp and sum (as `mean`) of the logits z over y != xt, and z at x0."""
+    """The summary of the score from that of the logits."""
+    num_others = config.num_states - 1
+    if config.mixes_uniformly:
+        log_odds = _log_noise(config, sigma, xt) - jnp.logaddexp(raw.logsumexp, raw.at_xt)
+        at_xt = jax.nn.softplus(raw.at_xt + log_odds)
+        return scores.ScoreSummary(
+            logsumexp=jnp.logaddexp(jnp.log(jnp.float32(num_others)), raw.logsumexp + log_odds) - at_xt,
+            mean=(raw.total - num_others * at_xt) / config.num_states,
+            at_x0=jnp.where(xt == x0, 0.0, jax.nn.softplus(raw.at_x0 + log_odds) - at_xt),
+        )
     scale = log_scale(config, sigma, raw.logsumexp)
     return scores.ScoreSummary(
         logsumexp=raw.logsumexp + scale,
-        mean=(raw.mean + (config.num_states - 1) * scale) / config.num_states,
+        mean=(raw.total + num_others * scale) / config.num_states,
         at_x0=jnp.where(xt == x0, 0.0, raw.at_x0 + scale),
     )
 
@@ -93,18 +133,29 @@ def scale_needed(
     xt: Int[Array, "B L"],
     sigma: Float[Array, "B"],
     is_needed: Bool[Array, "B L"],
-) -> Float[Array, "B L"]:
-    """`log_scale` where `is_needed`, without the array over states. The head runs only if `config.normalize`."""
-    if not model.config.normalize:
-        return log_scale(model.config, sigma, jnp.zeros(xt.shape))
-    raw = _summarize(model.config, *_head(model), features, xt, xt, is_needed)
-    return log_scale(model.config, sigma, raw.logsumexp)
+) -> Scale:
+    """How the score follows from the head's output where `is_needed`. The head runs only if `config.normalize`."""
+    config = model.config
+    if not config.normalize:
+        return Scale(log_scale(config, sigma, jnp.zeros(xt.shape)))
+    raw = _summarize(config, *_head(model), _Positions(features, xt, xt, is_needed))
+    if not config.mixes_uniformly:
+        return Scale(log_scale(config, sigma, raw.logsumexp))
+    log_odds = _log_noise(config, sigma, xt) - jnp.logaddexp(raw.logsumexp, raw.at_xt)
+    at_xt = jax.nn.softplus(raw.at_xt + log_odds)
+    return Scale(log_odds - at_xt, jnp.exp(-at_xt))
+
+
+def _log_noise(config: networks.NetworkConfig, sigma: Float[Array, "B"], xt: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """log(N / (e^sigma - 1)), the log odds of no noise against noise, times the number N of tokens."""
+    log_noise = jnp.log(jnp.float32(config.num_states)) - jnp.log(jnp.expm1(sigma))
+    return jnp.broadcast_to(log_noise[:, None], xt.shape)
 
 
 def log_scale(
     config: networks.NetworkConfig, sigma: Float[Array, "B"], logsumexp: Float[Array, "B L"]
 ) -> Float[Array, "B L"]:
-    """The number to add to the head's output z to get log score.
+    """The number to add to the head's output z to get log score, unless `config.mixes_uniformly`.
 
     It is 0 without `scale_by_sigma`, and -log((e^sigma - 1) N) with it, for N real tokens. With `normalize` it is
     -log(e^sigma - 1) - logsumexp, so that scores sum to 1 / (e^sigma - 1).
@@ -136,71 +187,170 @@ def _make_tiles(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summarize(
-    config: networks.NetworkConfig, kernel: Array, bias: Array, features: Array, xt: Array, x0: Array, is_needed: Array
-) -> scores.ScoreSummary:
-    """logsumexp and sum (as `mean`) of the logits z over y != xt, and z at x0; 0 where not needed."""
-    batch, tensor = sharding.mapped_axes(len(xt))
+def _summarize(config: networks.NetworkConfig, kernel: Array, bias: Array, positions: _Positions) -> Raw:
+    """`Raw` of every position; 0 where not needed. Without `log_noise`, `config.mixes_uniformly` leaves `total` 0."""
+    return _run(config, kernel, bias, positions)[0]
+
+
+def _run(config: networks.NetworkConfig, kernel: Array, bias: Array, positions: _Positions) -> tuple[Raw, Array]:
+    batch, tensor = sharding.mapped_axes(len(positions.xt))
     run = functools.partial(_summarize_part, config, tensor)
     tokens = PartitionSpec(batch)
     in_specs = (PartitionSpec(None, tensor), PartitionSpec(tensor), tokens)
-    positions = _Positions(features, xt, x0, is_needed)
-    return sharding.per_device(run, in_specs, tokens)(kernel.astype(features.dtype), bias, positions)
+    return sharding.per_device(run, in_specs, tokens)(kernel.astype(positions.features.dtype), bias, positions)
 
 
-def _summarize_forward(config: networks.NetworkConfig, *inputs: Array) -> tuple[scores.ScoreSummary, Any]:
-    raw = _summarize(config, *inputs)
-    return raw, (inputs, raw.logsumexp)
+def _summarize_forward(
+    config: networks.NetworkConfig, kernel: Array, bias: Array, positions: _Positions
+) -> tuple[Raw, Any]:
+    raw, slope = _run(config, kernel, bias, positions)
+    return raw, (kernel, bias, positions, raw, slope)
 
 
-def _summarize_backward(
-    config: networks.NetworkConfig, residuals: Any, gradient: scores.ScoreSummary
-) -> tuple[Any, ...]:
-    (kernel, bias, *inputs), logsumexp = residuals
-    positions = _Positions(*inputs)
+def _summarize_backward(config: networks.NetworkConfig, residuals: Any, gradient: Raw) -> tuple[Any, ...]:
+    kernel, bias, positions, raw, slope = residuals
     batch, tensor = sharding.mapped_axes(len(positions.xt))
     run = functools.partial(_gradient_part, config, (batch, tensor))
     tokens = PartitionSpec(batch)
     in_specs = (PartitionSpec(None, tensor), PartitionSpec(tensor), *(tokens,) * 3)
-    out_specs = (kernel_spec(batch, tensor), PartitionSpec(tensor), tokens)
+    out_specs = (tiles.kernel_spec(batch, tensor), PartitionSpec(tensor), tokens)
     of_kernel, of_bias, of_features = sharding.per_device(run, in_specs, out_specs)(
-        kernel.astype(positions.features.dtype), bias, positions, logsumexp, gradient
+        kernel.astype(positions.features.dtype), bias, positions, raw, through_softmax(config, raw, slope, gradient)
     )
-    return of_kernel, of_bias, of_features, None, None, None
+    return of_kernel, of_bias, _Positions(of_features, None, None, None, None)  # pyrefly: ignore[bad-argument-type]
 
 
 _summarize.defvjp(_summarize_forward, _summarize_backward)
 
 
+def through_softmax(config: networks.NetworkConfig, raw: Raw, slope: Array | None, gradient: Raw) -> Raw:
+    """The gradient of `Raw` with that of `total` passed on to the sum of the softmax in it.
+
+    Args:
+        config: says whether there is a softmax in `total`.
+        raw: the values.
+        slope: derivative of `total` in the log odds; see `mixed_sums`.
+        gradient: the gradient of `raw`.
+    """
+    if not config.mixes_uniformly:
+        return gradient
+    assert slope is not None
+    whole, of_whole = jnp.logaddexp(raw.logsumexp, raw.at_xt), gradient.total * slope
+    return gradient._replace(
+        logsumexp=gradient.logsumexp - of_whole * jnp.exp(raw.logsumexp - whole),
+        at_xt=gradient.at_xt - of_whole * jnp.exp(raw.at_xt - whole),
+    )
+
+
+def mixed_sums(
+    z: Float[Array, "r v"], log_odds: Float[Array, " r"], others: Bool[Array, "r v"]
+) -> tuple[Float[Array, " r"], Float[Array, " r"]]:
+    """Sums over y != xt of log(1 + N r_y / (e^sigma - 1)), and of its derivative in the log odds.
+
+    Args:
+        z: logits.
+        log_odds: log(N / (e^sigma - 1)) minus the logsumexp of all logits.
+        others: which states are not xt.
+    """
+    mixed = z + log_odds[:, None]
+    keep = lambda x: jnp.where(others, x, 0.0).sum(-1)
+    return keep(jax.nn.softplus(mixed)), keep(jax.nn.sigmoid(mixed))
+
+
+def of_whole_rows(
+    config: networks.NetworkConfig,
+    states: tiles.States,
+    z: Float[Array, "r v"],
+    tokens: tuple[Int[Array, " r"], Int[Array, " r"]],
+    sigma: Float[Array, " r"],
+) -> tuple[Raw, Float[Array, " r"] | None, Float[Array, " r"] | None]:
+    """`Raw` of rows whose logits over all states are in one tile; `tokens` are xt and x0.
+
+    Also returns the slope of its total (`mixed_sums`) and log(N / (e^sigma - 1)) with `config.mixes_uniformly`.
+    """
+    xt, x0 = tokens
+    others, at = states.other_than(xt), lambda x: jnp.where(states.equal_to(x), z, 0.0).sum(-1)
+    top = jnp.where(others, z, NEVER).max(-1)
+    logsumexp = top + jnp.log(jnp.where(others, jnp.exp(z - top[:, None]), 0.0).sum(-1))
+    if not config.mixes_uniformly:
+        return Raw(logsumexp, jnp.where(others, z, 0.0).sum(-1), at(x0), jnp.zeros_like(logsumexp)), None, None
+    at_xt, log_noise = at(xt), _log_noise(config, sigma, xt[:, None])[:, 0]
+    total, slope = mixed_sums(z, log_noise - jnp.logaddexp(logsumexp, at_xt), others)
+    return Raw(logsumexp, total, at(x0), at_xt), slope, log_noise
+
+
+def logit_gradient(
+    config: networks.NetworkConfig,
+    states: tiles.States,
+    z: Float[Array, "r v"],
+    tokens: tuple[Int[Array, " r"], Int[Array, " r"]],
+    raw: Raw,
+    log_noise: Float[Array, " r"] | None,
+    gradient: Raw,
+) -> Float[Array, "r v"]:
+    """The gradient of the logits z, given that of `Raw` after `through_softmax`; `tokens` are xt and x0."""
+    xt, x0 = tokens
+    by = jax.tree.map(lambda x: x[:, None], gradient)
+    of_total, of_xt = by.total, 0.0
+    if config.mixes_uniformly:
+        assert log_noise is not None
+        log_odds = log_noise - jnp.logaddexp(raw.logsumexp, raw.at_xt)
+        of_total = by.total * jax.nn.sigmoid(z + log_odds[:, None])
+        of_xt = jnp.where(states.equal_to(xt), by.at_xt, 0.0)
+    share = jnp.exp(z - raw.logsumexp[:, None])
+    of_z = jnp.where(states.other_than(xt), by.logsumexp * share + of_total, of_xt)
+    return of_z + jnp.where(states.equal_to(x0), by.at_x0, 0.0)
+
+
 def _summarize_part(
     config: networks.NetworkConfig, tensor: tuple[str, ...], kernel: Array, bias: Array, positions: _Positions
-) -> scores.ScoreSummary:
-    """`_summarize` for one device's sequences; parts of the vocabulary are combined over the `tensor` axes."""
+) -> tuple[Raw, Array]:
+    """`Raw` and the slope of its total (`mixed_sums`) for one device's sequences.
+
+    Parts of the vocabulary are combined over the `tensor` axes.
+    """
     rows, vocabulary = _make_tiles(config, tensor, kernel, bias, positions.is_needed)
     features, xt, x0 = (rows.gather(x) for x in positions[:3])
 
-    def visit_block(k: Int[Array, ""], sums: Any) -> Any:
-        states = vocabulary.block(k)
+    def over_tiles(body: Any, sums: Any) -> Any:
+        """`body(states, logits, xt, chunk, sums of these rows)` for every tile."""
 
-        def visit(i: Int[Array, ""], sums: Any) -> Any:
-            top, mass, total, at_x0 = (rows.chunk(x, i) for x in sums)
-            z = states.logits(rows.chunk(features, i))
-            others = states.other_than(rows.chunk(xt, i))
-            new_top = jnp.maximum(top, jnp.where(others, z, NEVER).max(-1))
-            mass = mass * jnp.exp(top - new_top) + jnp.where(others, jnp.exp(z - new_top[:, None]), 0.0).sum(-1)
-            total += jnp.where(others, z, 0.0).sum(-1)
-            at_x0 += jnp.where(states.equal_to(rows.chunk(x0, i)), z, 0.0).sum(-1)
-            return jax.tree.map(lambda x, new: tiles.put(x, new, i), sums, (new_top, mass, total, at_x0))
+        def visit_block(k: Int[Array, ""], sums: Any) -> Any:
+            states = vocabulary.block(k)
 
-        return rows.visit(visit, sums)
+            def visit(i: Int[Array, ""], sums: Any) -> Any:
+                chunk = functools.partial(rows.chunk, i=i)
+                new = body(states, states.logits(chunk(features)), chunk, jax.tree.map(chunk, sums))
+                return jax.tree.map(lambda x, new: tiles.put(x, new, i), sums, new)
+
+            return rows.visit(visit, sums)
+
+        return jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, sums)
+
+    def add(states: tiles.States, z: Array, chunk: Any, sums: Any) -> Any:
+        top, mass, total, at_x0, at_xt = sums
+        others, at = states.other_than(chunk(xt)), lambda x: jnp.where(states.equal_to(chunk(x)), z, 0.0).sum(-1)
+        new_top = jnp.maximum(top, jnp.where(others, z, NEVER).max(-1))
+        mass = mass * jnp.exp(top - new_top) + jnp.where(others, jnp.exp(z - new_top[:, None]), 0.0).sum(-1)
+        if config.mixes_uniformly:
+            return new_top, mass, total, at_x0 + at(x0), at_xt + at(xt)
+        return new_top, mass, total + jnp.where(others, z, 0.0).sum(-1), at_x0 + at(x0), at_xt
 
     zeros = jnp.zeros(len(rows.order))
-    start = (zeros + NEVER, zeros, zeros, zeros)
-    top, mass, total, at_x0 = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, start)
-    largest = jax.lax.pmax(top, tensor)
-    mass, total, at_x0 = jax.lax.psum((mass * jnp.exp(top - largest), total, at_x0), tensor)
+    top, mass, total, at_x0, at_xt = over_tiles(add, (zeros + NEVER, zeros, zeros, zeros, zeros))
+    largest, slope = jax.lax.pmax(top, tensor), zeros
+    mass, at_x0, at_xt = jax.lax.psum((mass * jnp.exp(top - largest), at_x0, at_xt), tensor)
     logsumexp = jnp.where(mass > 0, largest + jnp.log(jnp.where(mass > 0, mass, 1.0)), 0.0)
-    return scores.ScoreSummary(*(rows.scatter(x, positions.xt.shape) for x in (logsumexp, total, at_x0)))
+    if config.mixes_uniformly and positions.log_noise is not None:
+        log_odds = rows.gather(positions.log_noise) - jnp.logaddexp(logsumexp, at_xt)
+
+        def mix(states: tiles.States, z: Array, chunk: Any, sums: Any) -> Any:
+            return jax.tree.map(jnp.add, sums, mixed_sums(z, chunk(log_odds), states.other_than(chunk(xt))))
+
+        total, slope = over_tiles(mix, (zeros, zeros))
+    total, slope = jax.lax.psum((total, slope), tensor)
+    found = Raw(logsumexp, total, at_x0, at_xt), slope
+    return jax.tree.map(lambda x: rows.scatter(x, positions.xt.shape), found)
 
 
 def _gradient_part(
@@ -209,14 +359,13 @@ def _gradient_part(
     kernel: Array,
     bias: Array,
     positions: _Positions,
-    logsumexp: Float[Array, "B L"],
-    gradient: scores.ScoreSummary,
+    raw: Raw,
+    gradient: Raw,
 ) -> tuple[Array, Array, Array]:
     """Gradients of kernel, bias and features, given those of one device's summary. It computes the logits again."""
     batch, tensor = axes
     rows, vocabulary = _make_tiles(config, tensor, kernel, bias, positions.is_needed)
-    f, xt, x0, logsumexp = (rows.gather(x) for x in (*positions[:3], logsumexp))
-    by_logsumexp, by_total, by_x0 = (rows.gather(x) for x in gradient)
+    f, *inputs = jax.tree.map(rows.gather, (*positions[:3], raw, positions.log_noise, gradient))
     product = functools.partial(jnp.dot, precision=vocabulary.precision, preferred_element_type=jnp.float32)
 
     def visit_block(k: Int[Array, ""], sums: Any) -> Any:
@@ -225,12 +374,8 @@ def _gradient_part(
 
         def visit(i: Int[Array, ""], sums: Any) -> Any:
             of_block, of_block_bias, of_f = sums
-            column = lambda x: rows.chunk(x, i)[:, None]
-            f_chunk = rows.chunk(f, i)
-            share = jnp.exp(states.logits(f_chunk) - column(logsumexp))
-            others, at_x0 = states.other_than(rows.chunk(xt, i)), states.equal_to(rows.chunk(x0, i))
-            of_z = jnp.where(others, column(by_logsumexp) * share + column(by_total), 0.0)
-            of_z += jnp.where(at_x0, column(by_x0), 0.0)
+            f_chunk, xt, x0, *others = jax.tree.map(lambda x: rows.chunk(x, i), (f, *inputs))
+            of_z = logit_gradient(config, states, states.logits(f_chunk), (xt, x0), *others)
             narrow = of_z.astype(f.dtype)
             of_f = tiles.put(of_f, rows.chunk(of_f, i) + product(narrow, states.kernel.T), i)
             return of_block + product(f_chunk.T, narrow), of_block_bias + of_z.sum(0), of_f
@@ -246,16 +391,4 @@ def _gradient_part(
     start = (jnp.zeros(kernel.shape), jnp.zeros(bias.shape), jnp.zeros(f.shape))
     of_kernel, of_bias, of_f = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, start)
     of_features = rows.scatter(jax.lax.psum(of_f, tensor).astype(f.dtype), positions.xt.shape)
-    return add_kernels(of_kernel, batch), jax.lax.psum(of_bias, batch), of_features
-
-
-def kernel_spec(batch: tuple[str, ...], tensor: tuple[str, ...]) -> PartitionSpec:
-    """How the gradient of the head's kernel is split over devices."""
-    return PartitionSpec("fsdp" if "fsdp" in batch else None, tensor)
-
-
-def add_kernels(of_kernel: Float[Array, "D P"], batch: tuple[str, ...]) -> Float[Array, "d P"]:
-    """The sum of all devices' gradients of the head's kernel; under fsdp each device gets its rows."""
-    if "fsdp" in batch:
-        of_kernel = jax.lax.psum_scatter(of_kernel, "fsdp", scatter_dimension=0, tiled=True)
-    return jax.lax.psum(of_kernel, tuple(axis for axis in batch if axis != "fsdp"))
+    return tiles.add_kernels(of_kernel, batch), jax.lax.psum(of_bias, batch), of_features

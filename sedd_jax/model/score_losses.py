@@ -111,7 +111,7 @@ def _total_forward(
     batch, tensor = sharding.mapped_axes(len(positions.xt))
     run = functools.partial(_part, config, bounds_fn, batch)
     tokens, whole = PartitionSpec(batch), PartitionSpec()
-    out_specs = (whole, (score_heads.kernel_spec(batch, tensor), whole, tokens))
+    out_specs = (whole, (tiles.kernel_spec(batch, tensor), whole, tokens))
     return sharding.per_device(run, (whole, whole, tokens, tokens), out_specs)(
         kernel.astype(features.dtype), bias, features, positions
     )
@@ -149,16 +149,9 @@ def _part(
         found, of_kernel, of_bias, of_f = sums
         f_chunk, xt_chunk, x0_chunk, sigma_chunk, weight = (rows.chunk(x, i) for x in (f, xt, x0, sigma, weights))
         z = states.logits(f_chunk)
-        others, is_x0 = states.other_than(xt_chunk), states.equal_to(x0_chunk)
-        top = jnp.where(others, z, score_heads.NEVER).max(-1)
-        mass = jnp.where(others, jnp.exp(z - top[:, None]), 0.0).sum(-1)
-        raw = scores.ScoreSummary(
-            logsumexp=top + jnp.log(mass),
-            mean=jnp.where(others, z, 0.0).sum(-1),
-            at_x0=jnp.where(is_x0, z, 0.0).sum(-1),
-        )
+        raw, slope, log_noise = score_heads.of_whole_rows(config, states, z, (xt_chunk, x0_chunk), sigma_chunk)
 
-        def of_rows(raw: scores.ScoreSummary) -> losses.Bounds:
+        def of_rows(raw: score_heads.Raw) -> losses.Bounds:
             # Each row as a sequence of one position.
             of_chunk = xt_chunk[:, None], x0_chunk[:, None]
             raw = jax.tree.map(lambda x: x[:, None], raw)
@@ -167,9 +160,8 @@ def _part(
 
         of_tile, pull = jax.vjp(of_rows, raw)
         (by,) = pull(losses.Bounds(score_entropy=jnp.ones(()), cross_entropy=jnp.zeros(())))
-        share = jnp.exp(z - raw.logsumexp[:, None])
-        of_z = jnp.where(others, by.logsumexp[:, None] * share + by.mean[:, None], 0.0)
-        of_z += jnp.where(is_x0, by.at_x0[:, None], 0.0)
+        by = score_heads.through_softmax(config, raw, slope, by)
+        of_z = score_heads.logit_gradient(config, states, z, (xt_chunk, x0_chunk), raw, log_noise, by)
         narrow = of_z.astype(f.dtype)
         return (
             jax.tree.map(jnp.add, found, of_tile),
@@ -181,5 +173,5 @@ def _part(
     nothing = losses.Bounds(jnp.zeros(()), jnp.zeros(()))
     start = (nothing, jnp.zeros(kernel.shape), jnp.zeros(bias.shape), jnp.zeros_like(f))
     found, of_kernel, of_bias, of_f = rows.visit(visit, start)
-    gradients = score_heads.add_kernels(of_kernel, batch), jax.lax.psum(of_bias, batch), rows.scatter(of_f, shape)
+    gradients = tiles.add_kernels(of_kernel, batch), jax.lax.psum(of_bias, batch), rows.scatter(of_f, shape)
     return jax.lax.psum(found, batch), gradients

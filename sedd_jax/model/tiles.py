@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -136,3 +137,15 @@ def head_product(
     """features @ kernel + bias, [*r, v], accumulated in float32."""
     z = jnp.dot(features, kernel, precision=precision, preferred_element_type=jnp.float32)
     return z + bias.reshape((1,) * (z.ndim - 1) + (-1,))
+
+
+def kernel_spec(batch: tuple[str, ...], tensor: tuple[str, ...]) -> PartitionSpec:
+    """How the gradient of the head's kernel is split over devices."""
+    return PartitionSpec("fsdp" if "fsdp" in batch else None, tensor)
+
+
+def add_kernels(of_kernel: Float[Array, "D P"], batch: tuple[str, ...]) -> Float[Array, "d P"]:
+    """The sum of all devices' gradients of the head's kernel; under fsdp each device gets its rows."""
+    if "fsdp" in batch:
+        of_kernel = jax.lax.psum_scatter(of_kernel, "fsdp", scatter_dimension=0, tiled=True)
+    return jax.lax.psum(of_kernel, tuple(axis for axis in batch if axis != "fsdp"))

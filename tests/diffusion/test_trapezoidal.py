@@ -103,18 +103,23 @@ LARGE = {
     "absorb": graphs.Absorbing(vocab_size=VOCAB, mask_id=VOCAB),
     "mask inside": graphs.Absorbing(vocab_size=VOCAB, mask_id=103),
     "uniform": graphs.Uniform(vocab_size=VOCAB),
+    "uniform, normalised": graphs.Uniform(vocab_size=VOCAB),
 }
 
 
 @pytest.mark.parametrize("draw", slow.all_but(["precise"], sorted(score_draws.DRAWS)))
-@pytest.mark.parametrize("name", slow.all_but(["absorb"], sorted(LARGE)))
+@pytest.mark.parametrize("name", slow.all_but(["absorb", "uniform, normalised"], sorted(LARGE)))
 def test_leaps_by_blocks_follow_the_rates_of_the_whole_array(name, draw, monkeypatch):
     """Two evaluations at two noise levels, the second taken away from the first, some rates below 0."""
     monkeypatch.setattr(score_draws, "BLOCK_STATES", {"cpu": 160})
     monkeypatch.setattr(tiles, "chunk_size", lambda num_positions, most: 500)
     graph = LARGE[name]
     config = networks.NetworkConfig(
-        num_states=graph.num_states, hidden_size=WIDTH, scale_by_sigma=graph.scales_by_sigma, dtype="float32"
+        num_states=graph.num_states,
+        hidden_size=WIDTH,
+        scale_by_sigma=graph.scales_by_sigma,
+        normalize="normalised" in name,
+        dtype="float32",
     )
     keys = jax.random.split(jax.random.key(0), 4)
     params = {
@@ -126,7 +131,7 @@ def test_leaps_by_blocks_follow_the_rates_of_the_whole_array(name, draw, monkeyp
     masked = graph.mask_id if graph.has_mask else 5
     xt = jnp.tile(jnp.array([[masked, masked, 7]]), (BATCH, 1))
     sigmas = jnp.full(BATCH, 0.7), jnp.full(BATCH, 0.5)
-    scales = (6e-4, -2.4e-4) if name == "uniform" else (0.2, -0.05)
+    scales = {"uniform": (6e-4, -2.4e-4), "uniform, normalised": (1.5e-3, -6e-4)}.get(name, (0.2, -0.05))
     slopes = [jnp.full(xt.shape, scale) for scale in scales]
     is_movable = graph.is_noise(xt).at[:, 1].set(False)
     evaluations = [steps.Evaluation(*pair) for pair in zip((one, other), sigmas, strict=True)]

@@ -20,10 +20,11 @@ HEADS = {
     "unscaled": (201, False, False),
     "without padding": (256, False, False),
     "normalised": (201, True, True),
+    "uniform, normalised": (201, False, True),
 }
 
 
-@pytest.fixture(scope="module", params=slow.all_but(["scaled", "normalised"], HEADS))
+@pytest.fixture(scope="module", params=slow.all_but(["scaled", "normalised", "uniform, normalised"], HEADS))
 def head(request):
     """A network's head with random weights (padding included), features, and tokens."""
     num_states, scaled, normalized = HEADS[request.param]
@@ -105,8 +106,12 @@ def test_bfloat16_streams_what_bfloat16_computes_whole(head, small_tiles):
 
 @pytest.mark.parametrize("shape", slow.all_but(["2x2x2"], ["8x1x1", "1x8x1", "2x2x2"]))
 @pytest.mark.parametrize("batch", slow.all_but([8], [8, BATCH]), ids=["divided", "whole"])
-def test_sharded_equals_unsharded(shape, batch):
-    config = networks.NetworkConfig(num_states=201, hidden_size=WIDTH, dtype="float32")
+@pytest.mark.parametrize("means", ["scores", "uniform, normalised"])
+def test_sharded_equals_unsharded(shape, batch, means):
+    _, scaled, normalized = HEADS.get(means, HEADS["scaled"])
+    config = networks.NetworkConfig(
+        num_states=201, hidden_size=WIDTH, scale_by_sigma=scaled, normalize=normalized, dtype="float32"
+    )
     keys = jax.random.split(jax.random.key(0), 6)
     params = {
         "head_kernel": jax.random.normal(keys[0], (WIDTH, config.padded_states)),
@@ -133,11 +138,14 @@ def test_sharded_equals_unsharded(shape, batch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), together, alone)
 
 
-def test_memory_does_not_grow_with_length_times_vocabulary():
+@pytest.mark.parametrize("normalize", slow.all_but([True], [False, True]), ids=["plain", "uniform, normalised"])
+def test_memory_does_not_grow_with_length_times_vocabulary(normalize):
     """Temporary bytes of value and gradient are those of the head's and the features' own gradients."""
 
     def temporary_bytes(num_states: int, length: int) -> int:
-        config = networks.NetworkConfig(num_states=num_states, hidden_size=WIDTH, dtype="float32")
+        config = networks.NetworkConfig(
+            num_states=num_states, hidden_size=WIDTH, scale_by_sigma=False, normalize=normalize, dtype="float32"
+        )
         shapes = [(WIDTH, config.padded_states), (config.padded_states,), (1, length, WIDTH)]
         kernel, bias, features = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
         tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
@@ -145,7 +153,8 @@ def test_memory_does_not_grow_with_length_times_vocabulary():
         def loss(kernel, bias, features, xt):
             model = networks.Model(config, {"head_kernel": kernel, "head_bias": bias})
             sigma, is_needed = jnp.ones(1), jnp.ones(xt.shape, bool)
-            return score_heads.summarize(model, features, xt, xt, sigma, is_needed).logsumexp.sum()
+            found = score_heads.summarize(model, features, xt, xt, sigma, is_needed)
+            return found.logsumexp.sum() + found.mean.sum()
 
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(kernel, bias, features, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -178,6 +187,11 @@ def test_log_score_is_zero_at_the_current_token_and_scaled_elsewhere(head):
     current = np.asarray(xt)[..., None] == np.arange(config.num_states)
     assert not np.asarray(log_score)[current].any()
     z = np.float64(features) @ np.float64(params["head_kernel"]) + np.float64(params["head_bias"])
+    if config.mixes_uniformly:
+        r = np.exp(z[..., : config.num_states] - z[..., : config.num_states].max(-1, keepdims=True))
+        stays = np.exp(-np.float64(SIGMA))[:, None, None]
+        mixture = config.num_states * stays * r / r.sum(-1, keepdims=True) + 1 - stays
+        z = np.log(mixture / np.take_along_axis(mixture, np.asarray(xt)[..., None], -1))
     if config.scale_by_sigma:
         others = np.where(current, -np.inf, z[..., : config.num_states])
         total = np.exp(others).sum(-1, keepdims=True) if config.normalize else config.num_states - 1

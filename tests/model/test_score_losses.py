@@ -18,11 +18,12 @@ CASES = {
     "absorb, normalised": {"scale_by_sigma": True, "normalize": True},
     "absorb, unscaled": {"scale_by_sigma": False},
     "uniform": {"scale_by_sigma": False},
+    "uniform, normalised": {"scale_by_sigma": False, "normalize": True},
     "autoregressive": {"scale_by_sigma": False},
 }
 
 
-@pytest.fixture(scope="module", params=slow.all_but(["absorb", "uniform"], CASES), ids=CASES)
+@pytest.fixture(scope="module", params=slow.all_but(["absorb", "uniform", "uniform, normalised"], CASES), ids=CASES)
 def case(request):
     """A model, features, noised tokens, which positions count, and the bounds of a position."""
     graph = graphs.GRAPHS[request.param.partition(",")[0] if request.param != "autoregressive" else "absorb"]

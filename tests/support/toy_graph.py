@@ -14,6 +14,7 @@ class TwiceUniform:
     has_mask: ClassVar[bool] = False
     has_cross_entropy: ClassVar[bool] = False
     scales_by_sigma: ClassVar[bool] = False
+    mixes_uniformly: ClassVar[bool] = False
 
     vocab_size: int
 
