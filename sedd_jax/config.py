@@ -160,7 +160,7 @@ def check_field(name: str, config: ml_collections.ConfigDict) -> None:
     """Raises errors.UserError, with the nearest field's name, if `name` is not a field of the config."""
     fields = flatten(config)
     if name not in fields:
-        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+        nearest = difflib.get_close_matches(name, [*fields, *config], n=1, cutoff=0.5)
         hint = f"did you mean {errors.name(f'config.{nearest[0]}')}?" if nearest else _LISTED
         raise errors.UserError("is not a field", field=f"config.{name}", remedy=hint)
 
