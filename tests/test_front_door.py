@@ -134,7 +134,10 @@ def test_the_example_of_the_readme_is_true(code_run, tmp_path, monkeypatch, caps
         (lambda run: sedd_jax.open("nowhere"), "workdir=nowhere is not a run directory"),
         (lambda run: sedd_jax.open(run.workdir, step=7), "step=7"),
         (lambda run: sedd_jax.train("nowhere.py", "x"), "config=nowhere.py is not a file"),
-        (lambda run: sedd_jax.train({"trainin": {"x": 1}}, "x"), r"config\.trainin is not a field: did you mean config\.training\?"),
+        (
+            lambda run: sedd_jax.train({"trainin": {"x": 1}}, "x"),
+            r"config\.trainin is not a field: did you mean config\.training\?",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_as_python_spells_it(opened, call, message):

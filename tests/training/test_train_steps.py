@@ -1,0 +1,109 @@
+"""The options of an optimizer step: runs with them resume bit for bit, on any mesh, and pairs are what they say."""
+
+import io
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sedd_jax import config as configs
+from sedd_jax import runs
+from sedd_jax.model import networks, optimizers, train_state
+from sedd_jax.runtime import errors
+from sedd_jax.training import train, train_steps
+from tests.support import slow, small_runs
+
+OPTIONS = {
+    "muon": {"optimizer.name": "muon", "optimizer.schedule": "wsd"},
+    "pairs": {"training.paired_noise": True, "training.time_law": "bell", "training.num_micro_batches": 2},
+    "cosine": {"optimizer.schedule": "cosine"},
+}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """One of the harness' eight devices, because each further one costs time on the CPU."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: first)
+
+
+@pytest.fixture(scope="module")
+def make_config(tmp_path_factory):
+    """(fields) -> a config of four steps on letters."""
+    source = small_runs.write_letters(tmp_path_factory.mktemp("text"), 3_000)
+
+    def make(fields):
+        settings = {
+            "data": {"source": source, "tokenizer": "characters", "length": 16},
+            "network": {"hidden_size": 32, "num_heads": 2, "num_layers": 2, "cond_dim": 16, "dtype": "float32"},
+            "optimizer": {"warmup_steps": 1, "learning_rate": 1e-2, "eps": 1e-3},
+            "training": {"num_steps": 4, "batch_size": 32, "log_every": 1, "eval_every": 0, "sample_every": 0},
+        }
+        settings["training"]["checkpoint_every"] = 2
+        config = configs.merge(settings)
+        config.update_from_flattened_dict(fields)
+        return configs.parse(config)
+
+    return make
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("option", slow.all_but(["muon"], OPTIONS))
+def test_a_run_resumes_bit_for_bit(make_config, tmp_path, option):
+    config = make_config(OPTIONS[option])
+    train.train(config, tmp_path / "run", stream=io.StringIO())
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    stream = io.StringIO()
+    train.train(config, tmp_path / "again", from_step=2, stream=stream)
+    assert "at step 2" in stream.getvalue()
+    found, expected = (runs.load(tmp_path / name) for name in ("again", "run"))
+    assert small_runs.logged(found.workdir) == small_runs.logged(expected.workdir)
+    for name in ("params", "ema_params"):
+        jax.tree.map(np.testing.assert_array_equal, found.params(name)[1], expected.params(name)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_mesh_changes_only_the_rounding(make_config, tmp_path, option):
+    found = []
+    for mesh in ({}, {"mesh.fsdp": 2, "mesh.tensor": 2}):
+        workdir = tmp_path / str(len(found))
+        train.train(make_config(OPTIONS[option] | mesh), workdir, stream=io.StringIO())
+        found.append(runs.load(workdir).params("params")[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *found)
+
+
+def test_a_step_noises_each_text_of_a_pair_at_the_other_half_of_its_positions(make_config, monkeypatch):
+    config = make_config(OPTIONS["pairs"])
+    run = runs.unsaved(config, vocab_size=9)
+    seen, apply = [], networks.apply
+
+    def recorded(model, xt, *rest):
+        jax.debug.callback(lambda xt: seen.append(np.asarray(xt)), xt)
+        return apply(model, xt, *rest)
+
+    monkeypatch.setattr(networks, "apply", recorded)
+    x0 = np.random.default_rng(0).integers(0, 9, (train_steps.num_texts(config.training), 16)).astype(np.int32)
+    assert x0.shape == (16, 16)
+    optimizer = optimizers.make_optimizer(config.optimizer, config.training.num_steps)
+    state = train_state.create(jax.random.key(0), run.network, optimizer)
+    jax.block_until_ready(train_steps.train_step(state, jnp.asarray(x0), run=run, optimizer=optimizer))
+    jax.effects_barrier()
+    xt = np.concatenate(seen)
+    assert xt.shape == (32, 16)
+    is_mask = xt == run.graph.mask_id
+    np.testing.assert_array_equal(is_mask[0::2], ~is_mask[1::2])
+    # Each copy keeps tokens of one text: what both know together is the text.
+    together = np.where(is_mask[0::2], xt[1::2], xt[0::2])
+    assert sorted(map(tuple, together)) == sorted(map(tuple, x0))
+
+
+def test_pairs_that_cannot_be_are_refused(make_config):
+    for fields, message in (
+        ({"training.batch_size": 6, "training.num_micro_batches": 2}, "must be even in each micro-batch"),
+        ({"graph.name": "autoregressive", "network.scale_by_sigma": False}, "has no meaning for autoregressive"),
+    ):
+        with pytest.raises(errors.UserError, match=message):
+            make_config({"training.paired_noise": True} | fields)
