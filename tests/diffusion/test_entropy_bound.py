@@ -118,33 +118,42 @@ def test_corrector_steps_draw_as_many_filled_tokens_again():
     seen = []
 
     def recorded(key, evaluation, xt, is_movable, jump_fn):
-        jax.debug.callback(
-            lambda *x: seen.append([np.asarray(part).sum(1).tolist() for part in x]), xt == N, is_movable
-        )
+        jax.debug.callback(lambda *x: seen.append([np.asarray(part) for part in x]), xt == N, is_movable)
         return jnp.where(is_movable, 0, xt)
 
-    draws = oracles.dense_draws(lambda xt, _: jnp.ones((*xt.shape, N + 1)), GRAPH)._replace(draw_fn=recorded)
+    def entropy(evaluation, xt, is_needed):
+        """The left first where the first token is a mask, else the right: other masks than those taken back."""
+        slope = jnp.where(xt[:, :1] == N, 0.01, -0.01)
+        return jnp.where(is_needed, 1 + slope * jnp.arange(8)[None], 0.0)
+
+    draws = oracles.dense_draws(lambda xt, _: jnp.ones((*xt.shape, N + 1)), GRAPH)
+    draws = draws._replace(draw_fn=recorded, entropy_fn=entropy)
     sampler = dataclasses.replace(SAMPLER, corrector_steps=1)
     given = steps.Given(jnp.zeros((2, 8), jnp.int32), jnp.arange(8)[None] >= jnp.array([[8], [3]]))
     oracles.take_steps(jax.random.key(0), sampler, draws, PROCESS, given, given.clamp(jnp.full((2, 8), N)), 0, 3, 3)
     jax.effects_barrier()
-    assert [masks for masks, _ in seen] == [[8, 3], [8, 3], [6, 2], [6, 2], [4, 1], [4, 1]]
-    assert [moved for _, moved in seen] == [[2, 1]] * 6
+    assert [masks.sum(1).tolist() for masks, _ in seen] == [[8, 3], [8, 3], [6, 2], [6, 2], [4, 1], [4, 1]]
+    assert [moved.sum(1).tolist() for _, moved in seen] == [[2, 1]] * 6
+    # A corrector step fills what it has masked again, and no other mask.
+    left = [masks & ~moved for masks, moved in seen]
+    for step in range(0, 6, 2):
+        np.testing.assert_array_equal(left[step], left[step + 1])
+    assert (seen[2][1] != seen[3][1]).any()
 
 
 @pytest.fixture
 def looser(monkeypatch):
-    """A network that has learned nothing is equally unsure of all tokens. Three times the bound fills more of them."""
-    monkeypatch.setattr(entropy_bound, "_SLACK", 2.0)
+    """A network that has learned nothing is equally unsure of all tokens. Half more of the bound fills more of them."""
+    monkeypatch.setattr(entropy_bound, "_SLACK", 0.5)
     trajectories.make_programs.cache_clear()
     yield
     trajectories.make_programs.cache_clear()
 
 
 def test_evaluations_are_counted_as_they_are_taken(code_run, looser, monkeypatch):
-    """Of each text of a batch, of refilled slots, and on average in what is measured."""
+    """Of each sequence of a batch, however many gaps it has, and of refilled slots."""
     run = runs.load(code_run)
-    sampling = run.sampling(sampler="entropy_bound", num_steps=12, num_samples=8)
+    sampling = run.sampling(sampler="entropy_bound", num_steps=3, num_samples=8)
     seen = []
     fill = entropy_bound._fill
 
@@ -153,15 +162,23 @@ def test_evaluations_are_counted_as_they_are_taken(code_run, looser, monkeypatch
         return fill(key, draws, process, batch, xt, num_left, again)
 
     monkeypatch.setattr(entropy_bound, "_fill", recorded)
-    opened, template = run.restore(), templates.parse(run, "a = {20}")
+    opened, num_gaps = run.restore(), np.array([20, 20, 20, 2, 2, 1, 1, 0])
+    is_given = jnp.arange(32)[None] >= num_gaps[:, None]
+    counted = []
     with opened.on_devices():
-        drawn = generate.draw_samples(opened, template, sampling, seed=0)
+        given = steps.Given(jnp.zeros((8, 32), jnp.int32), is_given)
+        generate.draw_tokens(opened, given, sampling, seed=0, count=counted.append)
         jax.effects_barrier()
         taken = np.sum(seen, axis=0)
-        assert [one.nfe for one in drawn] == taken.tolist()
-        assert 1 < taken.min() <= taken.max() < 13
-        refilled = list(refill.draw(opened, [template] * 3, sampling, seed=0))
-    assert all(1 < one.nfe < 13 for one in refilled)
+        # Where there is nothing to fill, the sequence still is in a batch of one evaluation.
+        np.testing.assert_array_equal(counted[0], np.maximum(taken, 1))
+        assert taken[:3].min() > taken[3:5].max()
+        assert taken[0] == 4
+        (drawn,) = {
+            one.nfe for one in generate.draw_samples(opened, templates.parse(run, "a = {20}"), sampling, seed=0)
+        }
+        refilled = list(refill.draw(opened, [templates.parse(run, "a = {20}")] * 3, sampling, seed=0))
+    assert {one.nfe for one in refilled} == {drawn} == {4}
 
 
 @pytest.mark.slow
