@@ -19,8 +19,8 @@ from sedd_jax.evaluation import perplexity
 from sedd_jax.model import networks
 from sedd_jax.runtime import errors, last_words, processes, terminals
 from sedd_jax.sampling import generate, templates
-from sedd_jax.training import train
-from tests.support import places, slow
+from sedd_jax.training import metric_writers, train
+from tests.support import places, slow, small_runs
 
 ALPHABET = "abcdefgh"
 LENGTH = 32
@@ -176,6 +176,15 @@ def test_a_stopped_run_is_started_again_but_not_from_an_earlier_step(source, tmp
     assert cli.main([*command, "--step=2"]) == 1
 
 
+class Terminates(io.StringIO):
+    """Sends SIGTERM to the process when step 1 is reported."""
+
+    def write(self, text):
+        if "step 1/" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(text)
+
+
 def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path, monkeypatch):
     full, parts = tmp_path / "full", tmp_path / "parts"
     config = one_device_config(settings(source, num_steps=4, log_every=1, eval_every=0, sample_every=0))
@@ -185,14 +194,6 @@ def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path
         patch.setattr(last_words, "_say", words.append)
         train.train(config, full, stream=io.StringIO())
     assert len(words) == 1  # Nothing was saved before the last step, so no log listed the checkpoints.
-
-    class Terminates(io.StringIO):
-        """Sends SIGTERM to the process when step 1 is reported."""
-
-        def write(self, text):
-            if "step 1/4" in text:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().write(text)
 
     before = signal.getsignal(signal.SIGTERM)
     closed, close = [], checkpoints.Checkpoints.close
@@ -216,6 +217,28 @@ def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path
 
     assert logged(full) == logged(parts)
     assert [step for step, _, _ in logged(parts)] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_sigterm_meets_is_made_up_and_made_once(source, tmp_path):
+    """At the step at which it stops, a run neither evaluates nor samples; the run that goes on does."""
+    full, parts = tmp_path / "full", tmp_path / "parts"
+    every = {"log_every": 1, "eval_every": 2, "sample_every": 2, "checkpoint_every": 2}
+    config = one_device_config(settings(source, num_steps=4, **every))
+    expected = train.train(config, full, stream=io.StringIO())
+    assert train.train(config, parts, stream=Terminates())["step"] == 2
+    assert not metric_writers.holds(parts / "metrics.jsonl", 2, "valid/")
+    assert not list(parts.glob("samples/*"))
+    found = train.train(config, parts, stream=io.StringIO())
+    assert {name: found[name] for name in expected if "per_second" not in name} == {
+        name: value for name, value in expected.items() if "per_second" not in name
+    }
+    # A second life from the same step, which now has its evaluation, makes none.
+    train.train(config, parts, from_step=2, stream=io.StringIO())
+    assert small_runs.logged(parts) == small_runs.logged(full)
+    texts = [{path.name: path.read_text() for path in place.glob("samples/*")} for place in (full, parts)]
+    assert texts[0] == texts[1]
+    assert sorted(texts[0]) == ["00000002.txt", "00000004.txt"]
 
 
 @pytest.mark.parametrize(("step", "status"), [(2, 75), (4, 0)])

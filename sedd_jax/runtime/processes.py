@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import distributed  # The key-value store of the processes has no public name.
 from jax.experimental import multihost_utils
 
@@ -99,6 +100,13 @@ def first_then_all(name: str, fn: Callable[[], object]) -> None:
         told = client.blocking_key_value_get(f"sedd_jax/{name}", _PREPARATION_MS)
         if outcome := str(told).removeprefix("outcome: "):
             raise errors.UserError(f"process 0 says: {outcome}")
+
+
+def agreed(fn: Callable[[], bool]) -> bool:
+    """What fn returns in the first process, in all of them."""
+    if jax.process_count() == 1:
+        return fn()
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(is_first() and fn())))
 
 
 def describe() -> str:

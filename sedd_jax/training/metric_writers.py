@@ -66,6 +66,12 @@ def truncate_after(path: str | os.PathLike[str], step: int) -> None:
     os.replace(partial, path)
 
 
+def holds(path: str | os.PathLike[str], step: int, prefix: str) -> bool:
+    """Whether a metrics file has a metric of a step whose name begins so."""
+    at_step = [record for record in read_json_lines(path) if record["step"] == step]
+    return any(name.startswith(prefix) for record in at_step for name in record)
+
+
 class JsonLines:
     """Appends one line {"step": n, name: value, ...} per write and flushes it.
 

@@ -15,12 +15,10 @@ from jaxtyping import Array, Int
 
 from sedd_jax import checkpoints, runs
 from sedd_jax import config as configs
-from sedd_jax.bounds import likelihoods
 from sedd_jax.data import batches
-from sedd_jax.model import networks, optimizers, train_state, work
+from sedd_jax.model import optimizers, train_state, work
 from sedd_jax.runtime import accelerators, errors, last_words, locks, processes, sharding, storage
-from sedd_jax.sampling import generate, templates
-from sedd_jax.training import initial_weights, loss_curves, metric_writers, profiles, train_steps
+from sedd_jax.training import initial_weights, interim, loss_curves, metric_writers, profiles, train_steps
 
 # Files that training writes in addition to checkpoints.
 _WRITTEN = ("metrics.jsonl", "loss.png", "samples/*", "tensorboard/**/*", "profiles/**/*")
@@ -168,7 +166,7 @@ def _loop(session: _Session, step_fn: train_steps.StepFn, state: train_state.Tra
     run, saved, writer = session.run, session.saved, session.writer
     settings = run.config.training
     data = run.split("train")
-    held_out = likelihoods.make_held_out(run)
+    measured = interim.make(run, session.mesh, writer)
     plot = loss_curves.occasional_plot(run.local / "metrics.jsonl", run.local / "loss.png", _reference_entropies(run))
     written: dict[str, Any] = {"step": step}
     pending: tuple[int, train_steps.Metrics] | None = None
@@ -180,6 +178,7 @@ def _loop(session: _Session, step_fn: train_steps.StepFn, state: train_state.Tra
             "" if step < settings.num_steps else f", config.training.num_steps={settings.num_steps}: nothing to do"
         )
         writer.say(f"resumed {run.workdir} at step {step}{nothing}")
+        written |= measured.make_up(step, state)
     while step < settings.num_steps:
         session.profile.begin(step, state)
         state, metrics = step_fn(state, _batch(run, data, step, session.mesh))
@@ -191,7 +190,7 @@ def _loop(session: _Session, step_fn: train_steps.StepFn, state: train_state.Tra
         pending = (step, metrics)
         stops = session.told_to_stop(step) and step < settings.num_steps
         session.profile.end(step, metrics, is_last=stops or step == settings.num_steps)
-        due = functools.partial(_is_due, step, settings.num_steps)
+        due = functools.partial(interim.is_due, step, settings.num_steps)
         if due(settings.log_every):
             _check_finite(step, metrics, saved)
             if saved.check() and has_saved:
@@ -200,15 +199,8 @@ def _loop(session: _Session, step_fn: train_steps.StepFn, state: train_state.Tra
             train_metrics = _train_metrics(run, data, metrics)
             written |= train_metrics
             writer.write(step, train_metrics)
-        if due(settings.eval_every) and not stops:
-            with writer.pause():
-                held_out_metrics = held_out(state.ema_params)
-            written |= held_out_metrics
-            writer.write(step, held_out_metrics)
-        if due(settings.sample_every) and not stops:
-            with writer.pause():
-                model = networks.Model(run.network, state.ema_params)
-                writer.say(_write_samples(runs.OpenRun(run=run, step=step, model=model, mesh=session.mesh)))
+        if not stops:
+            written |= measured.measure(step, state)
         if due(settings.checkpoint_every) or stops:
             with writer.pause():
                 _check_finite(step, metrics, saved)
@@ -253,11 +245,6 @@ def _make_writer(
     )
 
 
-def _is_due(step: int, num_steps: int, every: int) -> bool:
-    """Whether something that is done at multiples of `every` steps (0: never) and at the last step is due."""
-    return every > 0 and (step % every == 0 or step == num_steps)
-
-
 def _train_metrics(run: runs.Run, data: batches.PackedSplit, metrics: train_steps.Metrics) -> dict[str, float]:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     per_unit = data.characters_per_token if run.tokenizer.unit == "character" else 1.0
@@ -272,18 +259,6 @@ def _reference_entropies(run: runs.Run) -> dict[str, float]:
     valid = run.split("valid")
     known = batches.entropies(valid.tokens.read(0, valid.num_tokens), run.graph.num_states)
     return {"unigram entropy": known.unigram, "bigram entropy": known.bigram}
-
-
-def _write_samples(opened: runs.OpenRun) -> str:
-    run, step = opened.run, opened.step
-    samples = generate.draw_samples(opened, templates.parse(run, ""), run.config.sampling, seed=step)
-    text = "\n".join(f"--- sample {sample.index + 1} at step {step}\n{sample.text}" for sample in samples)
-    if not processes.is_first():
-        return text
-    directory = run.local / "samples"
-    directory.mkdir(exist_ok=True)
-    (directory / f"{step:08d}.txt").write_text(text + "\n", encoding="utf-8")
-    return text
 
 
 def _check_finite(step: int, metrics: train_steps.Metrics, saved: checkpoints.Checkpoints) -> None:
