@@ -33,7 +33,7 @@ def contents(directory):
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def fail_in_turn(make_place, argv, *, codes, changed=()):
+def fail_in_turn(make_place, argv, *, codes, changed=(), not_needed=NOT_NEEDED):
     """Lets each operation of a command fail with each of the codes that `codes` gives for its number.
 
     Args:
@@ -41,6 +41,7 @@ def fail_in_turn(make_place, argv, *, codes, changed=()):
         argv: the arguments of the command in such a directory.
         codes: (number of the operation) -> codes.
         changed: the files that the command changes. All others stay as they are.
+        not_needed: ends of the names of files without which the command succeeds.
     """
     place = make_place()
     found = failing_files.Faults(place)
@@ -56,7 +57,7 @@ def fail_in_turn(make_place, argv, *, codes, changed=()):
             with failing_files.watched(faults):
                 status, err = call(*argv(place))
             assert len(faults.calls) > number
-            check(faults.calls[number], code, status, err)
+            check(faults.calls[number], code, status, err, not_needed)
             after = contents(place)
             assert set(before) <= set(after), (faults.calls[number], code)
             lost = [name for name in before if after[name] != before[name] and name not in changed]
@@ -68,11 +69,11 @@ def _first_and_last(calls):
     return {calls.index(call) for call in calls} | {len(calls) - 1 - calls[::-1].index(call) for call in calls}
 
 
-def check(failed, code, status, err):
+def check(failed, code, status, err, not_needed):
     """The last line of a command in which an operation failed."""
     what = (failed, os.strerror(code), err)
     if status == 0:
-        assert failed[1].endswith(NOT_NEEDED) or (failed[0] == "mkdir" and os.path.isdir(failed[1])), what
+        assert failed[1].endswith(not_needed) or (failed[0] == "mkdir" and os.path.isdir(failed[1])), what
         return
     assert status == 1, what
     last = err.splitlines()[-1]
@@ -144,3 +145,31 @@ def test_no_failure_of_sedd_convert_is_a_traceback(make_place, code_run):
     pytest.importorskip("torch", reason="convert needs the extra 'convert'")
     argv = lambda place: ["convert", f"--from={place}/run", f"--to={place}/out"]
     fail_in_turn(lambda: make_place(code_run), argv, codes=one_code)
+
+
+@pytest.mark.slow
+def test_no_failure_of_sedd_tune_grid_is_a_traceback(make_place, code_run):
+    argv = lambda place: [
+        "tune-grid", f"--workdir={place}/run", "--num_steps=2", "--num_sequences=8", "--batch_size=8",
+        "--num_processes=1",
+    ]  # fmt: skip
+    fail_in_turn(lambda: make_place(code_run), argv, codes=one_code)
+
+
+@pytest.mark.slow
+def test_no_failure_of_a_report_is_a_traceback(make_place, code_run, tmp_path):
+    shutil.copytree(code_run, tmp_path / "measured")
+    assert call("eval", f"--workdir={tmp_path}/measured", "--num_times=1", "--num_processes=1")[0] == 0
+    argv = lambda place: ["eval", f"--workdir={place}/run", "--report", "--num_processes=1"]
+    fail_in_turn(lambda: make_place(tmp_path / "measured"), argv, codes=all_codes)
+
+
+@pytest.mark.slow
+def test_no_failure_of_sedd_serve_is_a_traceback(make_place, code_run, monkeypatch):
+    pytest.importorskip("starlette", reason="the page needs sedd_jax[serve]")
+    uvicorn = pytest.importorskip("uvicorn", reason="the page needs sedd_jax[serve]")
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+    argv = lambda place: ["serve", f"--workdir={place}/run", "--port=0"]
+    # The page has no example without the run's text.
+    without_text = ("data/header.json", ".bin")
+    fail_in_turn(lambda: make_place(code_run), argv, codes=one_code, not_needed=without_text)

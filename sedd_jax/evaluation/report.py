@@ -93,9 +93,7 @@ def write(workdir: storage.Directory) -> pathlib.Path:
         f"<h2>Config</h2><pre>{html.escape(json.dumps(config, indent=1))}</pre></body></html>\n"
     )
     path = run.local / NAME
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    storage.replace_text(path, page)
     storage.upload(run.workdir, NAME)
     return path
 
