@@ -192,6 +192,7 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
     if storage.holds(workdir, "config.json"):
         storage.download(workdir, "tokenizer.json", *tokenizers.FILES.values())
         tokenizers.put_file_back(local / "tokenizer.json", config.data.tokenizer)
+        storage.upload(workdir, *tokenizers.FILES.values())
         run = load(workdir)
         changed = configs.changes(_moved(run, config.data), config)
         if changed:
@@ -206,7 +207,7 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
             _follow(local / "data", run.config.data.source, config.data.source)
             shards.verify(local / "data")
         write_json(local / "config.json", configs.to_dict(config))
-        storage.upload(workdir, "config.json", "data/header.json", *tokenizers.FILES.values())
+        storage.upload(workdir, "config.json", "data/header.json")
         return
     # In a bucket, where files appear one by one, a start that was killed may have left these.
     ours = ("data", "tokenizer.json", *tokenizers.FILES.values()) if storage.is_remote(workdir) else ()

@@ -73,7 +73,7 @@ def clear(place: Directory) -> None:
 
 
 def download(place: Directory, *names: str) -> None:
-    """Downloads files and directories of a bucket into the local copy.
+    """Makes files and directories of the local copy what they are in the bucket, where they may be missing.
 
     A directory of packed text is skipped if the local copy has the same header.json.
     """
@@ -85,8 +85,10 @@ def download(place: Directory, *names: str) -> None:
             header = local / name / "header.json"
             if header.exists() and header.read_bytes() == (place / name / "header.json").read_bytes():
                 continue
-            for found in sorted(bucket.find(f"{place}/{name}"), key=_is_last):
-                file = local / found.removeprefix(f"{place}/".removeprefix("gs://"))
+            there = sorted(bucket.find(f"{place}/{name}"), key=_is_last)
+            files = {found: local / found.removeprefix(f"{place}/".removeprefix("gs://")) for found in there}
+            _drop(local / name, set(files.values()))
+            for found, file in files.items():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 bucket.get_file(found, str(file))
                 _sent[file] = _version(file)
@@ -184,6 +186,19 @@ def new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
         # Threads of a save that failed may still write there. What they leave is removed at the next try.
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _drop(name: pathlib.Path, kept: set[pathlib.Path]) -> None:
+    """Deletes what a local copy has under a name beside the files that are kept."""
+    for path in sorted(name.rglob("*"), reverse=True):  # What is in a directory comes before it.
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path not in kept:
+            path.unlink()
+    if not kept:
+        shutil.rmtree(name, ignore_errors=True)
+        name.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -66,6 +66,25 @@ def test_a_download_that_was_stopped_begins_again(bucket, monkeypatch):
     assert (local / "data" / "header.json").read_text() == "header.json"
 
 
+def test_what_a_bucket_no_longer_holds_goes_from_the_local_copy(bucket):
+    """Results, samples or a tuned grid that somebody removed came back in a report, or were uploaded again."""
+    place = storage.directory("gs://bucket/run")
+    local = storage.local_copy(place)
+    names = ["evaluations/a-1.json", "evaluations/b-1.json", "samples/old/1.txt", "time_grid.json", "metrics.jsonl"]
+    for name in [*names, "data/header.json", "data/train-00000.bin"]:
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).write_text(name)
+    storage.upload(place)
+    for name in ("evaluations/a-1.json", "samples/old/1.txt", "time_grid.json"):
+        (place / name).unlink()
+    (local / "samples" / "3.txt").write_text("of steps that another machine has trained again")
+    storage.download(place, "evaluations", "samples", "time_grid.json", "data", "nothing")
+    left = {str(path.relative_to(local)) for path in local.rglob("*")}
+    kept = {"evaluations/b-1.json", "metrics.jsonl", "data/header.json", "data/train-00000.bin"}
+    assert left == {*kept, "evaluations", "data"}
+    assert all((local / name).read_text() == name for name in kept)
+
+
 def _make(final, *names):
     with storage.new_directory(final) as partial:
         for name in names:
