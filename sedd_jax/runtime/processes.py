@@ -116,14 +116,15 @@ def describe() -> str:
 
 @contextlib.contextmanager
 def told_to_stop() -> Iterator[Callable[[int], bool]]:
-    """A function of the step just taken, which returns whether to stop there because SIGTERM has arrived.
+    """A function of the step just taken, which returns whether to stop there because SIGTERM, or SIGHUP, has arrived.
 
     A process that runs alone installs a signal handler, which Python allows only in the main thread. Of several
     processes, any may receive the signal. JAX then chooses one step for all, so each must call the function at every
     step.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        with _stopped_by_hangup():
+            yield multihost_utils.reached_preemption_sync_point
         return
     told = threading.Event()
     is_told = lambda step: told.is_set()
@@ -132,9 +133,36 @@ def told_to_stop() -> Iterator[Callable[[int], bool]]:
         return
     before = signal.signal(signal.SIGTERM, lambda *_: told.set())
     try:
-        yield is_told
+        with _stopped_by_hangup():
+            yield is_told
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _stopped_by_hangup() -> Iterator[None]:
+    """SIGHUP inside, which comes when a terminal is closed, acts as SIGTERM. Other handlers stay, as that of nohup."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
+        yield
+        return
+    terminals = [number for number in (1, 2) if os.isatty(number)]
+
+    def hang_up(*_: Any) -> None:
+        for number in terminals:
+            if not os.isatty(number):  # The terminal is gone. To write there would fail before the save.
+                nothing = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nothing, number)
+                os.close(nothing)
+        with contextlib.suppress(OSError):  # Nobody reads it.
+            os.write(2, b"the terminal hung up (SIGHUP): the next step is saved, and the run ends\n")
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGHUP, hang_up)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _check_address(address: str, *, listens: bool) -> None:

@@ -333,3 +333,27 @@ def test_the_survivors_of_a_process_that_dies_name_the_newest_checkpoint(place, 
 
 def test_one_process_joins_nobody():
     processes.join(None, 1, None)
+
+
+@pytest.fixture
+def hangup_is_default():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_hangs_up_stops_a_run_as_sigterm_does(hangup_is_default, capfd):
+    with processes.told_to_stop() as told:
+        assert not told(1)
+        signal.raise_signal(signal.SIGHUP)
+        assert told(2)
+    assert capfd.readouterr().err == "the terminal hung up (SIGHUP): the next step is saved, and the run ends\n"
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+def test_a_run_under_nohup_goes_on(hangup_is_default):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with processes.told_to_stop() as told:
+        signal.raise_signal(signal.SIGHUP)
+        assert not told(1)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

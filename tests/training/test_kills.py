@@ -4,6 +4,8 @@ Each life is a real process of `sedd train`.
 """
 
 import json
+import os
+import pty
 import random
 import shutil
 import signal
@@ -131,6 +133,34 @@ def test_kills_change_nothing(place, uninterrupted):
     kill_often(place, workdir, FEW, {})
     assert_same_run(workdir, uninterrupted)
     assert_nothing_is_left(place, workdir, uninterrupted, ["16", "18"])
+
+
+TAKES_TERMINAL = (
+    "import fcntl, os, signal, sys, termios; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_closed_saves_its_step(place):
+    workdir = place / "hung up"
+    ours, theirs = pty.openpty()
+
+    values = SETTINGS | {"data.source": f"text:{place}/{{split}}.txt", "training.num_steps": 100_000}
+    values["training.checkpoint_every"] = 50_000
+    command = [sys.executable, "-c", TAKES_TERMINAL, "-m", "sedd_jax", "train", f"--workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in values.items()]
+    surroundings = small_runs.environment() | {"TERM": "dumb"}
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    child = subprocess.Popen(command, env=surroundings, start_new_session=True, **streams)
+    os.close(theirs)
+    seen = b""
+    while b"step 3/" not in seen:
+        seen += os.read(ours, 4096)
+    os.close(ours)
+    assert child.wait(timeout=120) == 75
+    (saved,) = (workdir / "checkpoints").iterdir()
+    assert int(saved.name) >= 3
 
 
 @pytest.mark.slow
