@@ -26,7 +26,7 @@ def run() -> None:
     output.prepare()
     status = main(sys.argv[1:])
     why = output.finish()
-    sys.exit(_fail("sedd", f"the results cannot be printed ({why})", 1) if why else status)
+    interrupts.end(_fail("sedd", f"the results cannot be printed ({why})", 1) if why else status)
 
 
 def main(argv: list[str]) -> int:

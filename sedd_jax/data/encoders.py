@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from sedd_jax.data import documents, tokenizers
-from sedd_jax.runtime import errors
+from sedd_jax.runtime import errors, interrupts
 
 _CHARACTERS_AT_ONCE = 500_000  # per task of a process
 
@@ -64,7 +64,8 @@ def encode(
     waiting: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
     try:
         for task in tasks:
-            waiting.append(pool.submit(_encode_here, *task))
+            with interrupts.kept_from_children():  # It may start a process, which would fail with many lines.
+                waiting.append(pool.submit(_encode_here, *task))
             if len(waiting) > 2 * num_workers:
                 yield _result(waiting.popleft())
         while waiting:

@@ -3,12 +3,16 @@
 import _thread
 import contextlib
 import gc
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
+from sedd_jax.runtime import last_words
+
+STATUS = 130  # of a command that Ctrl-C ended
 _SECONDS = 0.05  # until an interrupt that was dropped comes again
 
 
@@ -40,3 +44,28 @@ def deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if came:
             signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def kept_from_children() -> Iterator[None]:
+    """Ctrl-C inside waits until the end, as in `deferred`, and never reaches processes that are started inside."""
+    with deferred():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end(status: int) -> NoReturn:
+    """Ends the process with the status of a command.
+
+    After Ctrl-C devices may still compute. Python's own end would free what they use, and crash (SIGSEGV).
+    """
+    bridge = sys.modules.get("jax._src.xla_bridge")  # It has no public name.
+    if status != STATUS or bridge is None or not bridge.backends_are_initialized():
+        sys.exit(status)
+    last_words.take_back()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

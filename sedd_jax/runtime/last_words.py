@@ -26,7 +26,7 @@ def begin() -> None:
     if shutil.which("sh") is None:
         return
     _speakers.append(subprocess.Popen(["sh", "-c", _SPEAKER], stdin=subprocess.PIPE, text=True, start_new_session=True))
-    atexit.register(_take_back)
+    atexit.register(take_back)
     leave(_remedies[0])
 
 
@@ -42,9 +42,11 @@ def remedy() -> str:
     return _remedies[0]()
 
 
-def _take_back() -> None:
-    _say("")
-    _speakers[0].communicate()
+def take_back() -> None:
+    """Nothing will be said any more: this process ends by itself."""
+    if _speakers:
+        _say("")
+        _speakers[0].communicate()
 
 
 def _say(words: str) -> None:

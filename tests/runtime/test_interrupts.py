@@ -110,3 +110,24 @@ def test_an_interrupt_while_the_program_is_loaded_is_one_line():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "sedd: interrupted\n")
+
+
+def test_processes_that_are_started_never_hear_of_it(default_handler):
+    code = "import signal, time; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with pytest.raises(KeyboardInterrupt), interrupts.kept_from_children():  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert said == "True\n"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_an_interrupt_ends_a_process_whose_devices_still_compute():
+    """Python's own end freed what they used, and in one of three cases crashed."""
+    code = (
+        "import atexit, jax, jax.numpy as jnp; from sedd_jax.runtime import interrupts; jnp.ones(2).sum()\n"
+        "atexit.register(print, 'the end of Python'); print('said'); interrupts.end({status})"
+    )
+    for status, said in ((interrupts.STATUS, "said\n"), (1, "said\nthe end of Python\n")):
+        command = [sys.executable, "-c", code.format(status=status)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (status, said)
