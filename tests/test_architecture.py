@@ -22,6 +22,7 @@ WINGS = (
     "serving",
     "sampling",
     "conversion",
+    "comparison",
     "runs",
     "config_files",
     "config",

@@ -12,7 +12,7 @@ from matplotlib import pyplot
 
 from sedd_jax import runs
 from sedd_jax.evaluation import results
-from sedd_jax.training import metric_writers
+from sedd_jax.runtime import metric_lines
 
 COLORS = {"absorb": "#1f5fae", "uniform": "#d9480f", "autoregressive": "#2b8a3e"}
 BOUNDS = ("valid/negative_log_likelihood_bits", "valid/cross_entropy_bits", "valid/score_entropy_bits")
@@ -22,7 +22,7 @@ def main(workdirs: list[str]) -> None:
     figure, (training, samples) = pyplot.subplots(1, 2, figsize=(11, 4.8))
     for run in (runs.load(pathlib.Path(workdir)) for workdir in workdirs):
         graph, per_token = run.config.graph.name, run.split("valid").characters_per_token
-        records = metric_writers.read_json_lines(run.local / "metrics.jsonl")
+        records = metric_lines.read(run.local / "metrics.jsonl")
         bound = next(name for name in BOUNDS if any(name in record for record in records))
         points = [
             (record["step"], record[bound] / per_token, record[f"{bound}_stderr"] / per_token)

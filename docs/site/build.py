@@ -76,7 +76,7 @@ def _from_root(path):
 
 def _reference():
     """Pages of the API: the front door, and one for each folder of the package."""
-    top = [f"sedd_jax.{name}" for name in ("front_door", "runs", "config", "checkpoints")]
+    top = [f"sedd_jax.{path.stem}" for path in sorted(PACKAGE.glob("[a-z]*.py"))]
     pages = {"api/front_door.md": _modules("Python's front door", top, first=_TOP)}
     for folder in sorted(path.parent for path in PACKAGE.glob("*/__init__.py")):
         names = (f"sedd_jax.{folder.name}.{path.stem}" for path in sorted(folder.glob("*.py")))

@@ -94,7 +94,8 @@ def _code(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
 def _report(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
     from sedd_jax.evaluation import report
 
-    path = report.write(workdir)
+    others = [storage.directory(name) for name in given.get("beside", "").split(",") if name]
+    path = report.write(workdir, others)
     return {"report": str(path)}, f"wrote {path}"
 
 
@@ -110,7 +111,7 @@ def modes() -> dict[str, Mode]:
         "curve": Mode(("judge", "samplers", *refinements, "batch_size", "num_samples", "seed"), _curve),
         "infill": Mode(("judge", "num_draws", "sampler", *drawn), _infill),
         "code": Mode(("num_samples", "num_steps", "seed"), _code),
-        "report": Mode((), _report),
+        "report": Mode(("beside",), _report),
     }
 
 
@@ -150,6 +151,7 @@ def define(values: flags.FlagValues) -> None:
     text("infill", None, "paper, prompt or a pattern such as 25{50}25: refill held-out text", flag_values=values)
     choice("code", False, "share of samples and infills that Python parses", flag_values=values)
     choice("report", False, "write RUN/report.html from all that was measured", flag_values=values)
+    text("beside", None, "with --report: other runs, such as RUN2,RUN3, side by side with this one", flag_values=values)
     text("judge", None, "an autoregressive run, or GPT-2 in a directory for transformers", flag_values=values)
     text("samplers", "tweedie,tau_leaping", "with --curve: which", flag_values=values)
     number("num_samples", None, "sequences, windows, or attempts at a problem: 64, or 10", 1, flag_values=values)

@@ -8,7 +8,7 @@ import sys
 
 from absl import flags, logging
 
-from sedd_jax.cli import arguments, output, versions
+from sedd_jax.cli import arguments, output, run_list, versions
 from sedd_jax.runtime import device_failures, errors, hosts, interrupts
 
 _HELP = ("--help", "-h", "help")
@@ -363,6 +363,7 @@ COMMANDS: dict[str, arguments.Command] = {
     "prepare": prepare,
     "train": train,
     "eval": evaluate,
+    "runs": run_list.runs,
     "sample": sample,
     "tune-grid": tune_grid,
     "serve": serve,

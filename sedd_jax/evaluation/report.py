@@ -4,11 +4,11 @@ import base64
 import html
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from sedd_jax import comparison, runs
 from sedd_jax import config as configs
-from sedd_jax import runs
 from sedd_jax.evaluation import (
     code_problems,
     code_quality,
@@ -54,33 +54,46 @@ img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 pre { background: var(--soft); padding: .7rem; border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .85rem/1.45 ui-monospace, monospace; }
 summary { cursor: pointer; color: var(--faint); font-size: .9rem; }
+body.several { max-width: 110rem; } h3 { font-size: 1rem; margin: .8rem 0 0; overflow-wrap: anywhere; }
+.beside { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); }
+.beside > * { min-width: 0; }
 """
 
 
-def write(workdir: storage.Directory) -> pathlib.Path:
+def write(workdir: storage.Directory, others: Sequence[storage.Directory] = ()) -> pathlib.Path:
     """Writes the page from the results in RUN/evaluations, the newest first, and returns its path.
+
+    Args:
+        workdir: the run, which gets the page.
+        others: runs that stand beside it on the page.
 
     Raises:
         errors.UserError: where there are no results yet, or another version wrote them.
     """
-    run = runs.load(workdir)
-    found = results.load(run)
-    kinds = [kind for kind in _SECTIONS if kind in found]
+    run, *rest = every = [runs.load(workdir), *comparison.find(others)]
+    found = [results.load(each) for each in every]
+    kinds = [kind for kind in _SECTIONS if any(kind in each for each in found)]
     if not kinds:
         raise errors.UserError(
             "has no results yet", field="workdir", value=workdir, remedy="measure it with sedd eval first"
         )
-    storage.download(run.workdir, "loss.png")
-    sections = []
+    sections = [_compared(every)] if rest else []
     for kind in kinds:
         title, table = _SECTIONS[kind]
-        articles = "".join(_article(run, result, table) for result in reversed(found[kind]))
-        sections.append(f'<h2 id="{kind}">{html.escape(title)}</h2>{articles}')
-    if (run.local / "loss.png").exists():
-        sections.append(f'<h2 id="training">Training</h2>{_image(run.local / "loss.png", "Bits over training")}')
-    links = "".join(f'<a href="#{kind}">{html.escape(_SECTIONS[kind][0])}</a>' for kind in kinds)
+        columns = [
+            "".join(_article(each, result, table) for result in reversed(of_run.get(kind, [])))
+            for each, of_run in zip(every, found, strict=True)
+        ]
+        sections.append(f'<h2 id="{kind}">{html.escape(title)}</h2>{_beside(every, columns, "not measured")}')
+    pictures = [_curves(each) for each in every]
+    if any(pictures):
+        sections.append(f'<h2 id="training">Training</h2>{_beside(every, pictures, "no picture")}')
+    linked = {"runs": "Runs"} if rest else {}
+    linked |= {kind: _SECTIONS[kind][0] for kind in kinds}
+    links = "".join(f'<a href="#{kind}">{html.escape(name)}</a>' for kind, name in linked.items())
     config = configs.to_dict(run.config)
-    title = html.escape(f"{pathlib.PurePath(str(workdir)).name}: {config['graph']['name']}")
+    names = ", ".join(pathlib.PurePath(str(each.workdir)).name for each in every)
+    title = html.escape(names if rest else f"{names}: {config['graph']['name']}")
     network, data = config["network"], config["data"]
     about = (
         f"{data['source']}, {data['tokenizer']}, length {data['length']}; {network['num_layers']} layers of "
@@ -88,14 +101,42 @@ def write(workdir: storage.Directory) -> pathlib.Path:
     )
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
-        f'<h1>{title}</h1><p class="head">{html.escape(about)}</p><nav>{links}</nav>{"".join(sections)}'
-        f"<h2>Config</h2><pre>{html.escape(json.dumps(config, indent=1))}</pre></body></html>\n"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
+        f'<body class="{"several" if rest else "one"}">'
+        f'<h1>{title}</h1><p class="head">{"" if rest else html.escape(about)}</p><nav>{links}</nav>{"".join(sections)}'
+        f"<h2>Config{' of 1' if rest else ''}</h2><pre>{html.escape(json.dumps(config, indent=1))}</pre>"
+        "</body></html>\n"
     )
     path = run.local / NAME
     storage.replace_text(path, page)
     storage.upload(run.workdir, NAME)
     return path
+
+
+def _compared(every: Sequence[runs.Run]) -> str:
+    """Steps, bounds and speeds of the runs, and where their configs differ."""
+    result = comparison.compare(every)
+    shown = [comparison.overview(result), comparison.differences(result)]
+    found = (tables.Table(head=[], columns=columns, rows=rows).as_html() for columns, rows in shown if rows)
+    return f'<h2 id="runs">Runs</h2>{"".join(found)}'
+
+
+def _beside(every: Sequence[runs.Run], columns: Sequence[str], missing: str) -> str:
+    """A column for each run with its name, or the only column as it is."""
+    if len(every) == 1:
+        return columns[0]
+    nothing = f'<p class="note">{missing}</p>'
+    named = (
+        f"<section><h3>{number}&ensp;{html.escape(str(run.workdir))}</h3>{column or nothing}</section>"
+        for number, (run, column) in enumerate(zip(every, columns, strict=True), start=1)
+    )
+    return f'<div class="beside">{"".join(named)}</div>'
+
+
+def _curves(run: runs.Run) -> str:
+    storage.download(run.workdir, "loss.png")
+    path = run.local / "loss.png"
+    return _image(path, "Bits over training") if path.exists() else ""
 
 
 def _article(run: runs.Run, result: dict[str, Any], table: Callable[[dict[str, Any]], tables.Table]) -> str:

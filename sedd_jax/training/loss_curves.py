@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sedd_jax.runtime import metric_lines
 from sedd_jax.training import metric_writers
 
 RAW_COLOR, SMOOTH_COLOR, REFERENCE_COLOR = "#a9c4e6", "#1f5fae", "#667085"
@@ -86,7 +87,7 @@ def plot_curves(
         return
     from matplotlib import figure, ticker
 
-    records = metric_writers.read_json_lines(metrics_path)
+    records = metric_lines.read(metrics_path)
     train = next((name for record in records for name in record if name.startswith("train/bits_per_")), None)
     unit = "bits" if train is None else f"bits per {train.removeprefix('train/bits_per_')}"
     picture = figure.Figure(figsize=(9, 6), dpi=150, layout="constrained")

@@ -19,7 +19,7 @@ import time
 from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
-from sedd_jax.runtime import errors, terminals
+from sedd_jax.runtime import metric_lines, terminals
 
 
 @functools.cache
@@ -33,32 +33,9 @@ def is_missing(package: str) -> bool:
     return importlib.util.find_spec(package) is None
 
 
-def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics file.
-
-    A last line without a line end is left out: a kill cut it off, or it is being written.
-
-    Raises:
-        errors.UserError: names a line that is no JSON object with a step.
-    """
-    records = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = json.loads(line)
-                records.append(record | {"step": int(record["step"])})
-            except (ValueError, RecursionError, TypeError, KeyError) as error:
-                raise errors.UserError(
-                    f"{path} line {number} holds no metrics of a step ({line[:60]!r})", remedy="delete that line"
-                ) from error
-    return records
-
-
 def truncate_after(path: str | os.PathLike[str], step: int) -> None:
     """Drops the lines after `step` and an incomplete last line, so that a run resumed at `step` has no step twice."""
-    kept = [record for record in read_json_lines(path) if record["step"] <= step]
+    kept = [record for record in metric_lines.read(path) if record["step"] <= step]
     # The file is replaced as a whole: a kill in between leaves the old file or the new one.
     partial = f"{os.fspath(path)}.partial"
     with open(partial, "w", encoding="utf-8") as file:

@@ -125,3 +125,28 @@ def test_values_of_other_types_in_a_result_are_no_traceback(run):
 def test_nothing_measured_is_no_report(run, capsys):
     assert cli.main(["eval", f"--workdir={run}", "--report", "--num_processes=1"]) == 1
     assert "has no results yet: measure it with sedd eval first" in capsys.readouterr().err
+
+
+def test_several_runs_stand_side_by_side(run, judge_run, capsys):
+    opened = runs.load(run)
+    figures = {"gen_ppl_per_sequence": 1.0, "gen_ppl_pooled": 1.0, "unigram_entropy": 1.0}
+    figures |= {f"distinct_{n}": 1.0 for n in (1, 2, 3)}
+    result = {**results.circumstances(opened, 2), "judge": "one", "judge_first": 0, "length": 32, "num_samples": 1}
+    result |= {"sampler": "tweedie", "nfe": 5, "draw": "precise", "samples": figures, "held_out": figures}
+    results.keep(opened, results.name("generation", {}), {**result, "texts": ["a text"]})
+    flags = ["--report", f"--beside={judge_run}", "--num_processes=1"]
+    assert cli.main(["eval", f"--workdir={run}", *flags]) == 0
+    assert capsys.readouterr().out == f"wrote {run / 'report.html'}\n"
+    page = Page((run / "report.html").read_text())
+    assert not page.open
+    text = page.text
+    first, second = (text.index(f"{number}\u2002{each}") for number, each in enumerate((run, judge_run), start=1))
+    assert first < text.index("a text") < second < text.index("not measured")
+    assert text.index("graph.name") < first
+    assert text[text.index("graph.name") + 1 :][:2] == ["absorb", "autoregressive"]
+    assert "network.num_layers" not in text  # The same in both.
+
+
+def test_a_run_beside_that_is_none_is_named(run, capsys):
+    assert cli.main(["eval", f"--workdir={run}", "--report", "--beside=nowhere", "--num_processes=1"]) == 1
+    assert "nowhere holds no run: give run directories" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sedd_jax.runtime import metric_lines
 from sedd_jax.training import loss_curves, metric_writers
 
 TRAIN = {"train/loss": 3.21, "train/bits_per_character": 2.9}
@@ -62,7 +63,7 @@ def write_lines(path, steps, *, start_step=0):
 
 
 def steps_of(path):
-    return [record["step"] for record in metric_writers.read_json_lines(path)]
+    return [record["step"] for record in metric_lines.read(path)]
 
 
 def test_a_line_is_on_disk_before_close(tmp_path):
@@ -96,7 +97,7 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"line 2 holds no metrics of a step .*delete that line"):
-        metric_writers.read_json_lines(path)
+        metric_lines.read(path)
 
 
 def test_non_finite_values_stay_valid_json(tmp_path):
@@ -188,7 +189,7 @@ def test_plain_lines(tmp_path, clock):
         "a sample\\x1b[2J",
         "step 100  held out: score entropy bits 2.500 ± 0.010  cross entropy bits 2.400",
     ]
-    train, valid = metric_writers.read_json_lines(tmp_path / "metrics.jsonl")
+    train, valid = metric_lines.read(tmp_path / "metrics.jsonl")
     assert train["train/tokens_per_second"] == pytest.approx(12300)
     assert train["train/model_flop_utilization"] == pytest.approx(0.369)
     assert valid == {"step": 100, **bound, "valid/cross_entropy_bits": 2.4}
@@ -199,7 +200,7 @@ def test_without_a_known_peak_there_is_no_utilization(tmp_path):
     with make_writer(tmp_path, stream=stream) as writer:
         writer.write(100, TRAIN)
     assert "mfu" not in stream.getvalue()
-    (record,) = metric_writers.read_json_lines(tmp_path / "metrics.jsonl")
+    (record,) = metric_lines.read(tmp_path / "metrics.jsonl")
     assert "train/model_flop_utilization" not in record
 
 
