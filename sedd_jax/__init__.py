@@ -78,8 +78,8 @@ def train(config: Any, workdir: "str | _os.PathLike[str]", *, verbose: bool = Fa
     """Trains a run, or goes on with it from its newest checkpoint, and opens it.
 
     Args:
-        config: a file such as configs/quickstart.py, a `config.Config`, or the fields that differ from the defaults,
-            nested as in such a file.
+        config: a packaged config such as "quickstart", the path of such a file, a `config.Config`, or the fields that
+            differ from the defaults, nested as in such a file.
         workdir: run directory, made if it does not exist.
         verbose: whether to show progress.
 

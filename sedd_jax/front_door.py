@@ -172,8 +172,8 @@ def train(config: configs.Config | configs.Nested | Path, workdir: Path, *, verb
     """Trains a run, or goes on with it from its newest checkpoint, and opens it.
 
     Args:
-        config: a `config.Config`, a file such as configs/quickstart.py, or the fields that differ from the defaults,
-            nested as in such a file.
+        config: a `config.Config`, a packaged config such as "quickstart", the path of such a file, or the fields that
+            differ from the defaults, nested as in such a file.
         workdir: run directory, made if it does not exist.
         verbose: whether to show progress on standard error. `workdir/metrics.jsonl` has the curves either way.
 

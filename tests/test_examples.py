@@ -1,10 +1,16 @@
 """The examples run as they stand, with fewer steps."""
 
+import importlib.util
 import json
+import os
+import re
 import runpy
+import subprocess
+import sys
 
 import pytest
 
+from sedd_jax.conversion import convert
 from tests.support import places
 
 EXAMPLES = places.REPOSITORY / "examples"
@@ -34,3 +40,58 @@ def test_the_script_trains_fills_gaps_and_bounds(tmp_path, capsys):
     assert len(printed) >= 5
     assert all(line.startswith("The ") for line in printed[:1])
     assert "bits per character" in printed[-1]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_a_script_is_short_and_says_how_it_is_run(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
+    assert f"python examples/{path.name}" in text
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_own_text_lowers_its_bound(code_run, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("b = 1\na = 22\n" * 400)
+    main = runpy.run_path(str(EXAMPLES / "finetune_own_text.py"))["main"]
+    main(str(code_run), f"text:{tmp_path}/mine.txt", str(tmp_path / "new"), num_steps=200, batch_size=8)
+    printed = capsys.readouterr().out
+    before, after = (float(re.search(rf"{name} +at most ([\d.]+)", printed)[1]) for name in ("before", "after"))
+    assert after < before
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["init_from"] == str(code_run)
+
+
+@pytest.mark.slow
+def test_gaps_are_filled_with_what_their_patterns_allow(code_run, capsys):
+    main = runpy.run_path(str(EXAMPLES / "infill_patterns.py"))["main"]
+    main(str(code_run), "a = {3:[12]{2}\n}{4}b", num_samples=4)
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^a = [12]{2}$", printed, re.MULTILINE)) == 4
+
+
+@pytest.mark.slow
+def test_a_converted_checkpoint_is_measured_and_kept(code_run, tmp_path, capsys):
+    published, run = tmp_path / "published", tmp_path / "run"
+    convert.convert(code_run, convert.Target(directory=published), verify=False)
+    (tmp_path / "mine.txt").write_text("b = 1\na = 22\n" * 400)
+    main = runpy.run_path(str(EXAMPLES / "evaluate_converted.py"))["main"]
+    for again in (False, True):
+        main(str(published), str(run), f"text:{tmp_path}/mine.txt", num_times=1)
+        printed = capsys.readouterr().out
+        assert ("parameters in float32" in printed) != again
+        assert "cross_entropy: at most" in printed
+        assert printed.count("network evaluations") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: '.[tpu-plan]'")
+def test_a_pod_is_planned_without_having_it():
+    """In a process of its own, since JAX has other devices here."""
+    small = {"network": {"hidden_size": 256, "num_layers": 2, "num_heads": 4, "scale_by_sigma": True}}
+    small |= {"data": {"tokenizer": "bytes", "length": 256}, "training": {"batch_size": 64}}
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['main']('owt_small', 'v5e:2x2', **eval(sys.argv[2]))"
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, "-c", code, str(EXAMPLES / "plan_pod.py"), repr(small)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "training step of 256 x 2, 64 sequences of 256" in done.stdout
+    assert "v5e:2x2: 4 devices" in done.stdout
