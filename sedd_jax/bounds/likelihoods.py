@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 from sedd_jax import runs
 from sedd_jax.diffusion import forward, losses
 from sedd_jax.model import networks, objectives
-from sedd_jax.runtime import sharding
+from sedd_jax.runtime import errors, sharding
 
 # (key, x0, t) -> K estimates of each sequence, in nats.
 ValuesFn = Callable[
@@ -68,6 +68,17 @@ class Pass(NamedTuple):
 
     groups: list[list[float]]
     is_exact: bool = False
+
+
+def check(num_times: int | None, target_stderr: float, batch_size: int) -> None:
+    """Raises errors.UserError where draws could never stop, or begin."""
+    for name, value in (("num_times", num_times), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise errors.UserError("must be at least 1", field=name, value=value)
+    if not target_stderr > 0:
+        raise errors.UserError(
+            "must be above 0", field="target_stderr", value=target_stderr, remedy="give one such as 0.01"
+        )
 
 
 def prior(process: forward.Process) -> float:

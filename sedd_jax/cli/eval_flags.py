@@ -78,6 +78,15 @@ def _infill(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
     return result, refilling.table(result)
 
 
+def _conditional(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
+    from sedd_jax.bounds import continuations
+    from sedd_jax.evaluation import conditionals
+
+    budget = _taken(given, continuations.BUDGET)
+    result = conditionals.measure(workdir, given.pop("conditional"), **given, budget=budget)
+    return result, conditionals.table(result)
+
+
 def _taken(given: dict[str, Any], defaults: Any) -> Any:
     """Takes the fields of a dataclass out of the given values; `defaults` with these fields set."""
     names = [field.name for field in dataclasses.fields(defaults) if field.name in given]
@@ -106,6 +115,7 @@ def modes() -> dict[str, Mode]:
     return {
         "likelihood": Mode(("data", "split", "against", *_PASSES), _likelihood),
         "zero_shot": Mode(("suite_data", *_PASSES), _zero_shot),
+        "conditional": Mode(("num_times", "target_stderr", "batch_size", "seed"), _conditional),
         "humaneval": Mode(("problems", "timeout_s", "sampler", *drawn), _humaneval),
         "generate": Mode(("judge", "sampler", *drawn), _generate),
         "curve": Mode(("judge", "samplers", *refinements, "batch_size", "num_samples", "seed"), _curve),
@@ -124,7 +134,11 @@ def define(values: flags.FlagValues) -> None:
     text("split", None, "train, valid or test; valid of its own text, test of other", flag_values=values)
     text("against", None, "another run: the difference of both bounds, with an error of its own", flag_values=values)
     text("protocol", "published", "or strict: with prior and reconstruction terms", flag_values=values)
-    number("num_times", None, "draws of time and noise for each sequence", flag_values=values)
+    text(
+        "conditional", None, "JSON lines of context and continuation, or choices: their likelihood", flag_values=values
+    )
+    help_text = "draws of time and noise for each sequence; with --conditional at most so many, 1024 if not given"
+    number("num_times", None, help_text, flag_values=values)
     flags.DEFINE_float(
         "target_stderr", 0.01, "else as many as this standard error needs, nats per token", flag_values=values
     )
@@ -181,7 +195,7 @@ def measure(values: flags.FlagValues, given: dict[str, Any]) -> Measured:
         if is_needed and not given[flag]:
             hint = ": an autoregressive run, or GPT-2 in a directory" if flag == "judge" else ""
             raise flags.IllegalFlagValueError(f"--{flag}={what} must be given{shown}{hint}")
-    wanted = ("step", *table[name].flags, *([asked] if asked in ("curve", "infill") else []))
+    wanted = ("step", *table[name].flags, *([asked] if asked in ("curve", "infill", "conditional") else []))
     chosen = {flag: given[flag] for flag in wanted if given.get(flag) is not None}
     return table[name].measure(given["workdir"], chosen)
 
@@ -192,7 +206,7 @@ def _asked(given: dict[str, Any]) -> str | None:
     Raises:
         flags.IllegalFlagValueError: where that is two things.
     """
-    asked = [name for name in ("suite", "generate", "curve", "infill", "code", "report") if given[name]]
+    asked = [name for name in ("suite", "conditional", "generate", "curve", "infill", "code", "report") if given[name]]
     if len(asked) > 1:
         raise flags.IllegalFlagValueError(f"--{asked[0]} goes without --{asked[1]}")
     return asked[0] if asked else None

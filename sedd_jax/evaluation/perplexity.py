@@ -44,13 +44,7 @@ class Settings:
         if self.protocol not in PROTOCOLS:
             remedy = f"choose one of {', '.join(PROTOCOLS)}"
             raise errors.UserError("is unknown", field="protocol", value=self.protocol, remedy=remedy)
-        for name, value in (("num_times", self.num_times), ("batch_size", self.batch_size)):
-            if value is not None and value < 1:
-                raise errors.UserError("must be at least 1", field=name, value=value)
-        if not self.target_stderr > 0:
-            raise errors.UserError(
-                "must be above 0", field="target_stderr", value=self.target_stderr, remedy="give one such as 0.01"
-            )
+        likelihoods.check(self.num_times, self.target_stderr, self.batch_size)
 
 
 def evaluate(

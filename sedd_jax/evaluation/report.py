@@ -13,6 +13,7 @@ from sedd_jax.evaluation import (
     code_problems,
     code_quality,
     comparisons,
+    conditionals,
     generation_quality,
     perplexity,
     quality_curves,
@@ -28,6 +29,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], tables.Table]]] = {
     "likelihood": ("Likelihood", perplexity.table),
     "comparison": ("Likelihood against another run", comparisons.table),
     "zero_shot": ("Zero-shot suite", zero_shot.table),
+    "conditional": ("Likelihood of continuations", conditionals.table),
     "generation": ("Generated text", generation_quality.table),
     "curve": ("Quality against compute", quality_curves.table),
     "infilling": ("Infilling", refilling.table),
@@ -155,7 +157,7 @@ def _article(run: runs.Run, result: dict[str, Any], table: Callable[[dict[str, A
         raise errors.UserError(
             f"{file} {lacks}, so another version wrote it", remedy="remove it and measure again"
         ) from error
-    hidden = ("texts", "config", "points", "sets", "samples", "held_out", "refilled")
+    hidden = ("texts", "config", "points", "sets", "samples", "held_out", "refilled", "items")
     facts = {name: value for name, value in result.items() if name not in hidden}
     parts.append(
         f"<details><summary>what this was measured with</summary><pre>{html.escape(json.dumps(facts, indent=1))}</pre>"

@@ -31,7 +31,7 @@ def test_flags_that_do_not_belong_together_are_refused(arguments, message, capsy
 def test_every_flag_is_of_something_that_can_be_asked_for():
     values = flags.FlagValues()
     eval_flags.define(values)
-    asked = {"suite", "generate", "curve", "infill", "code", "report"}
+    asked = {"suite", "conditional", "generate", "curve", "infill", "code", "report"}
     everywhere = {"workdir", "step", "json", "coordinator_address", "num_processes", "process_id"}
     owned = {name for mode in eval_flags.modes().values() for name in mode.flags}
     assert set(values) == asked | everywhere | owned
