@@ -11,6 +11,7 @@ Wings, each above those that it imports:
 |---|---|
 | `cli/` | the command line |
 | `front_door` | the same for Python: `open`, `train` |
+| `harness` | the same for lm-evaluation-harness |
 | `performance/` | benchmarks, plans for devices that are not here, and the examination of this machine |
 | `training/` | the training loop and what it writes |
 | `evaluation/` | measurements that are kept and shown: likelihood, quality of samples, infilling, code |
