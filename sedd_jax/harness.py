@@ -46,7 +46,8 @@ class Model(model.LM):
         super().__init__()
         del device, max_batch_size  # The harness's command line always passes them; JAX finds its devices itself.
         self._opened = runs.load(storage.directory(workdir)).restore(step)
-        size = continuations.BUDGET.batch_size if batch_size in (None, "auto") else int(batch_size)
+        # The harness passes 1 where none is given.
+        size = continuations.BUDGET.batch_size if batch_size in (None, "auto", 1, "1") else int(batch_size)
         self._budget = continuations.Budget(
             num_times=num_times, target_stderr=target_stderr, batch_size=size, seed=seed
         )

@@ -14,6 +14,8 @@ from sedd_jax.model import autoregression
 from sedd_jax.runtime import errors, sharding, storage
 
 Rows = Sequence[Int[np.ndarray, "_"]]
+# Of each sequence the texts that it holds: all of it, or what is between its ends of text.
+Samples = Sequence[Rows]
 _BATCH_SIZE = 16
 _WIDTH_MULTIPLE = 64  # widths are rounded up to this, so that few shapes are compiled
 
@@ -32,8 +34,30 @@ class Judge(abc.ABC):
     first: int
 
     @abc.abstractmethod
-    def tokens(self, run: runs.Run, rows: Int[np.ndarray, "S L"]) -> Rows:
-        """A run's sequences in the tokens of the judge."""
+    def _shares(self, run: runs.Run, token: int | None) -> bool:
+        """Whether the judge reads a run's tokens as they are, or at least this one, its end of text."""
+
+    @abc.abstractmethod
+    def _encode(self, texts: Sequence[str]) -> Rows:
+        """Texts in the tokens of the judge."""
+
+    def tokens(self, run: runs.Run, rows: Int[np.ndarray, "S L"]) -> Samples:
+        """A run's sequences in the tokens of the judge.
+
+        An end of text that the judge does not know as one is no text. The sequence is split there, and the judge reads
+        each part by itself.
+        """
+        if self._shares(run, None):
+            return [[row] for row in rows]
+        end = run.tokenizer.eos_id
+        if end is None or self._shares(run, end):
+            return [[row] for row in self._encode([run.tokenizer.decode(row) for row in rows])]
+        found = []
+        for row in rows:
+            parts = [part[part != end] for part in np.split(row, np.flatnonzero(row == end))]
+            texts = [run.tokenizer.decode(part) for part in parts if len(part)]
+            found.append(self._encode(texts or [""]))
+        return found
 
     @abc.abstractmethod
     def _log_likelihood(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B _"]:
@@ -43,14 +67,15 @@ class Judge(abc.ABC):
     def _features(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B L D"]:
         """Hidden states that the head reads, at every position."""
 
-    def log_likelihoods(self, rows: Rows) -> list[Float[np.ndarray, "_"]]:
-        """log p of each sequence's tokens in nats, read in windows of the judge's length from the sequence's start."""
+    def log_likelihoods(self, samples: Samples) -> list[Float[np.ndarray, "_"]]:
+        """log p of each sequence's tokens in nats, each text read in windows of the judge's length from its start."""
         windows = [
             (number, row[at : at + self.length])
-            for number, row in enumerate(rows)
+            for number, rows in enumerate(samples)
+            for row in rows
             for at in range(0, len(row), self.length)
         ]
-        found: list[list[Float[np.ndarray, "_"]]] = [[np.zeros(0)] for _ in rows]
+        found: list[list[Float[np.ndarray, "_"]]] = [[np.zeros(0)] for _ in samples]
         at = 0
         for batch, lengths in self._batches([window for _, window in windows]):
             values = self._log_likelihood(batch)
@@ -59,9 +84,9 @@ class Judge(abc.ABC):
                 at += 1
         return [np.concatenate(parts) for parts in found]
 
-    def features(self, rows: Rows) -> Float[np.ndarray, "S D"]:
-        """Hidden state at the last token of each sequence's first window: the features of MAUVE."""
-        found = []
+    def features(self, samples: Samples) -> Float[np.ndarray, "S D"]:
+        """Hidden state at the last token of the first window of each sequence's last text: the features of MAUVE."""
+        rows, found = [texts[-1] for texts in samples], []
         for batch, lengths in self._batches([row[: self.length] for row in rows]):
             found.append(self._features(batch)[np.arange(len(lengths)), np.maximum(lengths, 1) - 1])
         return np.concatenate(found)
@@ -123,10 +148,11 @@ class RunJudge(Judge):
         self._read = jax.jit(lambda model, x: sharding.replicate(autoregression.log_likelihood(model, x, graph)))
         self._look = jax.jit(lambda model, x: sharding.replicate(autoregression.features(model, x, graph)))
 
-    def tokens(self, run: runs.Run, rows: Int[np.ndarray, "S L"]) -> Rows:
-        if run.tokenizer.fingerprint() == self.run.tokenizer.fingerprint():
-            return list(rows)
-        return [self.run.tokenizer.encode(run.tokenizer.decode(row)) for row in rows]
+    def _shares(self, run: runs.Run, token: int | None) -> bool:
+        return run.tokenizer.fingerprint() == self.run.tokenizer.fingerprint()
+
+    def _encode(self, texts: Sequence[str]) -> Rows:
+        return [self.run.tokenizer.encode(text) for text in texts]
 
     def _log_likelihood(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B _"]:
         with self.opened.on_devices():
@@ -168,9 +194,12 @@ class TransformersJudge(Judge):
         self.name = f"{directory}  {model.config.model_type}, {model.num_parameters():,} parameters"
         self.length = int(model.config.max_position_embeddings)
 
-    def tokens(self, run: runs.Run, rows: Int[np.ndarray, "S L"]) -> Rows:
-        texts = [run.tokenizer.decode(row) for row in rows]
-        encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    def _shares(self, run: runs.Run, token: int | None) -> bool:
+        # Its own end of text is written as one, such as <|endoftext|>: as published, it stays where it is.
+        return token is not None and run.tokenizer.decode(np.array([token])) == self._tokenizer.eos_token
+
+    def _encode(self, texts: Sequence[str]) -> Rows:
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [np.asarray(row, np.int32) for row in encoded]
 
     def _log_likelihood(self, batch: Int[np.ndarray, "B L"]) -> Float[np.ndarray, "B _"]:

@@ -20,6 +20,8 @@ from sedd_jax.runtime import errors, processes, storage
 from sedd_jax.sampling import generate
 
 _FIGURES = ("gen_ppl_per_sequence", "gen_ppl_per_sequence_stderr", "gen_ppl_pooled", "unigram_entropy", "distinct_2")
+# What the judge's own samples depend on, beside its settings. The figures of held-out text tell one judge from another.
+_OF_JUDGE = ("judge", "length", "data_sha256", "num_samples", "batch_size", "seed", "dtype", "held_out")
 _COLORS = ("#1f5fae", "#d9480f", "#2b8a3e", "#862e9c", "#5c940d", "#0b7285")
 
 
@@ -119,7 +121,7 @@ def measure(
             )
             results.write_parts(run, parts, done)
     result["points"] = [next(part for part in done if is_of(part, point)) for point in wanted]
-    result["judge_samples"] = _of_judge(run, reader, samples)
+    result["judge_samples"] = _of_judge(run, reader, samples, result)
     result["picture"] = f"{name}.png"
     if processes.is_first():
         with results.keeping():
@@ -161,15 +163,32 @@ def _steps_of(run: runs.Run, sampler: str, nfe: int, settings: dict[str, Any]) -
     return 1 + (nfe - first) // each
 
 
-def _of_judge(run: runs.Run, judge: judges.Judge, samples: generation_quality.Samples) -> dict[str, Any] | None:
-    """Figures of the judge's own samples, a reference for the run's; None if it has other tokens or another length."""
+def _of_judge(
+    run: runs.Run, judge: judges.Judge, samples: generation_quality.Samples, common: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Figures of the judge's own samples, a reference for the run's; None if it has other tokens or another length.
+
+    They are drawn as the judge's own config says, which may anneal them, and kept.
+
+    Args:
+        run: the run.
+        judge: the judge.
+        samples: how many samples.
+        common: what all points of the curve depend on.
+    """
     if not isinstance(judge, judges.RunJudge) or judge.run.config.data.length != run.config.data.length:
         return None
     if judge.run.tokenizer.fingerprint() != run.tokenizer.fingerprint():
         return None
     sampling = judge.run.sampling(num_samples=samples.batch_size, draw="precise")
-    drawn = generation_quality.draw(judge.opened, sampling, samples.num_samples, samples.seed)
-    return {"nfe": run.config.data.length, **generation_quality.read(run, judge, drawn)}
+    how = {"nfe": run.config.data.length, **sampling_config.refinements(sampling)}
+    name = results.name("curve_judge", {"common": {key: common[key] for key in _OF_JUDGE}, **how})
+    done = results.read_parts(run, name)
+    if not done:
+        drawn = generation_quality.draw(judge.opened, sampling, samples.num_samples, samples.seed)
+        done = [{**how, **generation_quality.read(run, judge, drawn)}]
+        results.write_parts(run, name, done)
+    return done[0]
 
 
 def table(result: dict[str, Any]) -> tables.Table:
@@ -185,7 +204,8 @@ def table(result: dict[str, Any]) -> tables.Table:
         name = generation_quality.named(point["sampler"])
         rows.append((f"{name}, {point['draw']} draws", f"{point['nfe']:.4g}", *cells(point)))
     if result["judge_samples"]:
-        rows.append(("the judge's own samples", str(result["judge_samples"]["nfe"]), *cells(result["judge_samples"])))
+        own = result["judge_samples"]
+        rows.append((_title_of_judge(own), str(own["nfe"]), *cells(own)))
     rows.append(("held-out text", "", *cells(result["held_out"])))
     notes = [f"drawn in {results.DIRECTORY}/{result['picture']} of the run"]
     if any(point["draw"] == "published" for point in result["points"]):
@@ -201,6 +221,11 @@ def table(result: dict[str, Any]) -> tables.Table:
         rows=rows,
         notes=notes,
     )
+
+
+def _title_of_judge(own: dict[str, Any]) -> str:
+    """What the judge's own samples are called, with the settings of its config that change them."""
+    return ", ".join(["the judge's own samples", *generation_quality.changed(own)])
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
@@ -230,7 +255,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
             axes.errorbar(nfe, [point[name] for point in points], yerr=stderrs, label=label, **style)
     for label, found, color in (
         ("held-out text", result["held_out"], "#667085"),
-        ("the judge's own samples", result["judge_samples"], "#111827"),
+        (_title_of_judge(result["judge_samples"] or {}), result["judge_samples"], "#111827"),
     ):
         if found:
             quality.axhline(found["gen_ppl_per_sequence"], color=color, linestyle="dotted", label=label)

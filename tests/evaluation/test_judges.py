@@ -33,7 +33,7 @@ def rows(judge):
 def test_a_run_reads_windows_from_the_start_of_each_sequence(judge, rows):
     model, graph = judge.opened.model, judge.run.graph
     read = jax.jit(lambda x: autoregression.log_likelihood(model, x, graph))
-    found = judge.log_likelihoods(rows)
+    found = judge.log_likelihoods([[row] for row in rows])
     for row, values in zip(rows, found, strict=True):
         windows = [np.asarray(read(row[None, at : at + 32]))[0] for at in range(0, len(row), 32)]
         np.testing.assert_allclose(values, np.concatenate([np.zeros(0), *windows]), rtol=1e-4, atol=1e-5)
@@ -42,7 +42,7 @@ def test_a_run_reads_windows_from_the_start_of_each_sequence(judge, rows):
 @pytest.mark.slow
 def test_features_of_a_run_have_read_the_whole_window(judge, rows):
     model, mask = judge.opened.model, judge.run.graph.mask_id
-    found = judge.features(rows)
+    found = judge.features([[row] for row in rows])
     for number, read in ((0, 5), (2, 31)):  # A full window's last token is not read.
         inputs = np.concatenate([[mask], rows[number][:read]]).astype(np.int32)[None]
         expected = networks.apply(model, jnp.asarray(inputs), jnp.zeros(1))[0, -1]
@@ -52,10 +52,34 @@ def test_features_of_a_run_have_read_the_whole_window(judge, rows):
 def test_another_tokenizer_reads_the_text(code_run, judge_run):
     run, judge = runs.load(code_run), judges.RunJudge(judge_run)
     tokens = run.split("valid").sequences()[:2].astype(np.int32)
-    assert [row.tolist() for row in judge.tokens(run, tokens)] == tokens.tolist()
+    assert [row.tolist() for (row,) in judge.tokens(run, tokens)] == tokens.tolist()
     judge.run = dataclasses.replace(judge.run, tokenizer=alphabets.Bytes())
-    texts = [bytes(row.tolist()).decode() for row in judge.tokens(run, tokens)]
+    texts = [bytes(row.tolist()).decode() for (row,) in judge.tokens(run, tokens)]
     assert texts == [run.tokenizer.decode(row) for row in tokens]
+
+
+class Ended(alphabets.Characters):
+    """Characters after the first id, the end of a text, which is written in words."""
+
+    eos_id = 0
+
+    def decode(self, ids):
+        return "".join("<|endoftext|>" if id_ == 0 else self.alphabet[id_] for id_ in ids)
+
+
+def test_an_end_of_text_is_no_text_for_a_judge_of_another_tokenizer(code_run, judge):
+    ended = Ended(alphabet="\x01" + runs.load(code_run).tokenizer.alphabet)
+    run = dataclasses.replace(runs.load(code_run), tokenizer=ended)
+    first, second = (judge.run.tokenizer.encode(text) for text in ("a = 1\nb", " = 22\n"))
+    row = np.concatenate([[0], first + 1, [0, 0], second + 1, [0]]).astype(np.int32)
+    empty = np.zeros_like(row)
+    samples = judge.tokens(run, np.stack([row, empty]))
+    assert [[part.tolist() for part in parts] for parts in samples] == [[first.tolist(), second.tolist()], [[]]]
+    found = judge.log_likelihoods(samples)
+    apart = judge.log_likelihoods([[first], [second]])
+    np.testing.assert_allclose(found[0], np.concatenate(apart), rtol=1e-5)
+    assert len(found[1]) == 0
+    np.testing.assert_allclose(judge.features(samples)[0], judge.features([[second]])[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="session")
@@ -86,10 +110,11 @@ def test_a_model_of_transformers_reads_all_but_the_first_token(gpt2, code_run):
     run, judge = runs.load(code_run), judges.open_judge(str(gpt2))
     assert (judge.first, judge.length) == (1, 24)
     tokens = run.split("valid").sequences()[:3].astype(np.int32)
-    rows = judge.tokens(run, tokens)
+    samples = judge.tokens(run, tokens)
+    rows = [row for (row,) in samples]
     assert len(rows[0]) == 32
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
-    found, features = judge.log_likelihoods(rows), judge.features(rows)
+    found, features = judge.log_likelihoods(samples), judge.features(samples)
     for row, values, feature in zip(rows, found, features, strict=True):
         expected = []
         for window in (row[:24], row[24:]):
@@ -101,6 +126,17 @@ def test_a_model_of_transformers_reads_all_but_the_first_token(gpt2, code_run):
         with torch.no_grad():
             last = model.transformer(torch.tensor(row[None, :24].astype(np.int64))).last_hidden_state[0, -1]
         np.testing.assert_allclose(feature, last.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_end_of_text_that_the_judge_knows_stays_where_it_is(gpt2, code_run):
+    """As in the published figures, where samples of GPT-2's tokens are read by GPT-2."""
+    ended = Ended(alphabet="\x01" + runs.load(code_run).tokenizer.alphabet)
+    run, judge = dataclasses.replace(runs.load(code_run), tokenizer=ended), judges.open_judge(str(gpt2))
+    row = np.concatenate([[1, 2], [0], [3, 4]]).astype(np.int32)[None]
+    assert len(judge.tokens(run, row)[0]) == 2
+    judge._tokenizer.eos_token = "<|endoftext|>"
+    ((whole,),) = judge.tokens(run, row)
+    assert whole.tolist() == judge._encode([ended.decode(row[0])])[0].tolist()
 
 
 @pytest.mark.slow

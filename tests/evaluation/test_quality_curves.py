@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 
+from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.evaluation import generation_quality, judges, quality_curves
+from sedd_jax.model import sampling_config
 from sedd_jax.runtime import errors
 
 SAMPLES = generation_quality.Samples(num_samples=4, batch_size=4)
@@ -48,7 +50,8 @@ def test_points_are_those_of_single_measurements(run, judge_run, capsys):
     assert point["nfe"] == single["nfe"] == 3
     assert result["held_out"] == single["held_out"]
     own = generation_quality.measure(judge_run, str(judge_run), samples=SAMPLES)
-    assert result["judge_samples"] == {"nfe": 32} | own["samples"]
+    settings = sampling_config.refinements(runs.load(judge_run).sampling())
+    assert result["judge_samples"] == {"nfe": 32} | settings | own["samples"]
     assert "\n".join(printed) == str(quality_curves.table(result))
     picture = run / "evaluations" / result["picture"]
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -70,9 +73,25 @@ def test_points_that_are_done_are_not_drawn_again(run, judge_run, monkeypatch):
         lambda opened, *args, **rest: [drawn.append(opened.run.is_autoregressive), draw(opened, *args, **rest)][1],
     )
     both = quality_curves.measure(run, str(judge_run), curve(4, 2), samples=SAMPLES)
-    assert drawn == [False, False, True]
+    # The judge's own samples are kept, too.
+    assert drawn == [False]
+    assert both["judge_samples"] == first["judge_samples"]
     assert [point for point in both["points"] if point["num_steps"] == 2] == first["points"]
     assert len(list((run / "evaluations").glob("*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_a_judge_whose_own_samples_are_annealed_says_so(run, judge_run, tmp_path):
+    annealing = shutil.copytree(judge_run, tmp_path / "annealing", ignore=shutil.ignore_patterns("evaluations"))
+    config = json.loads((annealing / "config.json").read_text())
+    config["sampling"] |= {"temperature": 0.5, "top_p": 0.9}
+    (annealing / "config.json").write_text(json.dumps(config))
+    curve = quality_curves.Curve(samplers=["tweedie"], num_steps=[2])
+    title = "the judge's own samples"
+    plain = str(quality_curves.table(quality_curves.measure(run, str(judge_run), curve, samples=SAMPLES)))
+    assert f"{title} " in plain
+    shown = str(quality_curves.table(quality_curves.measure(run, str(annealing), curve, samples=SAMPLES)))
+    assert f"{title}, annealed, temperature=0.5, annealed, top_p=0.9 " in shown
 
 
 @pytest.mark.slow
