@@ -85,7 +85,7 @@ class OpenRun:
             seed: of everything random; the same seed draws the same texts.
             verbose: whether to show progress.
             **settings: fields of `config.SamplingConfig` that differ from the run's: sampler, num_steps, num_samples,
-                draw, grid, corrector_steps, temperature, top_p, guidance.
+                draw, grid, corrector_steps, corrector, temperature, top_p, guidance.
 
         Raises:
             errors.UserError: names what cannot be, and the remedy.

@@ -64,6 +64,22 @@ def test_issue_configs_exist():
             {"sampling": {"sampler": "analytic"}},
             "config.sampling.sampler=analytic is unknown: choose one of tweedie, euler, tau_leaping",
         ),
+        (
+            {"sampling": {"corrector": "gibs"}},
+            "config.sampling.corrector=gibs is unknown: choose one of forward_backward, gibbs, gibbs:margin:K",
+        ),
+        (
+            {"sampling": {"corrector": "gibbs", "corrector_steps": 1}},
+            "config.sampling.corrector=gibbs redraws tokens from the score of a graph without masks (uniform)",
+        ),
+        (
+            {
+                "sampling": {"corrector": "gibbs:margin:4"},
+                "graph": {"name": "uniform"},
+                "network": {"scale_by_sigma": False},
+            },
+            "config.sampling.corrector=gibbs:margin:4 does nothing with config.sampling.corrector_steps=0",
+        ),
         ({"training": {"batch_size": 0}}, "config.training.batch_size=0 must be at least 1"),
         ({"training": {"num_micro_batches": 3}}, "config.training.batch_size=512 must be divisible by"),
         ({"optimizer": {"learning_rate": -1.0}}, "config.optimizer.learning_rate=-1.0 must be a finite number"),

@@ -505,6 +505,7 @@ ADDED = (
     {"sampling.grid": "uniform", "sampling.corrector_steps": 0},
     {"sampling.temperature": 1.0, "sampling.top_p": 1.0, "sampling.guidance": 1.0},
     {"training.deterministic": False, "training.profile": ""},
+    {"sampling.corrector": "forward_backward"},
 )
 NAMED_REMAT = 2
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Int, Key
 
-from sedd_jax.diffusion import entropy_bound, first_hitting, forward, steps, trapezoidal
+from sedd_jax.diffusion import correctors, entropy_bound, first_hitting, forward, steps, trapezoidal
 
 
 @runtime_checkable
@@ -18,7 +18,7 @@ class Sampler(Protocol):
 
     Attributes:
         traits: what the sampler is, needs and supports.
-        corrector_steps: corrector steps after each step, each of which undoes the step and takes it again.
+        corrector_steps: corrector steps after each step; each costs the evaluations of a step.
     """
 
     @property
@@ -118,8 +118,10 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def make(name: str, *, grid: str = "uniform", corrector_steps: int = 0) -> Sampler:
-    """The sampler with a name in `SAMPLERS`; its steps are at the times of `grid` if it has a time grid."""
+def make(
+    name: str, *, grid: str = "uniform", corrector_steps: int = 0, corrector: str = correctors.FORWARD_BACKWARD
+) -> Sampler:
+    """The sampler with a name in `SAMPLERS`; if it has a time grid, with this `grid` and `corrector`."""
     sampler: Any = SAMPLERS[name]
-    fields = {"grid": grid} if sampler.traits.takes_grid else {}
+    fields = {"grid": grid, "corrector": corrector} if sampler.traits.takes_grid else {}
     return dataclasses.replace(sampler, corrector_steps=corrector_steps, **fields)

@@ -58,6 +58,16 @@ class Jump(NamedTuple):
         return jnp.where(is_state(xt, score.shape[-1]), self.stay[..., None], moved)
 
 
+def where(rows: Bool[Array, "B"], one: Jump, other: Jump) -> Jump:
+    """`one` for the sequences in `rows`, `other` for the others."""
+    if one.offset is not None or other.offset is not None:
+        one, other = (
+            jump._replace(offset=jnp.zeros_like(jump.stay) if jump.offset is None else jump.offset)
+            for jump in (one, other)
+        )
+    return jax.tree.map(lambda x, y: jnp.where(rows[:, None], x, y), one, other)
+
+
 def is_state(x: Int[Array, "B L"], num_states: int) -> Bool[Array, "B L V"]:
     """The one-hot array of states, as booleans."""
     return x[..., None] == jnp.arange(num_states)[None, None]

@@ -66,10 +66,8 @@ JumpFn = Callable[[Float[Array, "B L"]], scores.Jump]
 DrawFn = Callable[[Key[Array, ""], Evaluation, Int[Array, "B L"], Bool[Array, "B L"], JumpFn], Int[Array, "B L"]]
 # (key, rates, xt, positions that may move) -> xt after a leap with the sum of the rates; sums below 0 count as 0.
 LeapFn = Callable[[Key[Array, ""], list[Rates], Int[Array, "B L"], Bool[Array, "B L"]], Int[Array, "B L"]]
-
-
-# (evaluation at xt, xt, positions where it is needed) -> entropy of the token there in nats, 0 elsewhere.
-EntropyFn = Callable[[Evaluation, Int[Array, "B L"], Bool[Array, "B L"]], Float[Array, "B L"]]
+# (evaluation at xt, xt, positions where it is needed) -> a number at each of these positions, 0 elsewhere.
+PositionsFn = Callable[[Evaluation, Int[Array, "B L"], Bool[Array, "B L"]], Float[Array, "B L"]]
 
 
 class Draws(NamedTuple):
@@ -79,13 +77,16 @@ class Draws(NamedTuple):
         evaluate_fn: (xt, sigma) -> evaluation of the network.
         draw_fn: draws the next states from an evaluation and a step.
         leap_fn: draws the next states from rates.
-        entropy_fn: how unsure the network is of each token that is not known.
+        entropy_fn: entropy in nats of the token at each position, given all others.
+        margins_fn: by how much the likeliest token of each position, given all others, is likelier than the next;
+            probabilities are in proportion to the score.
     """
 
     evaluate_fn: Callable[[Int[Array, "B L"], Float[Array, "B"]], Evaluation]
     draw_fn: DrawFn
     leap_fn: LeapFn
-    entropy_fn: EntropyFn
+    entropy_fn: PositionsFn
+    margins_fn: PositionsFn
 
     def move(
         self,
@@ -241,21 +242,22 @@ class Traits:
 class TimeStepping:
     """A sampler that steps through time from t = 1 to `time_grids.T_END`, and denoises with one last evaluation.
 
-    A corrector step goes back to the start of a step by the forward process, and takes the step again. If steps are
-    exact, this does not change the distribution of xt (Campbell et al. 2022, section 4.4). If they are not, tokens that
-    were drawn too early are drawn again (remasking, Wang et al. 2025).
+    After each step come `corrector_steps` corrector steps (`correctors.find`): the step is undone by the forward
+    process and taken again, or its evaluations redraw tokens at the time after the step.
 
     Attributes:
         traits: what the sampler is, needs and supports.
         step_fn: takes one step of every sequence.
         grid: times of the steps, see `time_grids`.
         corrector_steps: corrector steps after each step.
+        corrector: what a corrector step is, see `correctors.find`.
     """
 
     traits: Traits
     step_fn: StepFn
     grid: str = "uniform"
     corrector_steps: int = 0
+    corrector: str = correctors.FORWARD_BACKWARD
 
     def num_steps(self, num_steps: int, num_gaps: int) -> int:
         """`num_steps`, however few the gaps are."""
@@ -279,9 +281,14 @@ class TimeStepping:
         t, dt = time_grids.find(self.grid)(process.noise, batch.iteration // repeats, batch.num_steps)
         xt = batch.xt
         if repeats > 1:
-            key, key_noise = jax.random.split(key)
-            noised = correctors.add_noise(key_noise, process, xt, t, dt)
-            xt = jnp.where((batch.iteration % repeats > 0)[:, None], noised, xt)
+            key, key_corrector = jax.random.split(key)
+            is_correcting = batch.iteration % repeats > 0
+            gibbs = correctors.find(self.corrector)
+            if gibbs is None:
+                noised = correctors.add_noise(key_corrector, process, xt, t, dt)
+                xt = jnp.where(is_correcting[:, None], noised, xt)
+            else:
+                draws = gibbs.redrawing(key_corrector, draws, process.noise.sigma(t - dt), is_correcting)
         if is_last is not None:
             t = jnp.where(is_last, time_grids.T_END, t)
             draws = _denoising(draws, process.graph, is_last)
@@ -317,10 +324,7 @@ def _denoising(draws: Draws, graph: graphs.Graph, is_last: Bool[Array, "B"]) -> 
             return draws.draw_fn(key, evaluation, xt, is_movable & ~is_last[:, None], jump_fn)
 
         def jump(total):
-            last, other = graph.denoise_jump(total, xt, evaluation.sigma), jump_fn(total)
-            if last.offset is not None or other.offset is not None:
-                last, other = (jump._replace(offset=_or_zeros(jump.offset, total)) for jump in (last, other))
-            return jax.tree.map(lambda last, other: where(is_last, last, other), last, other)
+            return scores.where(is_last, graph.denoise_jump(total, xt, evaluation.sigma), jump_fn(total))
 
         return draws.draw_fn(key, evaluation, xt, is_movable, jump)
 
@@ -335,12 +339,3 @@ def _denoising(draws: Draws, graph: graphs.Graph, is_last: Bool[Array, "B"]) -> 
         return where(is_last, last, moved)
 
     return draws._replace(draw_fn=draw, leap_fn=leap)
-
-
-def _or_zeros(offset: Array | None, like: Array) -> Array:
-    return jnp.zeros_like(like) if offset is None else offset
-
-
-def where(rows: Bool[Array, "B"], x: Array, y: Array) -> Array:
-    """x for the sequences in `rows`, y for the others."""
-    return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)

@@ -1,9 +1,10 @@
 """The sampling section of a run's config, and the sampler and controls that it describes."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-from sedd_jax.diffusion import samplers, time_grids
+from sedd_jax.diffusion import correctors, samplers, time_grids
 from sedd_jax.model import controls, score_draws
 from sedd_jax.runtime import errors
 
@@ -29,7 +30,11 @@ class SamplingConfig:
             lowers the entropy of samples).
         grid: times of the reverse steps: uniform, sigma (the same noise per step), cosine (short steps first), tuned
             (made by `sedd tune-grid`), or a list of times such as 1,0.8,0.3,0.
-        corrector_steps: corrector steps after each step: the forward process undoes the step, and it is taken again.
+        corrector_steps: corrector steps after each step; each costs the network evaluations of a step.
+        corrector: what a corrector step is: forward_backward (the forward process undoes the step, and it is taken
+            again); for the uniform graph also gibbs (one token of a sequence, chosen at random, is redrawn given all
+            others; exact for a true score) or gibbs:margin:K (the K tokens whose best two values are closest are
+            redrawn at once; approximate).
         temperature: softmax temperature of each token's distribution; below 1 is annealing, which lowers entropy and
             flatters perplexity.
         top_p: nucleus (top-p) sampling: only the likeliest tokens with this total probability are drawn; 1 draws all,
@@ -47,6 +52,7 @@ class SamplingConfig:
     draw: str = "precise"
     grid: str = _refinement("uniform")
     corrector_steps: int = _refinement(0)
+    corrector: str = _refinement(correctors.FORWARD_BACKWARD)
     temperature: float = _refinement(1.0, is_control=True)
     top_p: float = _refinement(1.0, is_control=True)
     guidance: float = _refinement(1.0, is_control=True)
@@ -70,7 +76,9 @@ def make_control(config: SamplingConfig) -> controls.Control:
 
 def make_sampler(config: SamplingConfig) -> samplers.Sampler:
     """The sampler that a config describes, with its time grid and corrector steps."""
-    return samplers.make(config.sampler, grid=config.grid, corrector_steps=config.corrector_steps)
+    return samplers.make(
+        config.sampler, grid=config.grid, corrector_steps=config.corrector_steps, corrector=config.corrector
+    )
 
 
 def validate(config: SamplingConfig, graph: str, *, has_mask: bool, is_diffusion: bool) -> None:
@@ -110,6 +118,7 @@ def validate(config: SamplingConfig, graph: str, *, has_mask: bool, is_diffusion
     if not sampler.traits.takes_grid and config.grid != REFINEMENTS["grid"]:
         problem = f"has no meaning for {config.sampler}, which chooses its own times"
         raise refuse("grid", problem, f"leave it at {REFINEMENTS['grid']}")
+    _validate_corrector(config, refuse, has_mask=has_mask)
     # At a temperature below 1e-6, float32 rounding would decide.
     for name, is_fine, wanted in (
         ("temperature", config.temperature >= 1e-6, "at least 1e-6"),
@@ -130,3 +139,21 @@ def validate(config: SamplingConfig, graph: str, *, has_mask: bool, is_diffusion
             f"{errors.name('config.sampling.sampler')}={config.sampler}",
             "leave it at 1",
         )
+
+
+def _validate_corrector(
+    config: SamplingConfig, refuse: Callable[[str, str, str], errors.UserError], *, has_mask: bool
+) -> None:
+    try:
+        gibbs = correctors.find(config.corrector)
+    except ValueError as error:
+        raise refuse("corrector", "is unknown", f"choose one of {', '.join(correctors.FORMS)}") from error
+    if gibbs is None:
+        return
+    own = f"set it to {correctors.FORWARD_BACKWARD}"
+    if has_mask:
+        problem = "redraws tokens from the score of a graph without masks (uniform); a mask's score says nothing of its"
+        raise refuse("corrector", f"{problem} neighbours' tokens", own)
+    if not config.corrector_steps:
+        steps = errors.name("config.sampling.corrector_steps")
+        raise refuse("corrector", f"does nothing with {steps}=0", f"set {steps} to at least 1")

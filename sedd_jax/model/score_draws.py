@@ -177,6 +177,39 @@ def entropies(
     return over_head(model, _entropies, weights, is_needed)
 
 
+def margins(
+    model: networks.Model, evaluation: steps.Evaluation, xt: Int[Array, "B L"], is_needed: Bool[Array, "B L"]
+) -> Float[Array, "B L"]:
+    """By how much the likeliest token of a position, given all others, is likelier than the next; 0 if not needed.
+
+    Probabilities are in proportion to the score, which is 1 at the current token (graphs without a mask).
+    """
+    return over_head(model, _block_margins, _score(model, evaluation, xt, is_needed), is_needed)
+
+
+def _block_margins(vocabulary: tiles.Vocabulary, weights: Weights, is_needed: Bool[Array, "B L"]) -> Array:
+    rows = tiles.choose(is_needed, _chunk_size(is_needed, vocabulary.width))
+    gathered = gather(rows, weights)
+
+    def visit_block(k: Int[Array, ""], found: Any) -> Any:
+        states = vocabulary.block(k)
+
+        def visit(i: Int[Array, ""], found: Any) -> Any:
+            first, second, total = (rows.chunk(x, i) for x in found)
+            of_chunk = _chunk(rows, gathered, i).of(states)
+            top = of_chunk.max(-1)
+            is_top = jnp.arange(of_chunk.shape[1])[None] == of_chunk.argmax(-1)[:, None]
+            after = jnp.maximum(jnp.where(is_top, 0.0, of_chunk).max(-1), jnp.minimum(first, top))
+            new = jnp.maximum(first, top), jnp.maximum(second, after), total + of_chunk.sum(-1)
+            return jax.tree.map(lambda x, y: tiles.put(x, y, i), found, new)
+
+        return rows.visit(visit, found)
+
+    one = jnp.ones(len(rows.order))  # The current token.
+    first, second, total = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, (one, 0 * one, one))
+    return rows.scatter((first - second) / total, is_needed.shape)
+
+
 DRAWS = {"precise": draw, "published": draw_published}
 
 

@@ -37,7 +37,8 @@ class NetworkDraws(NamedTuple):
     @property
     def draws(self) -> steps.Draws:
         """The functions that a sampler calls."""
-        return steps.Draws(self._evaluate, self._draw, self._leap, functools.partial(score_draws.entropies, self.model))
+        of_positions = (functools.partial(fn, self.model) for fn in (score_draws.entropies, score_draws.margins))
+        return steps.Draws(self._evaluate, self._draw, self._leap, *of_positions)
 
     def _evaluate(self, xt: Int[Array, "B L"], sigma: Array) -> steps.Evaluation:
         return steps.Evaluation(networks.apply(self.model, xt, sigma, None, self.lengths), sigma)

@@ -165,8 +165,11 @@ def filling_draws(seen, token=0):
     def draw(key, evaluation, xt, is_movable, jump_fn):
         return jnp.where(is_movable, token, xt)
 
-    leap = lambda key, rates, xt, is_movable: jnp.where(is_movable, token, xt)
-    return steps.Draws(evaluate, draw, leap, lambda evaluation, xt, is_needed: jnp.where(is_needed, 1.0, 0.0))
+    def leap(key, rates, xt, is_movable):
+        return jnp.where(is_movable, token, xt)
+
+    of_positions = lambda evaluation, xt, is_needed: jnp.where(is_needed, 1.0, 0.0)
+    return steps.Draws(evaluate, draw, leap, of_positions, of_positions)
 
 
 def test_first_hitting_takes_as_many_evaluations_as_gaps_and_no_place_waits():

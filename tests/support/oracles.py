@@ -281,7 +281,11 @@ def dense_draws(score_fn: ScoreFn, graph: graphs.Graph, draw=categoricals.draw) 
         shares = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
         return jnp.where(is_needed, -jax.scipy.special.xlogy(shares, shares).sum(-1), 0.0)
 
-    return steps.Draws(evaluate, jump, leap, entropy)
+    def margins(evaluation, xt, is_needed):
+        best = jnp.sort(evaluation.features / evaluation.features.sum(-1, keepdims=True), axis=-1)
+        return jnp.where(is_needed, best[..., -1] - best[..., -2], 0.0)
+
+    return steps.Draws(evaluate, jump, leap, entropy, margins)
 
 
 def sample(
