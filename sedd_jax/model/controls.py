@@ -1,18 +1,21 @@
 """Controls of a token's distribution: temperature, nucleus (top-p) sampling, classifier-free guidance and patterns.
 
-The sampler decides whether a position moves; the controls change which token it gets. They change the distribution of
-samples on purpose, and results name them. Arrays over the whole vocabulary are held for a few positions at a time.
+The sampler decides whether a position moves; the controls change which token it gets. On the uniform graph they change
+the distribution r of the clean token given all other positions, from which the score is mixed again (`Posterior`).
+They change the distribution of samples on purpose, and results name them. Arrays over the whole vocabulary are held for
+a few positions at a time.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.model import categoricals, networks, score_draws, tiles
+from sedd_jax.diffusion import steps
+from sedd_jax.model import categoricals, networks, score_draws, score_heads, tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,114 @@ def choice(
     return score_draws.Choice(draw, (unguided, classes))
 
 
+class Posterior(NamedTuple):
+    """Draws of the uniform graph under temperature and nucleus: changes r, then steps with the score that follows.
+
+    With alpha = e^-sigma, r_y = (s_y / sum s - (1 - alpha) / N) / alpha, clipped at 0 and normalised. The changed r
+    gives the score (N alpha r_y + 1 - alpha) / (N alpha r_xt + 1 - alpha). The score itself is mostly noise: a nucleus
+    of it would cut tokens of the text first.
+
+    Attributes:
+        control: how r is changed; without guidance.
+        model: the network.
+    """
+
+    control: Control
+    model: networks.Model
+
+    def draw(
+        self,
+        key: Key[Array, ""],
+        evaluation: steps.Evaluation,
+        xt: Int[Array, "B L"],
+        is_movable: Bool[Array, "B L"],
+        jump_fn: steps.JumpFn,
+    ) -> Int[Array, "B L"]:
+        """As `score_draws.draw`."""
+        weights, noise = self._scores([evaluation], xt)
+        jump = jump_fn(self._sum(weights, noise, is_movable))
+        weights = weights._replace(slope=jump.slope[..., None], offset=jump.offset)
+        return self._draw(key, weights, noise, is_movable, jump.stay)
+
+    def leap(
+        self,
+        key: Key[Array, ""],
+        rates: Sequence[steps.Rates],
+        xt: Int[Array, "B L"],
+        is_movable: Bool[Array, "B L"],
+    ) -> Int[Array, "B L"]:
+        """As `score_draws.leap`."""
+        weights, noise = self._scores([one.evaluation for one in rates], xt)
+        weights = weights._replace(slope=jnp.stack([one.slope for one in rates], axis=-1))
+        total = self._sum(weights, noise, is_movable)
+        share = jnp.where(total > 0, -jnp.expm1(-total) / jnp.where(total > 0, total, 1.0), 0.0)
+        weights = weights._replace(slope=share[..., None] * weights.slope)
+        return self._draw(key, weights, noise, is_movable, jnp.exp(-total))
+
+    def _scores(
+        self, evaluations: Sequence[steps.Evaluation], xt: Int[Array, "B L"]
+    ) -> tuple[score_draws.Weights, Float[Array, "B L E"]]:
+        """The controlled scores as weights of slope 1, and log(N / (e^sigma - 1)) of each evaluation."""
+        features = jnp.stack([one.features for one in evaluations], axis=2)
+        noise = jnp.stack([score_heads.log_noise(self.model.config, one.sigma, xt) for one in evaluations], axis=-1)
+        return score_draws.Weights(features, xt, jnp.zeros_like(noise), jnp.ones_like(noise)), noise
+
+    def _sum(
+        self, weights: score_draws.Weights, noise: Float[Array, "B L E"], is_needed: Bool[Array, "B L"]
+    ) -> Float[Array, "B L"]:
+        def over_rows(vocabulary: tiles.Vocabulary, weights: score_draws.Weights, noise: Array, is_needed: Array):
+            of_rows = lambda states, *inputs: self._of_rows(states, *inputs).sum(-1)
+            size = score_draws.whole_rows(is_needed.size, len(vocabulary.bias))
+            return _visit_whole_rows(vocabulary, is_needed, (weights, noise), of_rows, jnp.zeros(is_needed.shape), size)
+
+        return score_draws.over_head(self.model, over_rows, weights, noise, is_needed)
+
+    def _draw(
+        self,
+        key: Key[Array, ""],
+        weights: score_draws.Weights,
+        noise: Float[Array, "B L E"],
+        is_movable: Bool[Array, "B L"],
+        stay: Float[Array, "B L"],
+    ) -> Int[Array, "B L"]:
+        def of_rows(states: tiles.States, row_keys: Array, weights: score_draws.Weights, noise: Array, stay: Array):
+            options = jnp.where(states.equal_to(weights.xt), stay[:, None], self._of_rows(states, weights, noise))
+            return states.ids[jax.vmap(categoricals.draw)(jax.random.wrap_key_data(row_keys), options)]
+
+        def over_rows(vocabulary: tiles.Vocabulary, weights: score_draws.Weights, keys: Array, *arrays: Array):
+            noise, stay, is_movable = arrays
+            size = score_draws.whole_rows(is_movable.size, len(vocabulary.bias))
+            inputs = keys, weights, noise, stay
+            return _visit_whole_rows(vocabulary, is_movable, inputs, of_rows, weights.xt, size)
+
+        keys = jax.random.key_data(score_draws.position_keys(key, weights.xt))
+        return score_draws.over_head(self.model, over_rows, weights, keys, noise, stay, is_movable)
+
+    def _of_rows(
+        self, states: tiles.States, weights: score_draws.Weights, noise: Float[Array, "r E"]
+    ) -> Float[Array, "r v"]:
+        """Weights of all states but xt, from the controlled scores."""
+        others, current = states.other_than(weights.xt), states.equal_to(weights.xt)
+        total = jnp.zeros(others.shape)
+        for e in range(noise.shape[1]):
+            log_noise = noise[:, e, None]
+            z = jnp.where(others | current, states.logits(weights.features[:, e]), -jnp.inf)
+            log_r = z
+            if not self.model.config.mixes_uniformly:
+                # Probabilities in proportion to the score, less those of noise, (1 - alpha) / N.
+                probs = jax.nn.softmax(jnp.where(current, 0.0, z), axis=-1)
+                of_noise = jax.nn.sigmoid(jnp.log(jnp.float32(self.model.config.num_states)) - log_noise)
+                r = probs - of_noise / self.model.config.num_states
+                log_r = jnp.where((r > 0) & (others | current), jnp.log(jnp.where(r > 0, r, 1.0)), -jnp.inf)
+            log_r = jax.nn.log_softmax(reweigh(self.control, log_r, log_r, None, others | current), axis=-1)
+            mixed = jax.nn.softplus(log_r + log_noise)
+            at_xt = jnp.where(current, mixed, 0.0).sum(-1, keepdims=True)
+            total += weights.slope[:, e, None] * jnp.exp(mixed - at_xt)
+        if weights.offset is not None:
+            total += weights.offset[:, None]
+        return jnp.where(others, jnp.maximum(total, 0.0), 0.0)
+
+
 def class_log_weights(
     control: Control,
     model: networks.Model,
@@ -175,10 +286,11 @@ def _visit_whole_rows(
     inputs: tuple[Any, ...],
     of_rows: Callable[..., Any],
     out: Any,
+    size: int | None = None,
 ) -> Any:
-    """`out` with of_rows(all states, *inputs at some positions) written at the chosen positions, a few at a time."""
+    """`out` with of_rows(all states, *inputs at some positions) written at the chosen positions, `size` at a time."""
     states = vocabulary._replace(width=len(vocabulary.bias)).block(jnp.asarray(0))
-    rows = tiles.choose(chosen, score_draws.drawn_rows(chosen.size))
+    rows = tiles.choose(chosen, score_draws.drawn_rows(chosen.size) if size is None else size)
 
     def visit(i: Int[Array, ""], flat: Any) -> Any:
         chunk = tiles.Rows(rows.chunk(rows.order, i), rows.count, rows.size)

@@ -142,7 +142,7 @@ def leap(
     total = sums.sum(-1)
     share = jnp.where(total > 0, -jnp.expm1(-total) / jnp.where(total > 0, total, 1.0), 0.0)[..., None]
     if draw == "published":
-        keys = jax.random.key_data(_position_keys(key, xt))
+        keys = jax.random.key_data(position_keys(key, xt))
         offset = None if weights.offset is None else share[..., 0] * weights.offset
         weights = weights._replace(slope=share * weights.slope, offset=offset)
         return over_head(model, _race, weights, is_movable, jnp.exp(-total), keys)
@@ -163,7 +163,7 @@ def draw_published(
     """
     weights = _score(model, evaluation, xt, is_movable)
     jump = jump_fn(over_head(model, _block_sums, weights, is_movable).sum(-1))
-    keys = jax.random.key_data(_position_keys(key, xt))
+    keys = jax.random.key_data(position_keys(key, xt))
     weights = _of_jump(weights, jump)
     return over_head(model, _race, weights, is_movable, jump.stay, keys)
 
@@ -248,13 +248,13 @@ def _draw_from_sums(
     key_block, key_state = jax.random.split(key)
     options = jnp.concatenate([sums, stay[..., None]], axis=-1)
     block = jnp.where(is_movable, categoricals.draw(key_block, options), sums.shape[-1])
-    keys = jax.random.key_data(_position_keys(key_state, weights.xt))
+    keys = jax.random.key_data(position_keys(key_state, weights.xt))
     if choice is None:
         return over_head(model, _draw_states, weights, keys, block)
     return over_head(model, choice.fn, weights, keys, block < sums.shape[-1], *choice.arrays)
 
 
-def _position_keys(key: Key[Array, ""], xt: Int[Array, "B L"]) -> Key[Array, "B L"]:
+def position_keys(key: Key[Array, ""], xt: Int[Array, "B L"]) -> Key[Array, "B L"]:
     """A key for every position; it does not depend on how positions are split over devices."""
     places = jnp.arange(xt.size).reshape(xt.shape)
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, places)
@@ -380,6 +380,12 @@ def _race(
     start = (jnp.full(len(rows.order), -jnp.inf), jnp.zeros(len(rows.order), jnp.int32))
     _, winners = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, start)
     return jnp.where(is_movable, rows.scatter(winners, is_movable.shape), weights.xt)
+
+
+def whole_rows(num_positions: int, num_states: int) -> int:
+    """Number of positions in a tile of all states, where many positions need one."""
+    platform = sharding.platform()
+    return min(num_positions, max(DRAWN_ROWS[platform], TILE_LOGITS[platform] // num_states))
 
 
 def drawn_rows(num_positions: int) -> int:

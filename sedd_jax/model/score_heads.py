@@ -78,7 +78,7 @@ def log_score(
     logsumexp = jax.nn.logsumexp(jnp.where(current, -jnp.inf, z), axis=-1)
     if model.config.mixes_uniformly:
         at_xt = jnp.take_along_axis(z, xt[..., None], axis=-1)[..., 0]
-        log_odds = _log_noise(model.config, sigma, xt) - jnp.logaddexp(logsumexp, at_xt)
+        log_odds = log_noise(model.config, sigma, xt) - jnp.logaddexp(logsumexp, at_xt)
         mixed = jax.nn.softplus(z + log_odds[..., None])
         return jnp.where(current, 0.0, mixed - jax.nn.softplus(at_xt + log_odds)[..., None])
     return jnp.where(current, 0.0, z + log_scale(model.config, sigma, logsumexp)[..., None])
@@ -96,7 +96,7 @@ def summarize(
 
     It is differentiable in parameters and features. The backward pass computes the logits of each tile again.
     """
-    noise = _log_noise(model.config, sigma, xt) if model.config.mixes_uniformly else None
+    noise = log_noise(model.config, sigma, xt) if model.config.mixes_uniformly else None
     raw = _summarize(model.config, *_head(model), _Positions(features, xt, x0, is_needed, noise))
     summary = of_logits(model.config, raw, xt, x0, sigma)
     return jax.tree.map(lambda x: jnp.where(is_needed, x, 0.0), summary)
@@ -112,7 +112,7 @@ def of_logits(
     """The summary of the score from that of the logits."""
     num_others = config.num_states - 1
     if config.mixes_uniformly:
-        log_odds = _log_noise(config, sigma, xt) - jnp.logaddexp(raw.logsumexp, raw.at_xt)
+        log_odds = log_noise(config, sigma, xt) - jnp.logaddexp(raw.logsumexp, raw.at_xt)
         at_xt = jax.nn.softplus(raw.at_xt + log_odds)
         return scores.ScoreSummary(
             logsumexp=jnp.logaddexp(jnp.log(jnp.float32(num_others)), raw.logsumexp + log_odds) - at_xt,
@@ -141,12 +141,12 @@ def scale_needed(
     raw = _summarize(config, *_head(model), _Positions(features, xt, xt, is_needed))
     if not config.mixes_uniformly:
         return Scale(log_scale(config, sigma, raw.logsumexp))
-    log_odds = _log_noise(config, sigma, xt) - jnp.logaddexp(raw.logsumexp, raw.at_xt)
+    log_odds = log_noise(config, sigma, xt) - jnp.logaddexp(raw.logsumexp, raw.at_xt)
     at_xt = jax.nn.softplus(raw.at_xt + log_odds)
     return Scale(log_odds - at_xt, jnp.exp(-at_xt))
 
 
-def _log_noise(config: networks.NetworkConfig, sigma: Float[Array, "B"], xt: Int[Array, "B L"]) -> Float[Array, "B L"]:
+def log_noise(config: networks.NetworkConfig, sigma: Float[Array, "B"], xt: Int[Array, "B L"]) -> Float[Array, "B L"]:
     """log(N / (e^sigma - 1)), the log odds of no noise against noise, times the number N of tokens."""
     log_noise = jnp.log(jnp.float32(config.num_states)) - jnp.log(jnp.expm1(sigma))
     return jnp.broadcast_to(log_noise[:, None], xt.shape)
@@ -274,9 +274,9 @@ def of_whole_rows(
     logsumexp = top + jnp.log(jnp.where(others, jnp.exp(z - top[:, None]), 0.0).sum(-1))
     if not config.mixes_uniformly:
         return Raw(logsumexp, jnp.where(others, z, 0.0).sum(-1), at(x0), jnp.zeros_like(logsumexp)), None, None
-    at_xt, log_noise = at(xt), _log_noise(config, sigma, xt[:, None])[:, 0]
-    total, slope = mixed_sums(z, log_noise - jnp.logaddexp(logsumexp, at_xt), others)
-    return Raw(logsumexp, total, at(x0), at_xt), slope, log_noise
+    at_xt, noise = at(xt), log_noise(config, sigma, xt[:, None])[:, 0]
+    total, slope = mixed_sums(z, noise - jnp.logaddexp(logsumexp, at_xt), others)
+    return Raw(logsumexp, total, at(x0), at_xt), slope, noise
 
 
 def logit_gradient(

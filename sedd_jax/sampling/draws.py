@@ -53,6 +53,8 @@ class NetworkDraws(NamedTuple):
     ) -> Int[Array, "B L"]:
         if not self._is_controlled:
             return score_draws.DRAWS[self.draw](key, self.model, evaluation, xt, is_movable, jump_fn)
+        if self.graph.mixes_uniformly:
+            return controls.Posterior(self.control, self.model).draw(key, evaluation, xt, is_movable, jump_fn)
         key, key_classes = jax.random.split(key)
         choice = self._choice(key_classes, evaluation, xt)
         return score_draws.draw(key, self.model, evaluation, xt, is_movable, jump_fn, choice)
@@ -62,6 +64,8 @@ class NetworkDraws(NamedTuple):
     ) -> Int[Array, "B L"]:
         """A `steps.LeapFn`; the first of `rates` is that of an evaluation at xt."""
         choice = None
+        if self._is_controlled and self.graph.mixes_uniformly:
+            return controls.Posterior(self.control, self.model).leap(key, rates, xt, is_movable)
         if self._is_controlled:
             key, key_classes = jax.random.split(key)
             choice = self._choice(key_classes, rates[0].evaluation, xt)

@@ -1,5 +1,6 @@
 """Controlled draws: against the distribution written out, over whole rows; what is forbidden is never drawn."""
 
+import dataclasses
 import functools
 
 import jax
@@ -193,3 +194,64 @@ def test_a_mesh_changes_nothing(monkeypatch):
         together = jax.jit(draw)(*arrays)
     np.testing.assert_array_equal(alone, together)
     assert (alone != xt).any()
+
+
+def controlled_score(model, features, xt, sigma, control):
+    """The score of the uniform graph from the changed distribution of the clean token given all others, [3, V]."""
+    score = np.exp(np.float64(score_heads.log_score(model, features[:1], xt[:1], sigma[:1])[0]))
+    stays, found = np.exp(-float(sigma[0])), np.zeros(score.shape)
+    for i, p in enumerate(score / score.sum(-1, keepdims=True)):
+        r = np.maximum((p - (1 - stays) / VOCAB) / stays, 0)
+        r = nucleus((r / r.sum()) ** (1 / control.temperature), control.top_p)
+        mixed = VOCAB * stays * r / r.sum() + 1 - stays
+        found[i] = mixed / mixed[int(xt[0, i])]
+    return found
+
+
+@pytest.mark.parametrize("how", ["draw", "leap"])
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalised"])
+@pytest.mark.parametrize("name", slow.all_but(["both"], ["cold", "nucleus", "both"]))
+def test_the_uniform_graph_changes_the_clean_token_and_mixes_the_noise_again(name, normalize, how, monkeypatch):
+    monkeypatch.setattr(score_draws, "TILE_LOGITS", {"cpu": 384 * 500})  # Chunks that end inside the positions.
+    _, model, one, other, xt = problem("uniform")
+    model = model.replace(config=dataclasses.replace(model.config, normalize=normalize))
+    sigmas, control = (jnp.full(BATCH, 0.9), jnp.full(BATCH, 0.4)), CONTROLS[name]
+    is_movable, posterior = jnp.ones(xt.shape, bool).at[:, 1].set(False), controls.Posterior(control, model)
+    scored = [controlled_score(model, f, xt, sigma, control) for f, sigma in zip((one, other), sigmas, strict=True)]
+    evaluations = [steps.Evaluation(*pair) for pair in zip((one, other), sigmas, strict=True)]
+    if how == "draw":
+        jump_fn = lambda total: scores.Jump(stay=total / 2, slope=2 + 0 * total, offset=-0.1 + 0 * total)
+        drawn = jax.jit(lambda key: posterior.draw(key, evaluations[0], xt, is_movable, jump_fn))
+        weights = np.maximum(2 * scored[0] - 0.1, 0)
+        stay = (scored[0].sum(-1) - 1) / 2
+    else:
+        slopes = (3e-3, -1e-3)
+        rates = [steps.Rates(e, jnp.full(xt.shape, slope)) for e, slope in zip(evaluations, slopes, strict=True)]
+        drawn = jax.jit(lambda key: posterior.leap(key, rates, xt, is_movable))
+        weights = np.maximum(slopes[0] * scored[0] + slopes[1] * scored[1], 0)
+        weights[np.arange(3), np.asarray(xt[0])] = 0
+        total = weights.sum(-1, keepdims=True)
+        weights, stay = weights * -np.expm1(-total) / total, np.exp(-total[:, 0])
+    tokens = np.concatenate([drawn(key) for key in jax.random.split(jax.random.key(3), 20)])
+    assert (tokens[:, 1] == xt[0, 1]).all()
+    for position in (0, 2):
+        distribution = weights[position].copy()
+        distribution[xt[0, position]] = stay[position]
+        distribution /= distribution.sum()
+        assert 0.02 < distribution[xt[0, position]] < 0.98
+        assert oracles.chi_square_p(np.bincount(tokens[:, position], minlength=VOCAB), distribution) > 1e-4
+
+
+def test_without_control_the_uniform_graph_mixes_to_the_score_itself():
+    """Exact scores: less noise and noise again are nothing."""
+    sigma, xs = 0.8, oracles.states(graphs.Uniform(vocab_size=4), 2)
+    p0 = np.random.default_rng(0).dirichlet(np.full(16, 0.4)).reshape(4, 4)
+    exact = oracles.exact_scores(graphs.Uniform(vocab_size=4), p0, sigma)[:, 0]
+    config = networks.NetworkConfig(num_states=4, hidden_size=16, scale_by_sigma=False, dtype="float32")
+    kernel = jnp.zeros((16, config.padded_states)).at[:, :4].set(jnp.log(exact))
+    model = networks.Model(config, {"head_kernel": kernel, "head_bias": jnp.zeros(config.padded_states)})
+    posterior, xt = controls.Posterior(controls.Control(), model), jnp.asarray(xs[:, :1])
+    evaluation = steps.Evaluation(jnp.eye(16)[:, None], jnp.full(16, sigma))
+    weights, noise = posterior._scores([evaluation], xt)
+    total = posterior._sum(weights, noise, jnp.ones(xt.shape, bool))
+    np.testing.assert_allclose(total[:, 0], exact.sum(-1) - 1, rtol=1e-5)
