@@ -339,3 +339,8 @@ def _denoising(draws: Draws, graph: graphs.Graph, is_last: Bool[Array, "B"]) -> 
         return where(is_last, last, moved)
 
     return draws._replace(draw_fn=draw, leap_fn=leap)
+
+
+def where(rows: Bool[Array, "B"], x: Array, y: Array) -> Array:
+    """x for the sequences in `rows`, y for the others."""
+    return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
