@@ -151,7 +151,7 @@ def looser(monkeypatch):
 
 
 def test_evaluations_are_counted_as_they_are_taken(code_run, looser, monkeypatch):
-    """Of each sequence of a batch, however many gaps it has, and of refilled slots."""
+    """Of each sequence of a batch, however many gaps it has."""
     run = runs.load(code_run)
     sampling = run.sampling(sampler="entropy_bound", num_steps=3, num_samples=8)
     seen = []
@@ -174,11 +174,6 @@ def test_evaluations_are_counted_as_they_are_taken(code_run, looser, monkeypatch
         np.testing.assert_array_equal(counted[0], np.maximum(taken, 1))
         assert taken[:3].min() > taken[3:5].max()
         assert taken[0] == 4
-        (drawn,) = {
-            one.nfe for one in generate.draw_samples(opened, templates.parse(run, "a = {20}"), sampling, seed=0)
-        }
-        refilled = list(refill.draw(opened, [templates.parse(run, "a = {20}")] * 3, sampling, seed=0))
-    assert {one.nfe for one in refilled} == {drawn} == {4}
 
 
 @pytest.mark.slow
@@ -196,3 +191,11 @@ def test_what_is_printed_says_that_it_is_biased_and_how_many_evaluations_it_took
     nfe = {point["sampler"]: point["nfe"] for point in both["points"] if point["draw"] == "precise"}
     assert nfe == {"first_hitting": 13, "entropy_bound": found["mean_nfe"]}
     assert "entropy_bound (biased), precise draws" in str(quality_curves.table(both))
+    opened = runs.load(run).restore()
+    sampling = opened.run.sampling(sampler="entropy_bound", num_steps=12, num_samples=8)
+    template = templates.parse(opened.run, "a = {20}")
+    with opened.on_devices():
+        drawn = {one.nfe for one in generate.draw_samples(opened, template, sampling, seed=0)}
+        # A slot is free as soon as the wanted tokens are filled.
+        refilled = {one.nfe for one in refill.draw(opened, [template] * 3, sampling, seed=0)}
+    assert 1 < min(refilled) <= min(drawn) <= max(drawn) < 13
