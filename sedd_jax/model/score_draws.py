@@ -184,30 +184,7 @@ def margins(
 
     Probabilities are in proportion to the score, which is 1 at the current token (graphs without a mask).
     """
-    return over_head(model, _block_margins, _score(model, evaluation, xt, is_needed), is_needed)
-
-
-def _block_margins(vocabulary: tiles.Vocabulary, weights: Weights, is_needed: Bool[Array, "B L"]) -> Array:
-    rows = tiles.choose(is_needed, _chunk_size(is_needed, vocabulary.width))
-    gathered = gather(rows, weights)
-
-    def visit_block(k: Int[Array, ""], found: Any) -> Any:
-        states = vocabulary.block(k)
-
-        def visit(i: Int[Array, ""], found: Any) -> Any:
-            first, second, total = (rows.chunk(x, i) for x in found)
-            of_chunk = _chunk(rows, gathered, i).of(states)
-            top = of_chunk.max(-1)
-            is_top = jnp.arange(of_chunk.shape[1])[None] == of_chunk.argmax(-1)[:, None]
-            after = jnp.maximum(jnp.where(is_top, 0.0, of_chunk).max(-1), jnp.minimum(first, top))
-            new = jnp.maximum(first, top), jnp.maximum(second, after), total + of_chunk.sum(-1)
-            return jax.tree.map(lambda x, y: tiles.put(x, y, i), found, new)
-
-        return rows.visit(visit, found)
-
-    one = jnp.ones(len(rows.order))  # The current token.
-    first, second, total = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, (one, 0 * one, one))
-    return rows.scatter((first - second) / total, is_needed.shape)
+    return over_head(model, _margins, _score(model, evaluation, xt, is_needed), is_needed)
 
 
 DRAWS = {"precise": draw, "published": draw_published}
@@ -304,32 +281,47 @@ def _block_sums(vocabulary: tiles.Vocabulary, weights: Weights, is_movable: Bool
     return rows.scatter(jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, sums), is_movable.shape)
 
 
-def _entropies(vocabulary: tiles.Vocabulary, weights: Weights, is_needed: Bool[Array, "B L"]) -> Array:
-    """log sum_y e^z - sum_y z e^z / sum_y e^z over all y != xt, [B, L]; 0 where not `is_needed`."""
+def _fold(
+    vocabulary: tiles.Vocabulary, weights: Weights, is_needed: Bool[Array, "B L"], start: tuple[float, ...], step: Any
+) -> tuple[Float[Array, "B L"], ...]:
+    """`tiles.fold` with step(states, weights of a chunk, numbers of its positions) -> new numbers."""
     rows = tiles.choose(is_needed, _chunk_size(is_needed, vocabulary.width))
     gathered = gather(rows, weights)
+    found = tiles.fold(vocabulary, rows, start, lambda states, i, *x: step(states, _chunk(rows, gathered, i), x))
+    return tuple(rows.scatter(x, is_needed.shape) for x in found)
 
-    def visit_block(k: Int[Array, ""], sums: Any) -> Any:
-        states = vocabulary.block(k)
 
-        def visit(i: Int[Array, ""], sums: Any) -> Any:
-            largest, total, weighted = (rows.chunk(x, i) for x in sums)
-            chunk = _chunk(rows, gathered, i)
-            z = jnp.where(states.other_than(chunk.xt), states.logits(chunk.features)[:, 0], score_heads.NEVER)
-            top = jnp.maximum(largest, z.max(-1))
-            shift, share = largest - top, jnp.exp(z - top[:, None])
-            # Of what is relative to the largest logit so far, now relative to the new one.
-            weighted = jnp.exp(shift) * (weighted + shift * total) + ((z - top[:, None]) * share).sum(-1)
-            total = jnp.exp(shift) * total + share.sum(-1)
-            return jax.tree.map(lambda x, y: tiles.put(x, y, i), sums, (top, total, weighted))
+def _entropies(vocabulary: tiles.Vocabulary, weights: Weights, is_needed: Bool[Array, "B L"]) -> Array:
+    """log sum_y e^z - sum_y z e^z / sum_y e^z over all y != xt, [B, L]; 0 where not `is_needed`."""
 
-        return rows.visit(visit, sums)
+    def step(states: tiles.States, chunk: Weights, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        largest, total, weighted = found
+        z = jnp.where(states.other_than(chunk.xt), states.logits(chunk.features)[:, 0], score_heads.NEVER)
+        top = jnp.maximum(largest, z.max(-1))
+        shift, share = largest - top, jnp.exp(z - top[:, None])
+        # Of what is relative to the largest logit so far, now relative to the new one.
+        weighted = jnp.exp(shift) * (weighted + shift * total) + ((z - top[:, None]) * share).sum(-1)
+        return top, jnp.exp(shift) * total + share.sum(-1), weighted
 
-    nothing = jnp.zeros(len(rows.order))
-    start = (jnp.full_like(nothing, score_heads.NEVER), nothing, nothing)
-    _, total, weighted = jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, start)
+    _, total, weighted = _fold(vocabulary, weights, is_needed, (score_heads.NEVER, 0.0, 0.0), step)
     total = jnp.where(total > 0, total, 1.0)
-    return rows.scatter(jnp.log(total) - weighted / total, is_needed.shape)
+    return jnp.log(total) - weighted / total
+
+
+def _margins(vocabulary: tiles.Vocabulary, weights: Weights, is_needed: Bool[Array, "B L"]) -> Array:
+    """Share of the largest weight less that of the second, [B, L]; 0 where not `is_needed`."""
+
+    def step(states: tiles.States, chunk: Weights, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        first, second, total = found
+        of_chunk = chunk.of(states)
+        top = of_chunk.max(-1)
+        is_top = jnp.arange(of_chunk.shape[1])[None] == of_chunk.argmax(-1)[:, None]
+        after = jnp.maximum(jnp.where(is_top, 0.0, of_chunk).max(-1), jnp.minimum(first, top))
+        return jnp.maximum(first, top), jnp.maximum(second, after), total + of_chunk.sum(-1)
+
+    # The current token has weight 1.
+    first, second, total = _fold(vocabulary, weights, is_needed, (1.0, 0.0, 1.0), step)
+    return (first - second) / jnp.where(is_needed, total, 1.0)
 
 
 def _draw_states(vocabulary: tiles.Vocabulary, weights: Weights, keys: Array, block: Int[Array, "B L"]) -> Array:

@@ -128,6 +128,29 @@ def put(x: Array, new: Array, i: Int[Array, ""]) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, new, i, axis=0)
 
 
+def fold(vocabulary: Vocabulary, rows: Rows, start: tuple[float, ...], step: Callable[..., Any]) -> tuple[Array, ...]:
+    """Numbers of each row, begun at `start` and renewed by every block of states.
+
+    Args:
+        vocabulary: the blocks.
+        rows: the rows, visited in chunks.
+        start: first value of each number.
+        step: (states of a block, start of a chunk, numbers of its rows...) -> new numbers.
+    """
+
+    def visit_block(k: Int[Array, ""], found: tuple[Array, ...]) -> tuple[Array, ...]:
+        states = vocabulary.block(k)
+
+        def visit(i: Int[Array, ""], found: tuple[Array, ...]) -> tuple[Array, ...]:
+            new = step(states, i, *(rows.chunk(x, i) for x in found))
+            return tuple(put(x, y, i) for x, y in zip(found, new, strict=True))
+
+        return rows.visit(visit, found)
+
+    first = tuple(jnp.full(len(rows.order), number) for number in start)
+    return jax.lax.fori_loop(0, vocabulary.num_blocks, visit_block, first)
+
+
 def head_product(
     features: Float[Array, "*r D"],
     kernel: Float[Array, "D v"],

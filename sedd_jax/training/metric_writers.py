@@ -45,7 +45,7 @@ def truncate_after(path: str | os.PathLike[str], step: int) -> None:
 
 def holds(path: str | os.PathLike[str], step: int, prefix: str) -> bool:
     """Whether a metrics file has a metric of a step whose name begins so."""
-    at_step = [record for record in read_json_lines(path) if record["step"] == step]
+    at_step = [record for record in metric_lines.read(path) if record["step"] == step]
     return any(name.startswith(prefix) for record in at_step for name in record)
 
 

@@ -139,6 +139,7 @@ def test_margins_and_redrawn_tokens_are_those_of_the_whole_array(normalize, monk
         lambda xt, sigma: steps.Evaluation(tile(features), sigma),
         lambda key, *inputs: score_draws.draw(key, model, *inputs),
         lambda *_: xt,
+        functools.partial(score_draws.entropies, model),
         functools.partial(score_draws.margins, model),
     )
     made = correctors.find("gibbs:margin:2").redrawing(keys[3], draws, tile(sigma), jnp.ones(1200, bool))
