@@ -302,7 +302,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoi
 
 def test_eval_command_prints_both_bounds_and_json(trained):
     status, out, _ = call(
-        "eval", f"--workdir={trained[0]}", "--split=valid", "--num_times=1", "--batch_size=64", "--json"
+        "eval", f"--workdir={trained[0]}", "--split=valid", "--num_times=2", "--batch_size=64", "--json"
     )
     assert status == 0
     assert "score-entropy" in out
@@ -491,7 +491,7 @@ def test_commands_name_directories_that_are_no_runs(tmp_path):
     assert "--workdir" in err
     status, _, err = call("evaluate")
     assert status == 2
-    assert "choose one of prepare, train, eval, sample, tune-grid" in err
+    assert "choose one of prepare, train, eval, runs, sample, tune-grid" in err
 
 
 # Fields of config.json that were added after the first format, in the order of their addition, with the value that

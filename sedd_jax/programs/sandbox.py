@@ -196,7 +196,7 @@ def drive(program: str, driver: Driver, *, timeout_s: float) -> Ended:
     is_signed = told.endswith(sign) and len(told) >= len(sign) + num_parts and num_parts == len(driver.parts)
     said = told[num_parts : -len(sign)] if is_signed else b""
     is_passed = process.returncode == 0 and is_signed and len(said) <= driver.most
-    return Ended(Outcome.PASSED if is_passed else Outcome.FAILED, num_parts, said)
+    return Ended(Outcome.PASSED, num_parts, said) if is_passed else Ended(Outcome.FAILED, num_parts, b"")
 
 
 def needs(text: str) -> frozenset[str]:

@@ -112,7 +112,7 @@ def test_passes_go_on_until_the_error_is_small_enough(run):
 
 def test_results_of_earlier_versions_are_shown_with_what_their_errors_are(run):
     result = _evaluate(run)
-    assert "± is the standard error over times and noise (16 degrees of freedom)" in str(perplexity.table(result))
+    assert "± is the standard error over times and noise (4 degrees of freedom)" in str(perplexity.table(result))
     del result["stderr_freedom"]
     assert "± is an upper estimate of an earlier version" in str(perplexity.table(result))
 

@@ -101,7 +101,8 @@ def test_mauve_tells_text_from_other_text(code_run, judge_run, monkeypatch):
     alike = random.integers(0, 4, (200, 16)).astype(np.int32)
     monkeypatch.setattr(refilling, "_WINDOWS_FOR_MAUVE", 200)
     # A judge of one number: the share of low tokens.
-    monkeypatch.setattr(judge, "features", lambda rows: np.array([[row.mean(), row[0]] for row in rows], np.float32))
+    features = lambda texts: np.array([[row.mean(), row[0]] for (row,) in texts], np.float32)
+    monkeypatch.setattr(judge, "features", features)
     assert refilling._mauve(run, judge, real, [alike])["mauve"] > 0.9
     found = refilling._mauve(run, judge, real, [other, other])
     assert found["mauve"] < 0.2

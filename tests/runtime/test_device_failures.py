@@ -13,7 +13,7 @@ from sedd_jax.bounds import likelihoods
 from sedd_jax.cli import main as cli
 from sedd_jax.runtime import device_failures, last_words
 from sedd_jax.sampling import generate
-from sedd_jax.training import train
+from sedd_jax.training import train_steps
 from tests.support import slow
 
 NO_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17.31GiB.\nBufferAssignment: more lines"
@@ -28,7 +28,7 @@ def fails(*arguments, **named):
     [
         ("sample", (generate, "draw_samples"), [], "--num_samples"),
         ("eval", (likelihoods, "make_held_out"), ["--num_times=1"], "--batch_size"),
-        ("train", (train, "make_step_fn"), [], "--config.training.num_micro_batches"),
+        ("train", (train_steps, "make_step_fn"), [], "--config.training.num_micro_batches"),
     ],
 )
 def test_no_memory_is_one_line_with_what_helps(code_run, monkeypatch, capsys, command, place, flags, remedy):
