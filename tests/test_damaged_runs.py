@@ -53,7 +53,7 @@ def workdir(code_run, tmp_path):
 FILES = ["config.json", "tokenizer.json", "data/header.json", "metrics.jsonl", runs.TIME_GRID]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", slow.all_but(["config.json"], FILES))
 def test_whatever_stands_in_a_file_is_read_or_named(workdir, name):
     """Nothing but errors for users, and of the system, which name the file."""
     path = workdir / name

@@ -175,7 +175,11 @@ def _until(target_stderr):
 
 @pytest.mark.parametrize(
     ("num_sequences", "draw"),
-    [(5, lambda drawn: list(itertools.islice(drawn, 4))), (40, _until(0.015)), (200, _until(0.006))],
+    [
+        (5, lambda drawn: list(itertools.islice(drawn, 4))),
+        pytest.param(40, _until(0.015), marks=pytest.mark.slow),
+        pytest.param(200, _until(0.006), marks=pytest.mark.slow),
+    ],
     ids=["four passes of one group", "five groups", "sixteen groups"],
 )
 def test_the_interval_of_95_percent_holds_the_truth_as_often(num_sequences, draw):

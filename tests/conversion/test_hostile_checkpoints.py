@@ -399,6 +399,7 @@ def test_whatever_stands_in_a_checkpoint(training, name):
         assert bool(answer(training, "checkpoint.pth")) != is_step, value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["backbone", "time_conditioning", "data", "model", "hidden_size", "tokenizer_name_or_path"]
 )

@@ -102,6 +102,7 @@ def test_a_directory_of_mdlm(tmp_path, model):
         np.testing.assert_array_equal(found.tensors[name], parameter.detach(), name)
 
 
+@pytest.mark.slow
 def test_mdlm_predicts_the_distribution_of_x0(tmp_path, model):
     """Bounds of a converted network equal MDLM's objective: -log softmax(z without the mask)[x0] / t at each mask."""
     found = read(foreign.write_lightning(tmp_path / "x.ckpt", model, foreign.mdlm_config()), "raw")

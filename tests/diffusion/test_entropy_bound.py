@@ -150,6 +150,7 @@ def looser(monkeypatch):
     trajectories.make_programs.cache_clear()
 
 
+@pytest.mark.slow
 def test_evaluations_are_counted_as_they_are_taken(code_run, looser, monkeypatch):
     """Of each sequence of a batch, however many gaps it has."""
     run = runs.load(code_run)

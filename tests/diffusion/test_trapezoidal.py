@@ -108,7 +108,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("draw", slow.all_but(["precise"], sorted(score_draws.DRAWS)))
-@pytest.mark.parametrize("name", slow.all_but(["absorb", "uniform, normalised"], sorted(LARGE)))
+@pytest.mark.parametrize("name", slow.all_but(["absorb"], sorted(LARGE)))
 def test_leaps_by_blocks_follow_the_rates_of_the_whole_array(name, draw, monkeypatch):
     """Two evaluations at two noise levels, the second taken away from the first, some rates below 0."""
     monkeypatch.setattr(score_draws, "BLOCK_STATES", {"cpu": 160})

@@ -59,6 +59,7 @@ def test_lines_are_bounded_choices_ranked_and_answers_counted(code_run, file, tm
     assert "Likelihood of continuations" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_autoregressive_run_gives_the_likelihood_itself(judge_run, file, tmp_path):
     run = _copied(judge_run, tmp_path)
     result = conditionals.measure(run, str(file))

@@ -103,6 +103,7 @@ def gpt2(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_reads_all_but_the_first_token(gpt2, code_run):
     import torch
     import transformers

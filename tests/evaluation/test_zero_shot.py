@@ -26,6 +26,7 @@ def sets(tmp_path):
     return tmp_path / "sets"
 
 
+@pytest.mark.slow
 def test_the_suite_runs_what_it_finds_and_lists_what_it_does_not(code_run, sets, monkeypatch, capsys):
     for name in ("http_proxy", "https_proxy", "HF_ENDPOINT"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

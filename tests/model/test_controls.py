@@ -208,8 +208,8 @@ def controlled_score(model, features, xt, sigma, control):
     return found
 
 
-@pytest.mark.parametrize("how", ["draw", "leap"])
-@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalised"])
+@pytest.mark.parametrize("how", slow.all_but(["draw"], ["draw", "leap"]))
+@pytest.mark.parametrize("normalize", slow.all_but([True], [False, True]), ids=["plain", "normalised"])
 @pytest.mark.parametrize("name", slow.all_but(["both"], ["cold", "nucleus", "both"]))
 def test_the_uniform_graph_changes_the_clean_token_and_mixes_the_noise_again(name, normalize, how, monkeypatch):
     monkeypatch.setattr(score_draws, "TILE_LOGITS", {"cpu": 384 * 500})  # Chunks that end inside the positions.

@@ -83,6 +83,7 @@ def test_float32_is_float32(monkeypatch):
         assert products("float32", platform, monkeypatch) == {("HIGHEST", "f32")}
 
 
+@pytest.mark.slow
 def test_tensorfloat32_rounds_on_gpus_only(monkeypatch):
     """What embeds the noise level stays float32."""
     for platform in ("cpu", "tpu"):

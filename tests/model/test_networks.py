@@ -108,6 +108,7 @@ def assert_close(ours, expected, tolerance=1e-4):
     jax.tree.map(close, ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", slow.all_but(["blocks"], ["none", "blocks"]))
 def test_remat_changes_nothing(tiny, reference, remat):
     assert TINY.remat == "elementwise"

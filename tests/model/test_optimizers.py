@@ -130,7 +130,8 @@ def muon():
     gradients = form.unflatten([jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
     config = optimizers.OptimizerConfig(name="muon", learning_rate=0.5, warmup_steps=0, clip_norm=1e9)
     optimizer = optimizers.make_optimizer(config, num_steps=10)
-    return optimizer.update(gradients, optimizer.init(params), params)[0], gradients, params
+    update = jax.jit(lambda: optimizer.update(gradients, optimizer.init(params), params)[0])
+    return update(), gradients, params
 
 
 MATRICES = ["qkv", "attention_out", "mlp_in", "mlp_out"]

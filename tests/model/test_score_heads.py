@@ -72,7 +72,7 @@ def small_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("needed", slow.all_but(["some"], ["none", "one", "some", "all"]))
-@pytest.mark.parametrize("tiles", ["one tile", "many"])
+@pytest.mark.parametrize("tiles", slow.all_but(["many"], ["one tile", "many"]))
 def test_streamed_equals_dense(head, needed, tiles, request):
     if tiles == "many":
         request.getfixturevalue("small_tiles")

@@ -95,6 +95,7 @@ def network(monkeypatch):
     trajectories.make_programs.cache_clear()
 
 
+@pytest.mark.slow
 def test_padding_is_never_attended(network):
     process = forward.Process(GRAPH, noise_schedules.LogLinear())
     rules = trajectories.Rules(process=process, sampler=samplers.make("tweedie"))

@@ -734,7 +734,9 @@ def test_a_name_that_no_flag_can_take_is_not_proposed(opened):
     assert "--allowed_host" not in said
 
 
-@pytest.mark.parametrize("name", ["http://lab.example.com", "lab.example.com:8000", "a,b", "", "*"])
+@pytest.mark.parametrize(
+    "name", slow.all_but(["a,b"], ["http://lab.example.com", "lab.example.com:8000", "a,b", "", "*"])
+)
 def test_an_allowed_host_that_is_no_name_is_refused_at_once(code_run, name, capsys):
     assert cli.main(["serve", f"--workdir={code_run}", "--allowed_host=good", f"--allowed_host={name}"]) == 1
     assert f"--allowed_host={name or repr(name)} is not a name alone: give what stands" in capsys.readouterr().err

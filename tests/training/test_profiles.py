@@ -204,6 +204,7 @@ def test_a_full_disk_is_left_to_checkpoints(profile, tmp_path, monkeypatch):
     assert not (tmp_path / "profiles/step_1").exists()
 
 
+@pytest.mark.slow
 def test_an_error_in_between_ends_the_trace(profile):
     traced, said = profile
     traced.begin(1, None)

@@ -1,5 +1,6 @@
 """The options of an optimizer step: runs with them resume bit for bit, on any mesh, and pairs are what they say."""
 
+import functools
 import io
 import shutil
 
@@ -13,7 +14,7 @@ from sedd_jax import runs
 from sedd_jax.model import networks, optimizers, train_state
 from sedd_jax.runtime import errors
 from sedd_jax.training import train, train_steps
-from tests.support import slow, small_runs
+from tests.support import small_runs
 
 OPTIONS = {
     "muon": {"optimizer.name": "muon", "optimizer.schedule": "wsd"},
@@ -50,7 +51,8 @@ def make_config(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("option", slow.all_but(["muon"], OPTIONS))
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
 def test_a_run_resumes_bit_for_bit(make_config, tmp_path, option):
     config = make_config(OPTIONS[option])
     train.train(config, tmp_path / "run", stream=io.StringIO())
@@ -89,7 +91,8 @@ def test_a_step_noises_each_text_of_a_pair_at_the_other_half_of_its_positions(ma
     assert x0.shape == (16, 16)
     optimizer = optimizers.make_optimizer(config.optimizer, config.training.num_steps)
     state = train_state.create(jax.random.key(0), run.network, optimizer)
-    jax.block_until_ready(train_steps.train_step(state, jnp.asarray(x0), run=run, optimizer=optimizer))
+    step = jax.jit(functools.partial(train_steps.train_step, run=run, optimizer=optimizer))
+    jax.block_until_ready(step(state, jnp.asarray(x0)))
     jax.effects_barrier()
     xt = np.concatenate(seen)
     assert xt.shape == (32, 16)
