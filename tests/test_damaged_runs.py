@@ -10,7 +10,7 @@ from sedd_jax.cli import main as cli
 from sedd_jax.data import shards
 from sedd_jax.runtime import errors
 from sedd_jax.training import metric_writers
-from tests.support import wrong_values
+from tests.support import slow, wrong_values
 
 OTHER = [
     "",

@@ -9,7 +9,7 @@ from sedd_jax import config as configs
 from sedd_jax.diffusion import forward, graphs, losses, noise_schedules, scores
 from sedd_jax.model import networks, score_heads
 from sedd_jax.runtime import errors
-from tests.support import oracles
+from tests.support import oracles, slow
 
 NOISE = noise_schedules.Geometric(sigma_min=1e-4, sigma_max=20.0)
 N, P0 = 4, np.random.default_rng(0).dirichlet(np.full(16, 0.4)).reshape(4, 4)
