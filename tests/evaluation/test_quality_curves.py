@@ -74,7 +74,7 @@ def test_points_that_are_done_are_not_drawn_again(run, judge_run, monkeypatch):
     )
     both = quality_curves.measure(run, str(judge_run), curve(4, 2), samples=SAMPLES)
     # The judge's own samples are kept, too.
-    assert drawn == [False]
+    assert drawn == [False, False]
     assert both["judge_samples"] == first["judge_samples"]
     assert [point for point in both["points"] if point["num_steps"] == 2] == first["points"]
     assert len(list((run / "evaluations").glob("*.png"))) == 2
