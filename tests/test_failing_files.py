@@ -153,7 +153,7 @@ def test_no_failure_of_sedd_tune_grid_is_a_traceback(make_place, code_run):
         "tune-grid", f"--workdir={place}/run", "--num_steps=2", "--num_sequences=8", "--batch_size=8",
         "--num_processes=1",
     ]  # fmt: skip
-    fail_in_turn(lambda: make_place(code_run), argv, codes=one_code)
+    fail_in_turn(lambda: make_place(code_run), argv, codes=one_code, changed=("run/time_grid.json",))
 
 
 @pytest.mark.slow
