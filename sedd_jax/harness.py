@@ -6,11 +6,15 @@ takes the arguments of the harness's own `lm_eval`. Model arguments are `workdir
 `batch_size` and `seed` (see `continuations.Budget`), and for generated text `num_steps`, `sampler` and `num_samples`.
 """
 
+import importlib.util
 import itertools
 import sys
 from typing import Any
 
 import numpy as np
+
+if __name__ == "__main__" and importlib.util.find_spec("lm_eval") is None:
+    sys.exit("sedd_jax.harness: lm-evaluation-harness is missing: pip install 'sedd_jax[lm-eval]'")
 from lm_eval.api import instance, model, registry  # pyrefly: ignore[missing-import]
 
 from sedd_jax import runs

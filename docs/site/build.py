@@ -28,8 +28,8 @@ CONTENTS = {
     "Reference": ("commands", "api"),
     "Development": ("architecture", "contributing", "security", "changelog", "log"),
 }
-# They run beside torch, which need not be installed.
-LEFT_OUT = {"sedd_jax.conversion.torch_model", "sedd_jax.performance.benchmark_published"}
+# They need torch or lm-evaluation-harness, which need not be installed.
+LEFT_OUT = {"sedd_jax.conversion.torch_model", "sedd_jax.harness", "sedd_jax.performance.benchmark_published"}
 _TOP = """## sedd_jax
 
 ```{eval-rst}
@@ -77,6 +77,7 @@ def _from_root(path):
 def _reference():
     """Pages of the API: the front door, and one for each folder of the package."""
     top = [f"sedd_jax.{path.stem}" for path in sorted(PACKAGE.glob("[a-z]*.py"))]
+    top = [name for name in top if name not in LEFT_OUT]
     pages = {"api/front_door.md": _modules("Python's front door", top, first=_TOP)}
     for folder in sorted(path.parent for path in PACKAGE.glob("*/__init__.py")):
         names = (f"sedd_jax.{folder.name}.{path.stem}" for path in sorted(folder.glob("*.py")))
