@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import correctors, forward, steps, time_grids
+from sedd_jax.diffusion import forward, steps, time_grids
 
 _LAST = 2**31 - 1  # Number of the last evaluation; no iteration has it.
 _SLACK = 1e-5  # of the bound: sums of float32 are not exact
@@ -56,16 +56,12 @@ class EntropyBound:
     ) -> Int[Array, "B L"]:
         """Fills masks within each sequence's share of the bound; in a corrector step, draws filled tokens again."""
         del is_last  # The last evaluation has the whole of the bound that is left.
-        graph, repeats = process.graph, 1 + self.corrector_steps
         key_back, key_tokens = jax.random.split(jax.random.fold_in(key, iteration))
-        step, xt, again = batch.iteration // repeats, batch.xt, jnp.zeros_like(batch.given.is_given)
-        if repeats > 1:
-            assert graph.mask_id is not None
-            is_filled = ~batch.given.is_given & ~graph.is_noise(xt)
-            masked = correctors.mask_again(key_back, graph.mask_id, xt, is_filled, -(-is_filled.sum(1) // (step + 1)))
-            xt = jnp.where((batch.iteration % repeats > 0)[:, None], masked, xt)
-            again = xt != batch.xt
-        return _fill(key_tokens, draws, process, batch, xt, batch.num_steps + 1 - step, again)
+        step = batch.iteration // (1 + self.corrector_steps)
+        num_filled = (~batch.given.is_given & ~process.graph.is_noise(batch.xt)).sum(1)
+        on_average = -(-num_filled // (step + 1))
+        xt = steps.mask_again(key_back, process.graph, batch, on_average, self.corrector_steps)
+        return _fill(key_tokens, draws, process, batch, xt, batch.num_steps + 1 - step, xt != batch.xt)
 
     def finish(
         self,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import correctors, forward, graphs, steps, time_grids
+from sedd_jax.diffusion import forward, graphs, steps, time_grids
 
 _LAST = 2**31 - 1  # Number of the last evaluation; no iteration has it.
 _CLOCK, _RANK, _TOKENS, _BACK = range(4)  # Folded into a trajectory's key, one for each thing that is drawn.
@@ -87,13 +87,8 @@ class FirstHitting:
         filled_before = lambda step: step * num_gaps // evaluations
         step = batch.iteration // repeats
         share = filled_before(step + 1) - filled_before(step)
-        xt = batch.xt
-        if repeats > 1:
-            is_filled = ~batch.given.is_given & ~process.graph.is_noise(xt)
-            assert process.graph.mask_id is not None
-            key_back = jax.random.fold_in(_part(key, _BACK), iteration)
-            masked = correctors.mask_again(key_back, process.graph.mask_id, xt, is_filled, share)
-            xt = jnp.where((batch.iteration % repeats > 0)[:, None], masked, xt)
+        key_back = jax.random.fold_in(_part(key, _BACK), iteration)
+        xt = steps.mask_again(key_back, process.graph, batch, share, self.corrector_steps)
         return _fill(jax.random.fold_in(_part(key, _TOKENS), iteration), draws, process.graph, batch, xt, share)
 
     def finish(

@@ -45,12 +45,12 @@ class Noised(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Times of a batch, as a law draws them.
+    """Times of a batch, drawn from one of `time_laws`.
 
     Attributes:
         t: time of each sequence.
-        weights: density of even times over the density of the law. The mean of weights x loss has the same expectation
-            for every law.
+        weights: density of even times over the density that t is drawn from. So the mean of weights x loss has the
+            same expectation for all of them.
     """
 
     t: Float[Array, "B"]
@@ -58,7 +58,7 @@ class Times(NamedTuple):
 
 
 def time_laws() -> dict[str, str]:
-    """The laws of times, and the meaning of each."""
+    """The distributions from which training may draw times, and what each is."""
     return {
         "uniform": "evenly, as published",
         "bell": "more in the middle: a normal distribution, cut off at the ends",

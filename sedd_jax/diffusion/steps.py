@@ -341,6 +341,25 @@ def _denoising(draws: Draws, graph: graphs.Graph, is_last: Bool[Array, "B"]) -> 
     return draws._replace(draw_fn=draw, leap_fn=leap)
 
 
+def mask_again(
+    key: Key[Array, ""], graph: Any, batch: Batch, count: Int[Array, "B"], corrector_steps: int
+) -> Int[Array, "B L"]:
+    """batch.xt; in sequences that are at a corrector step, `count` filled tokens are masked again, chosen uniformly.
+
+    Args:
+        key: key of the choice.
+        graph: a graph with a mask.
+        batch: the sequences.
+        count: number of tokens to mask.
+        corrector_steps: corrector steps after each step.
+    """
+    if not corrector_steps:
+        return batch.xt
+    is_filled = ~batch.given.is_given & ~graph.is_noise(batch.xt)
+    masked = correctors.mask_again(key, graph.mask_id, batch.xt, is_filled, count)
+    return where(batch.iteration % (1 + corrector_steps) > 0, masked, batch.xt)
+
+
 def where(rows: Bool[Array, "B"], x: Array, y: Array) -> Array:
     """x for the sequences in `rows`, y for the others."""
     return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)

@@ -15,7 +15,7 @@ from sedd_jax.runtime import errors, hosts, sharding, storage, terminals
 
 _FORM = '{"context": "...", "continuation": "..."} or {"context": "...", "choices": ["...", "..."], "answer": 0}'
 _SHOWN = 10  # lines of a file, in the table
-_KEPT_EVERY = 16  # lines; the file of finished ones is written anew each time
+_KEPT_EVERY = 16  # lines between two writes of the results so far, each of which replaces the file
 
 
 class Item(NamedTuple):

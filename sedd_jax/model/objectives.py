@@ -20,7 +20,9 @@ def mean_bounds(
     *,
     paired: bool = False,
 ) -> losses.Bounds:
-    """The mean of `sequence_bounds` over the batch, whatever the law of times. Training minimises its `score_entropy`.
+    """The mean of `sequence_bounds` over the batch. Training minimises its `score_entropy`.
+
+    Its expectation does not depend on the distribution of the times.
 
     Value and gradient take one pass over the head's logits. The gradient of `cross_entropy` is 0.
 

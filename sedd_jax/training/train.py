@@ -184,7 +184,7 @@ def _loop(session: _Session, step_fn: train_steps.StepFn, state: train_state.Tra
         state, metrics = step_fn(state, _batch(run, data, step, session.mesh))
         step += 1
         written["step"] = step
-        # train_steps.Metrics of the previous step are read only now, while the device computes this step.
+        # Metrics of the previous step are read only now, while the device computes this step.
         if pending is not None:
             _check_finite(*pending, saved)
         pending = (step, metrics)

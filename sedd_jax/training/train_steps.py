@@ -66,9 +66,7 @@ def train_step(
     metrics = {
         "train/loss": loss / x0.shape[1],
         "train/grad_norm": optax.tree.norm(grads),
-        "train/learning_rate": optimizers.learning_rate(
-            run.config.optimizer, state.step, run.config.training.num_steps
-        ),
+        "train/learning_rate": optimizers.learning_rate(run.config.optimizer, state.step, config.num_steps),
     }
     if run.graph.has_cross_entropy and not run.is_autoregressive:
         metrics["train/cross_entropy"] = cross_entropy / x0.shape[1]
