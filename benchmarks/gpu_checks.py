@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd_jax.diffusion import forward, graphs, losses, noise_schedules
+from sedd_jax.diffusion import forward, graphs, noise_schedules, time_laws
 from sedd_jax.model import attentions, networks, objectives
 from sedd_jax.runtime import sharding
 
@@ -41,7 +41,7 @@ def loss_and_gradient(config: networks.NetworkConfig, graph: graphs.Graph) -> Ca
     process = forward.Process(graph, noise_schedules.SCHEDULES["loglinear"](eps=1e-3))
 
     def loss(params: networks.Params, x0: jax.Array) -> jax.Array:
-        times = losses.Times(jnp.linspace(0.05, 0.95, len(x0)), jnp.ones(len(x0)))
+        times = time_laws.Times(jnp.linspace(0.05, 0.95, len(x0)), jnp.ones(len(x0)))
         model = networks.Model(config, params)
         return objectives.mean_bounds(jax.random.key(2), model, process, x0, times).score_entropy
 

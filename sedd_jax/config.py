@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from sedd_jax.diffusion import forward, graphs, losses, noise_schedules
+from sedd_jax.diffusion import forward, graphs, noise_schedules, time_laws
 from sedd_jax.model import attentions, layers, networks, optimizers, sampling_config
 from sedd_jax.runtime import errors, sharding
 
@@ -88,7 +88,7 @@ class TrainingConfig:
     num_steps: int = 400_000
     batch_size: int = 512
     num_micro_batches: int = 1
-    time_law: str = dataclasses.field(default="uniform", metadata={"choices": losses.time_laws})
+    time_law: str = dataclasses.field(default="uniform", metadata={"choices": time_laws.time_laws})
     paired_noise: bool = False
     log_every: int = 50
     eval_every: int = 5_000
@@ -283,7 +283,7 @@ def _validate_choices(config: Config) -> None:
     for name, choices in {
         "graph.name": tuple(graph_meanings()),
         "noise.name": tuple(noise_schedules.SCHEDULES),
-        "training.time_law": tuple(losses.time_laws()),
+        "training.time_law": tuple(time_laws.time_laws()),
         "optimizer.name": optimizers.OPTIMIZERS,
         "optimizer.schedule": optimizers.SCHEDULES,
         "network.remat": ("none", *networks.REMAT_POLICIES),

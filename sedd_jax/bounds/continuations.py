@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from sedd_jax import runs
 from sedd_jax.bounds import likelihoods
 from sedd_jax.data import tokenizers
-from sedd_jax.diffusion import forward, losses
+from sedd_jax.diffusion import forward, losses, time_laws
 from sedd_jax.model import autoregression, objectives
 from sedd_jax.runtime import errors, sharding
 
@@ -157,7 +157,7 @@ def sequence_bounds(
     share = jnp.take_along_axis(jnp.sort(priority, axis=1), num_masks[:, None] - 1, axis=1)
     masked = priority <= share
     xt = jnp.where(masked | (jnp.arange(x0.shape[1])[None] >= stop), graph.mask_id, x0)
-    least, most = noise.sigma(jnp.float32(losses.T_MIN)), noise.sigma(jnp.float32(1.0))
+    least, most = noise.sigma(jnp.float32(time_laws.T_MIN)), noise.sigma(jnp.float32(1.0))
     sigma = jnp.clip(-jnp.log1p(-share[:, 0]), least, most)
     xt, x0, masked = xt[:, :width], x0[:, :width], masked[:, :width]
     surprise = graph.reconstruction(summary_fn(xt, x0, sigma), sigma, xt, x0)
@@ -182,10 +182,10 @@ def _over_time(
         xt = jnp.where(counted, graph.sample_transition(key, x0, sigma), x0)[:, :width]
         return sigma, xt, x0[:, :width], summary_fn(xt, x0[:, :width], sigma)
 
-    t = losses.T_MIN + (1 - losses.T_MIN) * u
+    t = time_laws.T_MIN + (1 - time_laws.T_MIN) * u
     sigma, xt, clean, summary = at(key_t, t)
-    rate = graph.cross_entropy(summary, sigma, xt, clean) * noise.dsigma_dt(t)[:, None] * (1 - losses.T_MIN)
-    sigma, xt, clean, summary = at(key_end, jnp.full_like(t, losses.T_MIN))
+    rate = graph.cross_entropy(summary, sigma, xt, clean) * noise.dsigma_dt(t)[:, None] * (1 - time_laws.T_MIN)
+    sigma, xt, clean, summary = at(key_end, jnp.full_like(t, time_laws.T_MIN))
     ends = graph.reconstruction(summary, sigma, xt, clean) + graph.limit_divergence(noise.sigma(jnp.float32(1.0)))
     return jnp.where(counted[:, :width], rate + ends, 0.0).sum(-1)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from sedd_jax import runs
-from sedd_jax.diffusion import forward, losses
+from sedd_jax.diffusion import forward, time_laws
 from sedd_jax.model import networks, objectives
 from sedd_jax.runtime import errors, sharding
 
@@ -152,7 +152,7 @@ def _times(generator: np.random.Generator, num_sequences: int, num_groups: int) 
     for group in range(num_groups):
         size = len(u[group::num_groups])
         u[group::num_groups] = (generator.permutation(size) + generator.random()) / size
-    return losses.T_MIN + (1 - losses.T_MIN) * u
+    return time_laws.T_MIN + (1 - time_laws.T_MIN) * u
 
 
 def combine(done: Sequence[Pass]) -> list[Estimate]:

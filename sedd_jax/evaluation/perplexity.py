@@ -13,7 +13,7 @@ import numpy as np
 from sedd_jax import runs
 from sedd_jax.bounds import likelihoods
 from sedd_jax.data import batches, corpora, shards
-from sedd_jax.diffusion import losses
+from sedd_jax.diffusion import time_laws
 from sedd_jax.evaluation import results, tables
 from sedd_jax.runtime import errors, sharding, storage, terminals
 
@@ -176,7 +176,7 @@ class Kept:
         for found in done:
             *bounds, reconstruction = np.array(found.groups)
             # The mean over [T_MIN, 1] times the width is the integral.
-            total = np.stack(bounds) * (1 - losses.T_MIN) + (reconstruction + prior / len(reconstruction))[None]
+            total = np.stack(bounds) * (1 - time_laws.T_MIN) + (reconstruction + prior / len(reconstruction))[None]
             totals.append(found._replace(groups=total.tolist()))
         return totals
 
@@ -199,7 +199,7 @@ def _figures(kept: Kept, done: Sequence[likelihoods.Pass]) -> dict[str, Any]:
         figures["reconstruction_nats_per_token"] = reconstruction.mean
         figures["reconstruction_nats_per_token_stderr"] = known(reconstruction.stderr)
         for name, integral in zip(bounds, integrals, strict=False):
-            figures[f"{name}_integral_nats_per_token"] = integral.mean * (1 - losses.T_MIN)
+            figures[f"{name}_integral_nats_per_token"] = integral.mean * (1 - time_laws.T_MIN)
     for name, bound in bounds.items():
         bits = 1 / (math.log(2) * text.characters_per_token)
         if not bound.mean < 700:

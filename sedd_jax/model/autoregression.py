@@ -26,7 +26,7 @@ def log_likelihood(model: networks.Model, x0: Int[Array, "B L"], graph: graphs.G
 
 def mean_bounds(
     model: networks.Model, x0: Int[Array, "B L"], graph: graphs.Graph, dropout_key: Key[Array, ""] | None = None
-) -> losses.Bounds:
+) -> score_losses.Total:
     """-log p(x0) in nats, the mean over sequences, as both bounds; see `objectives.mean_bounds`."""
     masks = _masks(x0, graph)
     inputs, sigma = _inputs(x0, masks)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from sedd_jax.diffusion import forward, graphs, losses, scores
+from sedd_jax.diffusion import forward, graphs, losses, scores, time_laws
 from sedd_jax.model import autoregression, networks, score_heads, score_losses
 
 
@@ -15,16 +15,16 @@ def mean_bounds(
     model: networks.Model,
     process: forward.Process,
     x0: Int[Array, "B L"],
-    times: losses.Times,
+    times: time_laws.Times,
     dropout_key: Key[Array, ""] | None = None,
     *,
     paired: bool = False,
-) -> losses.Bounds:
+) -> score_losses.Total:
     """The mean of `sequence_bounds` over the batch. Training minimises its `score_entropy`.
 
     Its expectation does not depend on the distribution of the times.
 
-    Value and gradient take one pass over the head's logits. The gradient of `cross_entropy` is 0.
+    Value and gradient take one pass over the head's logits. The gradient of anything but `score_entropy` is 0.
 
     Args:
         key: key of the noise.
@@ -44,7 +44,7 @@ def mean_bounds(
 
 def noised_bounds(
     model: networks.Model, graph: graphs.Graph, inputs: losses.Noised, dropout_key: Key[Array, ""] | None = None
-) -> losses.Bounds:
+) -> score_losses.Total:
     """`mean_bounds` of sequences that are noised already."""
     features = networks.apply(model, inputs.xt, inputs.sigma, dropout_key)
     bounds_fn = functools.partial(losses.of_positions, graph)
@@ -71,7 +71,7 @@ def sequence_reconstruction(
 
     It is -log of the probability that the last step restores x0.
     """
-    sigma = process.noise.sigma(jnp.full(len(x0), losses.T_MIN))
+    sigma = process.noise.sigma(jnp.full(len(x0), time_laws.T_MIN))
     xt = process.graph.sample_transition(key, x0, sigma)
     summary = summary_fn(model, process)(xt, x0, sigma)
     return process.graph.reconstruction(summary, sigma, xt, x0).sum(-1)

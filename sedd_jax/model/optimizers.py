@@ -11,6 +11,8 @@ import optax.contrib
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from sedd_jax.diffusion import time_laws
+
 
 def _optimizer_meanings() -> dict[str, str]:
     return {
@@ -63,8 +65,14 @@ OPTIMIZERS, SCHEDULES = tuple(_optimizer_meanings()), tuple(_schedule_meanings()
 _MUON_RMS = 0.2
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Gradient clipping, then AdamW or Muon, for a run of `num_steps` steps."""
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int, time_law: str = "uniform"
+) -> optax.GradientTransformationExtraArgs:
+    """Gradient clipping, then AdamW or Muon, for a run of `num_steps` steps.
+
+    With the time law "learned" the first part of its state is `time_laws.Moments`, and updates also need the `times`
+    (t) of all sequences and their `losses`.
+    """
     rate = functools.partial(learning_rate, config, num_steps=num_steps)
     if config.name == "muon":
         optimizer = optax.contrib.muon(
@@ -81,7 +89,21 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         optimizer = optax.adamw(
             rate, b1=config.beta1, b2=config.beta2, eps=config.eps, weight_decay=config.weight_decay
         )
-    return optax.chain(optax.stateless(lambda grads, params: clip(grads, config.clip_norm)), optimizer)
+    clipped = optax.chain(optax.stateless(lambda grads, params: clip(grads, config.clip_norm)), optimizer)
+    if time_law == "learned":
+        return optax.chain(_remember_losses(), clipped)
+    return optax.with_extra_args_support(clipped)
+
+
+def _remember_losses() -> optax.GradientTransformationExtraArgs:
+    """Keeps the moments of the loss by time; gradients pass as they are."""
+
+    def update(
+        grads: Any, moments: time_laws.Moments, params: Any, *, times: Array, losses: Array, **_: Any
+    ) -> tuple[Any, time_laws.Moments]:
+        return grads, time_laws.add_losses(moments, times, losses)
+
+    return optax.GradientTransformationExtraArgs(lambda params: time_laws.no_moments(), update)
 
 
 def _matrices(params: Any) -> Any:

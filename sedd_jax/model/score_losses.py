@@ -25,6 +25,20 @@ TILE_LOGITS = {"cpu": 1 << 18, "gpu": 1 << 28, "tpu": 1 << 28}
 LEAST_ROWS = 128
 
 
+class Total(NamedTuple):
+    """Both bounds of a batch, in nats. Only `score_entropy` is differentiable, in parameters and features.
+
+    Attributes:
+        score_entropy: the training loss: the sum over sequences, with their weights.
+        cross_entropy: the tighter bound, likewise.
+        of_sequences: what each sequence adds to `score_entropy`.
+    """
+
+    score_entropy: Float[Array, ""]
+    cross_entropy: Float[Array, ""]
+    of_sequences: Float[Array, "B"]
+
+
 class _Positions(NamedTuple):
     """The inputs of the loss at each position but features. `weights` are the positions' factors in the total."""
 
@@ -42,10 +56,8 @@ def total(
     inputs: losses.Noised,
     is_needed: Bool[Array, "B L"],
     bounds_fn: BoundsFn,
-) -> losses.Bounds:
+) -> Total:
     """Both bounds, summed over the positions where `is_needed`, with the weight of each sequence.
-
-    Only `score_entropy` is differentiable, in parameters and features; the gradient of `cross_entropy` is 0.
 
     Args:
         model: the network.
@@ -57,16 +69,19 @@ def total(
     xt, x0 = inputs.xt, inputs.x0
     if not fits(model.config, xt.size // sharding.num_batch_devices()):
         summary = score_heads.summarize(model, features, xt, x0, inputs.sigma, is_needed)
-        found = _weigh(bounds_fn(summary, inputs.sigma, xt, x0), inputs.weights[:, None])
-        return found._replace(cross_entropy=jax.lax.stop_gradient(found.cross_entropy))
+        found = _weigh(bounds_fn(summary, inputs.sigma, xt, x0), inputs.weights)
+        return Total(
+            found.score_entropy.sum(), *jax.lax.stop_gradient((found.cross_entropy.sum(), found.score_entropy))
+        )
     spread = lambda x: jnp.broadcast_to(x[:, None], xt.shape)
     positions = _Positions(xt, x0, spread(inputs.sigma), spread(inputs.weights), is_needed)
     kernel, bias = model.params["head_kernel"], model.params["head_bias"]
     return _total(model.config, bounds_fn, kernel, bias, features, positions)
 
 
-def _weigh(bounds: losses.Bounds, weights: Float[Array, "*B"]) -> losses.Bounds:
-    return losses.Bounds(*((weights * x).sum() for x in bounds))
+def _weigh(bounds: losses.Bounds, weights: Float[Array, "B"]) -> losses.Bounds:
+    """Both bounds of each sequence [B], from those of its positions [B, L]."""
+    return losses.Bounds(*(weights * x.sum(-1) for x in bounds))
 
 
 def _num_rows(config: networks.NetworkConfig, num_positions: int) -> int:
@@ -95,7 +110,7 @@ def _total(
     bias: Array,
     features: Array,
     positions: _Positions,
-) -> losses.Bounds:
+) -> Total:
     return _total_forward(config, bounds_fn, kernel, bias, features, positions)[0]
 
 
@@ -106,19 +121,19 @@ def _total_forward(
     bias: Array,
     features: Array,
     positions: _Positions,
-) -> tuple[losses.Bounds, Any]:
+) -> tuple[Total, Any]:
     """The total, and the gradients of kernel, bias and features."""
     batch, tensor = sharding.mapped_axes(len(positions.xt))
     run = functools.partial(_part, config, bounds_fn, batch)
     tokens, whole = PartitionSpec(batch), PartitionSpec()
-    out_specs = (whole, (tiles.kernel_spec(batch, tensor), whole, tokens))
+    out_specs = (Total(whole, whole, tokens), (tiles.kernel_spec(batch, tensor), whole, tokens))
     return sharding.per_device(run, (whole, whole, tokens, tokens), out_specs)(
         kernel.astype(features.dtype), bias, features, positions
     )
 
 
 def _total_backward(
-    config: networks.NetworkConfig, bounds_fn: BoundsFn, gradients: Any, of_total: losses.Bounds
+    config: networks.NetworkConfig, bounds_fn: BoundsFn, gradients: Any, of_total: Total
 ) -> tuple[Any, ...]:
     return *(x * of_total.score_entropy.astype(x.dtype) for x in gradients), None
 
@@ -134,7 +149,7 @@ def _part(
     bias: Array,
     features: Array,
     positions: _Positions,
-) -> tuple[losses.Bounds, tuple[Array, Array, Array]]:
+) -> tuple[Total, tuple[Array, Array, Array]]:
     """Total and gradients for one device's sequences, then summed over devices."""
     shape = positions.xt.shape
     rows = tiles.choose(positions.is_needed, _num_rows(config, positions.xt.size))
@@ -146,32 +161,33 @@ def _part(
     product = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
 
     def visit(i: Int[Array, ""], sums: Any) -> Any:
-        found, of_kernel, of_bias, of_f = sums
+        cross_entropy, of_rows, of_kernel, of_bias, of_f = sums
         f_chunk, xt_chunk, x0_chunk, sigma_chunk, weight = (rows.chunk(x, i) for x in (f, xt, x0, sigma, weights))
         z = states.logits(f_chunk)
         raw, slope, log_noise = score_heads.of_whole_rows(config, states, z, (xt_chunk, x0_chunk), sigma_chunk)
 
-        def of_rows(raw: score_heads.Raw) -> losses.Bounds:
+        def weighted(raw: score_heads.Raw) -> losses.Bounds:
             # Each row as a sequence of one position.
             of_chunk = xt_chunk[:, None], x0_chunk[:, None]
             raw = jax.tree.map(lambda x: x[:, None], raw)
             summary = score_heads.of_logits(config, raw, *of_chunk, sigma_chunk)
-            return _weigh(bounds_fn(summary, sigma_chunk, *of_chunk), weight[:, None])
+            return _weigh(bounds_fn(summary, sigma_chunk, *of_chunk), weight)
 
-        of_tile, pull = jax.vjp(of_rows, raw)
-        (by,) = pull(losses.Bounds(score_entropy=jnp.ones(()), cross_entropy=jnp.zeros(())))
+        of_tile, pull = jax.vjp(weighted, raw)
+        (by,) = pull(losses.Bounds(score_entropy=jnp.ones_like(weight), cross_entropy=jnp.zeros_like(weight)))
         by = score_heads.through_softmax(config, raw, slope, by)
         of_z = score_heads.logit_gradient(config, states, z, (xt_chunk, x0_chunk), raw, log_noise, by)
         narrow = of_z.astype(f.dtype)
         return (
-            jax.tree.map(jnp.add, found, of_tile),
+            cross_entropy + of_tile.cross_entropy.sum(),
+            tiles.put(of_rows, of_tile.score_entropy, i),
             of_kernel + product(f_chunk.T, narrow),
             of_bias + of_z.sum(0),
             tiles.put(of_f, product(narrow, kernel.T).astype(f.dtype), i),
         )
 
-    nothing = losses.Bounds(jnp.zeros(()), jnp.zeros(()))
-    start = (nothing, jnp.zeros(kernel.shape), jnp.zeros(bias.shape), jnp.zeros_like(f))
-    found, of_kernel, of_bias, of_f = rows.visit(visit, start)
+    start = (jnp.zeros(()), jnp.zeros(len(f)), jnp.zeros(kernel.shape), jnp.zeros(bias.shape), jnp.zeros_like(f))
+    cross_entropy, of_rows, of_kernel, of_bias, of_f = rows.visit(visit, start)
     gradients = tiles.add_kernels(of_kernel, batch), jax.lax.psum(of_bias, batch), rows.scatter(of_f, shape)
-    return jax.lax.psum(found, batch), gradients
+    found = jax.lax.psum((of_rows.sum(), cross_entropy), batch)
+    return Total(*found, rows.scatter(of_rows, shape).sum(-1)), gradients

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from sedd_jax.diffusion import forward, losses
+from sedd_jax.diffusion import forward, time_laws
 from sedd_jax.model import networks, score_losses
 
 # The rule in one line, for tables.
@@ -60,7 +60,7 @@ def head_share(network: networks.NetworkConfig, process: forward.Process) -> flo
     """Share of the positions that carry loss, on average over the times of training."""
     if network.causal or not process.graph.has_mask:
         return 1.0
-    t = jnp.linspace(losses.T_MIN, 1.0, 1001)
+    t = jnp.linspace(time_laws.T_MIN, 1.0, 1001)
     return float(-jnp.expm1(-process.noise.sigma(t)).mean())
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.diffusion import steps
-from sedd_jax.model import attentions, networks, optimizers, work
+from sedd_jax.model import attentions, networks, work
 from sedd_jax.runtime import accelerators, errors, sharding
 from sedd_jax.sampling import generate, trajectories
 from sedd_jax.training import train_steps
@@ -75,9 +75,7 @@ def train_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[float, Callable[
     x0 = np.random.default_rng(0).integers(run.tokenizer.vocab_size, size=shape, dtype=np.int32)
     # Compiles before it makes the state, so that peak memory is the step's.
     compile_seconds, compiled = _compile(lambda: train_steps.lower_step(run, mesh)[1])
-    state = train_steps.make_state_fn(
-        run, optimizers.make_optimizer(run.config.optimizer, run.config.training.num_steps), mesh
-    )()
+    state = train_steps.make_state_fn(run, train_steps.make_optimizer(run.config), mesh)()
 
     def step() -> Any:
         nonlocal state

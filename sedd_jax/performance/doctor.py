@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.data import tokenizers
-from sedd_jax.model import attentions, networks, optimizers, train_state
+from sedd_jax.model import attentions, networks, train_state
 from sedd_jax.performance import compiled_steps, inventory, self_test
 from sedd_jax.runtime import accelerators, errors, hosts, sharding
 from sedd_jax.training import train_steps
@@ -194,7 +194,7 @@ def _slow(config: configs.Config, chosen: str) -> Iterator[inventory.Problem]:
 
 def _memory(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[str, list[inventory.Problem]]:
     """What a device holds of the model while training, and whether that is too much."""
-    optimizer = optimizers.make_optimizer(run.config.optimizer, run.config.training.num_steps)
+    optimizer = train_steps.make_optimizer(run.config)
     shapes = jax.eval_shape(lambda: train_state.create(jax.random.key(0), run.network, optimizer))
     try:
         parts = compiled_steps.gib_by_kind(shapes, mesh)

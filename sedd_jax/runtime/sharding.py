@@ -31,7 +31,7 @@ RULES = (
     (r"blocks/mlp_in/bias$", ("tensor",)),
     (r"blocks/mlp_out/kernel$", ("tensor", "fsdp")),
     (r"(modulation|final_modulation|sigma_embedding/(in|out))/kernel$", (None, "fsdp")),
-    (r"(norm|bias|count|step|ns_coeffs)$", ()),
+    (r"(norm|bias|count|step|ns_coeffs|squares|counts)$", ()),
 )
 
 

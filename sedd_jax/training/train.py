@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from sedd_jax import checkpoints, runs
 from sedd_jax import config as configs
 from sedd_jax.data import batches
-from sedd_jax.model import optimizers, train_state, work
+from sedd_jax.model import train_state, work
 from sedd_jax.runtime import accelerators, errors, last_words, locks, processes, sharding, storage
 from sedd_jax.training import initial_weights, interim, loss_curves, metric_writers, profiles, train_steps
 
@@ -90,7 +90,7 @@ def train(
                 remedy="give a directory that all processes share, or gs://",
             )
         run = runs.load(workdir)
-        optimizer = optimizers.make_optimizer(config.optimizer, config.training.num_steps)
+        optimizer = train_steps.make_optimizer(config)
         keep = {"keep": config.training.keep_checkpoints, "keep_every": config.training.keep_checkpoints_every}
         saved = checkpoints.Checkpoints(run.checkpoint_dir, **keep)
         try:
@@ -131,7 +131,7 @@ def _start(owner: contextlib.ExitStack, workdir: storage.Directory, config: conf
 
 def initial_state(
     run: runs.Run,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     mesh: jax.sharding.Mesh,
     saved: checkpoints.Checkpoints,
     from_step: int | None = None,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, Key
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import losses
+from sedd_jax.diffusion import time_laws
 from sedd_jax.model import networks, objectives, optimizers, train_state
 from sedd_jax.runtime import errors, sharding
 from sedd_jax.training import compilation
@@ -26,7 +26,7 @@ def train_step(
     x0: Int[Array, "B L"],
     *,
     run: runs.Run,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
 ) -> tuple[train_state.TrainState, Metrics]:
     """One optimizer step on a batch, with gradient accumulation over micro-batches.
 
@@ -39,28 +39,35 @@ def train_step(
     base_key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
     key_times, key_micro = jax.random.split(jax.random.fold_in(base_key, state.step))
     with jax.named_scope("noise"):
-        times = losses.sample_times(key_times, copies * len(x0), config.time_law, paired=config.paired_noise)
+        learned = {"moments": state.opt_state[0]} if config.time_law == "learned" else {}
+        count = copies * len(x0)
+        times = time_laws.sample_times(key_times, count, config.time_law, paired=config.paired_noise, **learned)
         times = jax.tree.map(lambda x: x.reshape(len(x0), copies), times)
 
-    def loss_fn(params: networks.Params, key: Key[Array, ""], x0: Int[Array, "b L"], times: losses.Times):
+    def loss_fn(params: networks.Params, key: Key[Array, ""], x0: Int[Array, "b L"], times: time_laws.Times):
         key_noise, key_dropout = jax.random.split(key)
         model = networks.Model(run.network, params)
         x0, times = jnp.repeat(x0, copies, axis=0), jax.tree.map(jnp.ravel, times)
-        return objectives.mean_bounds(key_noise, model, run.process, x0, times, key_dropout, paired=config.paired_noise)
+        found = objectives.mean_bounds(
+            key_noise, model, run.process, x0, times, key_dropout, paired=config.paired_noise
+        )
+        return found.score_entropy, (found.cross_entropy, found.of_sequences * len(x0) / times.weights)
 
     def micro_batch(total: Any, inputs: Any):
-        (loss, cross_entropy), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *inputs)
-        return jax.tree.map(lambda a, b: a + b / num_micro, total, (loss, cross_entropy, grads)), None
+        (loss, (cross_entropy, of_sequences)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *inputs)
+        return jax.tree.map(lambda a, b: a + b / num_micro, total, (loss, cross_entropy, grads)), of_sequences
 
     # Sequence i goes to micro-batch i % num_micro: each has times from the whole interval, and sequences stay on their
     # devices.
     deal = lambda x: jnp.moveaxis(x.reshape(-1, num_micro, *x.shape[1:]), 1, 0)
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
     parts = (jax.random.split(key_micro, num_micro), *jax.tree.map(deal, (x0, times)))
-    (loss, cross_entropy, grads), _ = jax.lax.scan(micro_batch, zeros, parts)
+    (loss, cross_entropy, grads), of_sequences = jax.lax.scan(micro_batch, zeros, parts)
 
     with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, times=parts[-1].t.ravel(), losses=of_sequences.ravel()
+        )
         params: Any = optax.apply_updates(state.params, updates)
         ema_params = optimizers.update_ema(state.ema_params, params, state.step + 1, run.config.optimizer.ema_decay)
     metrics = {
@@ -83,8 +90,13 @@ def num_texts(config: configs.TrainingConfig) -> int:
     return config.batch_size // num_copies(config)
 
 
+def make_optimizer(config: configs.Config) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run."""
+    return optimizers.make_optimizer(config.optimizer, config.training.num_steps, config.training.time_law)
+
+
 def make_state_fn(
-    run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    run: runs.Run, optimizer: optax.GradientTransformationExtraArgs, mesh: jax.sharding.Mesh
 ) -> Callable[[], train_state.TrainState]:
     """A function that initialises the state of a run, compiled for the mesh."""
 
@@ -95,7 +107,10 @@ def make_state_fn(
 
 
 def make_step_fn(
-    run: runs.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, state: train_state.TrainState
+    run: runs.Run,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mesh: jax.sharding.Mesh,
+    state: train_state.TrainState,
 ) -> StepFn:
     """`train_step` compiled for the mesh. It donates the state."""
     shardings = sharding.tree_shardings(mesh, state)
@@ -110,7 +125,7 @@ def make_step_fn(
 
 def lower_step(run: runs.Run, mesh: jax.sharding.Mesh) -> tuple[train_state.TrainState, jax.stages.Lowered]:
     """The shapes of the state, and `train_step` lowered for the mesh, whose devices need not exist here."""
-    optimizer = optimizers.make_optimizer(run.config.optimizer, run.config.training.num_steps)
+    optimizer = make_optimizer(run.config)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(make_state_fn(run, optimizer, mesh))
         x0 = jax.ShapeDtypeStruct((num_texts(run.config.training), run.config.data.length), jnp.int32)

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from sedd_jax.bounds import likelihoods
-from sedd_jax.diffusion import forward, graphs, losses, noise_schedules, scores
+from sedd_jax.diffusion import forward, graphs, losses, noise_schedules, scores, time_laws
 from tests.support import oracles
 
 NOISES = {
@@ -77,12 +77,12 @@ def test_the_strict_bound_of_the_exact_score_is_the_entropy(kind):
     This holds exactly if generation starts with the distribution at t = 1. The gap between the two is added here.
     """
     graph, noise = _graph(kind), NOISES[kind]
-    edges = np.array([losses.T_MIN, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 0.99, 0.997, 0.999, 1.0])
+    edges = np.array([time_laws.T_MIN, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 0.99, 0.997, 0.999, 1.0])
     nodes, weights = np.polynomial.legendre.leggauss(8)
     half, middle = np.diff(edges) / 2, (edges[1:] + edges[:-1]) / 2
     times, weights = (middle[:, None] + half[:, None] * nodes).ravel(), (half[:, None] * weights).ravel()
     # Every time (the last is where reconstruction begins), clean and noised token, as one batch.
-    times = np.append(times, losses.T_MIN)
+    times = np.append(times, time_laws.T_MIN)
     sigmas = np.asarray(noise.sigma(jnp.asarray(times, jnp.float32)), np.float64)
     cases = list(itertools.product(range(len(times)), range(3), range(graph.num_states)))
     time, x0, xt = np.array(cases).T
@@ -120,7 +120,7 @@ def _passes(**changed):
 def test_passes_estimate_means_and_errors():
     done = list(itertools.islice(_passes(), 400))
     estimates = likelihoods.combine(done)
-    for estimate, expected in zip(estimates, ((1 + losses.T_MIN) / 2, 0.3), strict=True):
+    for estimate, expected in zip(estimates, ((1 + time_laws.T_MIN) / 2, 0.3), strict=True):
         assert abs(estimate.mean - expected) < 5 * estimate.stderr
     spread = np.std([np.sum(found.groups, axis=1) for found in done], axis=0) / math.sqrt(len(done))
     assert [estimate.stderr for estimate in estimates] == pytest.approx(spread.tolist(), rel=0.35)
@@ -156,9 +156,9 @@ def _other(key, x0, t):
 
 def _truths(num_sequences, length):
     """Expected values of `_apart` and of its difference to `_other`, per token."""
-    ends = np.cos(3 * losses.T_MIN) - np.cos(3)
-    mean = 40 * np.arange(num_sequences).mean() + 2 * ends / 3 / (1 - losses.T_MIN)
-    return mean / length, (0.5 + 0.1 * (1 + losses.T_MIN) / 2) / length
+    ends = np.cos(3 * time_laws.T_MIN) - np.cos(3)
+    mean = 40 * np.arange(num_sequences).mean() + 2 * ends / 3 / (1 - time_laws.T_MIN)
+    return mean / length, (0.5 + 0.1 * (1 + time_laws.T_MIN) / 2) / length
 
 
 def _until(target_stderr):

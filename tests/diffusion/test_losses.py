@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 
 from sedd_jax.conversion import torch_weights
-from sedd_jax.diffusion import forward, graphs, losses, noise_schedules, scores
+from sedd_jax.diffusion import forward, graphs, losses, noise_schedules, scores, time_laws
 from sedd_jax.model import networks, objectives
 from tests.support import goldens, oracles, slow
 
@@ -99,7 +98,7 @@ def test_fresh_network_loses_log_of_the_vocabulary_a_token():
     def loss(key):
         key_t, key_xt = jax.random.split(key)
         x0 = jnp.zeros((batch, length), jnp.int32)
-        t = losses.sample_times(key_t, batch).t
+        t = time_laws.sample_times(key_t, batch).t
         return losses.denoising_score_entropy(key_xt, summary_fn, process, x0, t).score_entropy
 
     values = np.asarray(loss(jax.random.key(1)))
@@ -172,44 +171,9 @@ def test_exact_problems_are_what_they_say(entry, golden):
         assert (entry.expected > 0).all()
 
 
-def test_times_are_uniform_and_evenly_spaced():
-    batch = 64
-    draw = jax.jit(jax.vmap(lambda key: losses.sample_times(key, batch).t))
-    times = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
-    assert times.min() >= losses.T_MIN
-    assert times.max() <= 1.0
-    spacing = (1 - losses.T_MIN) / batch
-    np.testing.assert_allclose(np.diff(np.sort(times, -1), axis=-1), spacing, atol=1e-6)
-    for column in (0, 17, 63):
-        counts = np.histogram(times[:, column], bins=20, range=(losses.T_MIN, 1.0))[0]
-        assert oracles.chi_square_p(counts, np.full(20, 0.05)) > 1e-4
-
-
-def test_times_respect_their_minimum():
-    times = losses.sample_times(jax.random.key(0), 1000, t_min=0.5).t
-    assert 0.5 <= times.min() < 0.502
-    assert 0.998 < times.max() <= 1.0
-
-
-def test_a_bell_of_times_is_divided_out():
-    """Times follow the truncated normal distribution, and weights make every mean that over even times."""
-    draw = jax.jit(jax.vmap(lambda key: losses.sample_times(key, 64, "bell")))
-    times = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(0), 2000)))
-    assert times.t.min() >= losses.T_MIN
-    assert times.t.max() <= 1.0
-    edges = np.linspace(losses.T_MIN, 1, 21)
-    below = scipy.stats.truncnorm(-0.5 / 0.3, 0.5 / 0.3, 0.5, 0.3).cdf(np.linspace(0, 1, 21))
-    counts = np.histogram(times.t[:, 5], bins=edges)[0]
-    assert oracles.chi_square_p(counts, np.diff(below)) > 1e-4
-    for function in (np.ones_like, np.square, lambda t: 1 / (0.1 + t)):
-        means = (times.weights * function(times.t)).mean(-1)
-        fine = np.linspace(losses.T_MIN, 1, 100_001)
-        assert abs(means.mean() - np.trapezoid(function(fine), fine) / (1 - losses.T_MIN)) < 5 * means.std() / 2000**0.5
-
-
 def test_pairs_have_opposite_times_and_noise():
-    times = losses.sample_times(jax.random.key(0), 64, paired=True)
-    np.testing.assert_allclose(times.t[0::2] + times.t[1::2], 1 + losses.T_MIN, rtol=1e-6)
+    times = time_laws.sample_times(jax.random.key(0), 64, paired=True)
+    np.testing.assert_allclose(times.t[0::2] + times.t[1::2], 1 + time_laws.T_MIN, rtol=1e-6)
     spread = np.sort(np.asarray(times.t))
     assert np.diff(spread).max() < 2 / 32
     x0 = jnp.tile(jnp.arange(32)[:, None] % 5, (1, 100)).repeat(2, axis=0)
@@ -222,7 +186,8 @@ def test_pairs_have_opposite_times_and_noise():
 
 
 @pytest.mark.parametrize(
-    ("law", "paired"), slow.all_but([("bell", True)], [("uniform", False), ("uniform", True), ("bell", True)])
+    ("law", "paired"),
+    slow.all_but([("learned", True)], [("uniform", False), ("uniform", True), ("bell", True), ("learned", True)]),
 )
 @pytest.mark.parametrize("kind", ["absorb", "uniform"])
 def test_every_law_and_pairs_have_the_expected_loss_by_enumeration(kind, law, paired, golden):
@@ -233,13 +198,14 @@ def test_every_law_and_pairs_have_the_expected_loss_by_enumeration(kind, law, pa
     clean = jnp.asarray(np.stack(np.unravel_index(np.arange(p0.size), p0.shape), -1))
     one = oracles.exact_score_fn(graph, p0)
     score_fn = jax.vmap(lambda xt, sigma: one(xt[None], sigma[None])[0])
+    moments = time_laws.Moments(*jnp.asarray(np.random.default_rng(0).uniform(0, 9, (2, time_laws.NUM_INTERVALS))))
 
     @jax.jit
     def loss(key):
         key_x0, key_t, key_xt = jax.random.split(key, 3)
         copies = 2 if paired else 1
         x0 = clean[jax.random.choice(key_x0, p0.size, (batch // copies,), p=jnp.asarray(p0.ravel()))]
-        times = losses.sample_times(key_t, batch, law, paired=paired)
+        times = time_laws.sample_times(key_t, batch, law, moments=moments, paired=paired)
         inputs = losses.noised(key_xt, forward.Process(graph, noise), x0.repeat(copies, axis=0), times, paired=paired)
         summary = scores.summarize(jnp.log(score_fn(inputs.xt, inputs.sigma)), inputs.xt, inputs.x0)
         found = losses.of_positions(graph, summary, inputs.sigma, inputs.xt, inputs.x0).score_entropy

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import forward, graphs, losses, noise_schedules
+from sedd_jax.diffusion import forward, graphs, noise_schedules, time_laws
 from sedd_jax.model import layers, networks, objectives, score_heads
 from sedd_jax.runtime import sharding
 
@@ -69,7 +69,7 @@ def products(dtype, platform, monkeypatch):
         model = networks.Model(config, params)
         key, key_dropout = jax.random.split(jax.random.key(0))
         z = score_heads.logits(model, networks.apply(model, x0, jnp.ones(2)))
-        times = losses.Times(jnp.ones(2), jnp.ones(2))
+        times = time_laws.Times(jnp.ones(2), jnp.ones(2))
         return objectives.mean_bounds(key, model, process, x0, times, key_dropout).score_entropy + z.sum()
 
     text = jax.jit(jax.grad(loss)).lower(params, x0).as_text()

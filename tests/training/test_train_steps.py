@@ -11,14 +11,15 @@ import pytest
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.model import networks, optimizers, train_state
+from sedd_jax.diffusion import time_laws
+from sedd_jax.model import networks, train_state
 from sedd_jax.runtime import errors
 from sedd_jax.training import train, train_steps
 from tests.support import small_runs
 
 OPTIONS = {
     "muon": {"optimizer.name": "muon", "optimizer.schedule": "wsd"},
-    "pairs": {"training.paired_noise": True, "training.time_law": "bell", "training.num_micro_batches": 2},
+    "pairs": {"training.paired_noise": True, "training.time_law": "learned", "training.num_micro_batches": 2},
     "cosine": {"optimizer.schedule": "cosine"},
 }
 
@@ -89,7 +90,7 @@ def test_a_step_noises_each_text_of_a_pair_at_the_other_half_of_its_positions(ma
     monkeypatch.setattr(networks, "apply", recorded)
     x0 = np.random.default_rng(0).integers(0, 9, (train_steps.num_texts(config.training), 16)).astype(np.int32)
     assert x0.shape == (16, 16)
-    optimizer = optimizers.make_optimizer(config.optimizer, config.training.num_steps)
+    optimizer = train_steps.make_optimizer(config)
     state = train_state.create(jax.random.key(0), run.network, optimizer)
     step = jax.jit(functools.partial(train_steps.train_step, run=run, optimizer=optimizer))
     jax.block_until_ready(step(state, jnp.asarray(x0)))
@@ -101,6 +102,32 @@ def test_a_step_noises_each_text_of_a_pair_at_the_other_half_of_its_positions(ma
     # Each copy keeps tokens of one text: what both know together is the text.
     together = np.where(is_mask[0::2], xt[1::2], xt[0::2])
     assert sorted(map(tuple, together)) == sorted(map(tuple, x0))
+
+
+def test_a_step_remembers_the_loss_of_each_sequence_at_its_time(make_config, monkeypatch):
+    """Without the weights of times and of micro-batches: with them, the mean is the loss of the step."""
+    config = make_config(OPTIONS["pairs"])
+    run = runs.unsaved(config, vocab_size=9)
+    seen, add_losses = [], time_laws.add_losses
+
+    def recorded(moments, t, found):
+        jax.debug.callback(lambda *arrays: seen.extend(map(np.asarray, arrays)), t, found)
+        return add_losses(moments, t, found)
+
+    monkeypatch.setattr(time_laws, "add_losses", recorded)
+    optimizer = train_steps.make_optimizer(config)
+    state = train_state.create(jax.random.key(0), run.network, optimizer)
+    squares = np.random.default_rng(0).uniform(1, 9, time_laws.NUM_INTERVALS)
+    moments = time_laws.Moments(jnp.asarray(squares), jnp.ones(time_laws.NUM_INTERVALS))
+    state = state.replace(opt_state=(moments, *state.opt_state[1:]))
+    step = jax.jit(functools.partial(train_steps.train_step, run=run, optimizer=optimizer))
+    new, metrics = jax.block_until_ready(step(state, jnp.zeros((16, 16), jnp.int32)))
+    jax.effects_barrier()
+    t, found = seen
+    place = ((t - time_laws.T_MIN) / (1 - time_laws.T_MIN) * time_laws.NUM_INTERVALS).astype(int)
+    weights = 1 / np.asarray(time_laws.density(moments, symmetric=True))[place]
+    np.testing.assert_allclose((weights * found).mean(), 16 * metrics["train/loss"], rtol=1e-5)
+    np.testing.assert_allclose(new.opt_state[0].counts.sum(), 32 + 0.99 * time_laws.NUM_INTERVALS, rtol=1e-6)
 
 
 def test_pairs_that_cannot_be_are_refused(make_config):
