@@ -98,10 +98,8 @@ def make_optimizer(
 def _remember_losses() -> optax.GradientTransformationExtraArgs:
     """Keeps the moments of the loss by time; gradients pass as they are."""
 
-    def update(
-        grads: Any, moments: time_laws.Moments, params: Any, *, times: Array, losses: Array, **_: Any
-    ) -> tuple[Any, time_laws.Moments]:
-        return grads, time_laws.add_losses(moments, times, losses)
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, time_laws.Moments]:
+        return updates, time_laws.add_losses(state, extra_args["times"], extra_args["losses"])
 
     return optax.GradientTransformationExtraArgs(lambda params: time_laws.no_moments(), update)
 

@@ -126,10 +126,11 @@ def _total_forward(
     batch, tensor = sharding.mapped_axes(len(positions.xt))
     run = functools.partial(_part, config, bounds_fn, batch)
     tokens, whole = PartitionSpec(batch), PartitionSpec()
-    out_specs = (Total(whole, whole, tokens), (tiles.kernel_spec(batch, tensor), whole, tokens))
-    return sharding.per_device(run, (whole, whole, tokens, tokens), out_specs)(
+    out_specs = ((whole, whole, tokens), (tiles.kernel_spec(batch, tensor), whole, tokens))
+    found, gradients = sharding.per_device(run, (whole, whole, tokens, tokens), out_specs)(
         kernel.astype(features.dtype), bias, features, positions
     )
+    return Total(*found), gradients
 
 
 def _total_backward(
@@ -149,7 +150,7 @@ def _part(
     bias: Array,
     features: Array,
     positions: _Positions,
-) -> tuple[Total, tuple[Array, Array, Array]]:
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
     """Total and gradients for one device's sequences, then summed over devices."""
     shape = positions.xt.shape
     rows = tiles.choose(positions.is_needed, _num_rows(config, positions.xt.size))
@@ -189,5 +190,5 @@ def _part(
     start = (jnp.zeros(()), jnp.zeros(len(f)), jnp.zeros(kernel.shape), jnp.zeros(bias.shape), jnp.zeros_like(f))
     cross_entropy, of_rows, of_kernel, of_bias, of_f = rows.visit(visit, start)
     gradients = tiles.add_kernels(of_kernel, batch), jax.lax.psum(of_bias, batch), rows.scatter(of_f, shape)
-    found = jax.lax.psum((of_rows.sum(), cross_entropy), batch)
-    return Total(*found, rows.scatter(of_rows, shape).sum(-1)), gradients
+    total = jax.lax.psum(of_rows.sum(), batch), jax.lax.psum(cross_entropy, batch), rows.scatter(of_rows, shape).sum(-1)
+    return total, gradients

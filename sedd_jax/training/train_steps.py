@@ -61,13 +61,13 @@ def train_step(
     # devices.
     deal = lambda x: jnp.moveaxis(x.reshape(-1, num_micro, *x.shape[1:]), 1, 0)
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-    parts = (jax.random.split(key_micro, num_micro), *jax.tree.map(deal, (x0, times)))
+    x0_parts, times_parts = jax.tree.map(deal, (x0, times))
+    parts = jax.random.split(key_micro, num_micro), x0_parts, times_parts
     (loss, cross_entropy, grads), of_sequences = jax.lax.scan(micro_batch, zeros, parts)
 
     with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, times=parts[-1].t.ravel(), losses=of_sequences.ravel()
-        )
+        by_time = {"times": times_parts.t.ravel(), "losses": of_sequences.ravel()}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **by_time)
         params: Any = optax.apply_updates(state.params, updates)
         ema_params = optimizers.update_ema(state.ema_params, params, state.step + 1, run.config.optimizer.ema_decay)
     metrics = {
