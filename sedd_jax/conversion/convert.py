@@ -23,7 +23,7 @@ from sedd_jax.conversion import (
 )
 from sedd_jax.data import subwords, tokenizers
 from sedd_jax.model import networks, optimizers, train_state
-from sedd_jax.runtime import errors, hosts, locks, storage
+from sedd_jax.runtime import errors, hosts, leases, storage
 
 FORMATS = ("torch", "jax", "stablehlo")
 WEIGHTS = {"ema": "ema_params", "raw": "params"}
@@ -141,7 +141,7 @@ def convert(
             remedy="leave it out",
         )
     compares = has_torch if verify is None else verify
-    with locks.owned(directory, "to"), storage.new_directory(directory) as partial:
+    with leases.owned(directory, "to"), storage.new_directory(directory) as partial:
         if to_format == "jax":
             compared = _write_run(partial, model, compares)
         else:

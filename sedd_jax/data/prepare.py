@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from sedd_jax.data import batches, corpora, shards, tokenizers
-from sedd_jax.runtime import errors, hosts, locks, storage, terminals
+from sedd_jax.runtime import errors, hosts, leases, storage, terminals
 
 _MEASURED_TOKENS = 2**24  # enough for the entropies, whose pairs then take half a gigabyte with GPT-2's tokens
 _SHOWN_TOKENS = 200
@@ -34,7 +34,7 @@ def prepare(source: str, tokenizer_spec: str, directory: storage.Directory, *, n
             "exists and is not empty", field="out", value=directory, remedy="choose another directory"
         )
     local = storage.local_copy(directory)
-    with locks.owned(local, "out"):
+    with leases.owned(directory, "out"):
         corpus = corpora.find(source)
         tokenizer = tokenizers.build(tokenizer_spec, corpus.texts)
         storage.clear(directory)

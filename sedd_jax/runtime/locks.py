@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import os
 import pathlib
@@ -12,13 +13,15 @@ from typing import TextIO
 from sedd_jax.runtime import errors
 
 INSIDE = ".lock"  # The file in a directory whose parent may not be written.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def owned(place: pathlib.Path, field: str) -> Iterator[None]:
-    """Owns a directory, which need not exist yet. The system ends this with the process, however that ends.
+def owned(place: pathlib.Path, field: str) -> Iterator[pathlib.Path | None]:
+    """Owns a local directory, which need not exist yet. The system ends this with the process, however that ends.
 
-    Where a file system has no locks, or nothing may be written beside the directory, there is no protection.
+    Gives the file that stands for the directory if its file system has no locks; then, and where nothing may be written
+    beside the directory, there is no protection.
 
     Args:
         place: the directory.
@@ -31,20 +34,22 @@ def owned(place: pathlib.Path, field: str) -> Iterator[None]:
         try:
             file = stack.enter_context(_locked(_file_of(place)))
         except BlockingIOError as error:
-            raise errors.UserError(
-                f"is in use by {error.args[0] or 'another process'}",
-                field=field,
-                value=place,
-                remedy="wait until it ends, or stop it",
-            ) from error
-        except OSError:
-            file = None
-        if file is not None:
-            now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-            with contextlib.suppress(OSError):  # A full disk: the lock holds without the note.
-                os.ftruncate(file.fileno(), 0)
-                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
-        yield
+            raise in_use(error.args[0], place, field) from error
+        except OSError as error:
+            yield _file_of(place) if error.errno in _NO_LOCKS else None
+            return
+        now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        with contextlib.suppress(OSError):  # A full disk: the lock holds without the note.
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
+        yield None
+
+
+def in_use(owner: str, place: object, field: str) -> errors.UserError:
+    """The error of a directory that another process owns."""
+    return errors.UserError(
+        f"is in use by {owner or 'another process'}", field=field, value=place, remedy="wait until it ends, or stop it"
+    )
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -109,6 +110,39 @@ def upload(place: Directory, *patterns: str) -> None:
             if _sent.get(file) != version:
                 bucket.put_file(str(file), f"{place}/{file.relative_to(local)}")
                 _sent[file] = version
+
+
+def get_text(file: Directory) -> str | None:
+    """The text of a small file, local or in a bucket; None if there is none."""
+    try:
+        if isinstance(file, pathlib.Path):
+            return file.read_text(encoding="utf-8")
+        with _bucket(file) as bucket:
+            return bucket.cat_file(str(file)).decode()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def put_text(file: Directory, text: str) -> None:
+    """Writes a small file, local or in a bucket, as a whole."""
+    if isinstance(file, pathlib.Path):
+        partial = file.with_name(f".{file.name}-{uuid.uuid4().hex}{PARTIAL}")  # Others may write the same file.
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    else:
+        with _bucket(file) as bucket:
+            bucket.pipe_file(str(file), text.encode())
+
+
+def remove(file: Directory) -> None:
+    """Deletes a file, local or in a bucket."""
+    if isinstance(file, pathlib.Path):
+        file.unlink(missing_ok=True)
+    else:
+        with _bucket(file) as bucket:
+            bucket.rm_file(str(file))
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:

@@ -17,7 +17,7 @@ from sedd_jax import checkpoints, runs
 from sedd_jax import config as configs
 from sedd_jax.data import batches
 from sedd_jax.model import train_state, work
-from sedd_jax.runtime import accelerators, errors, last_words, locks, processes, sharding, storage
+from sedd_jax.runtime import accelerators, errors, last_words, leases, processes, sharding, storage
 from sedd_jax.training import initial_weights, interim, loss_curves, metric_writers, profiles, train_steps
 
 # Files that training writes in addition to checkpoints.
@@ -125,7 +125,7 @@ def train(
 
 
 def _start(owner: contextlib.ExitStack, workdir: storage.Directory, config: configs.Config) -> None:
-    owner.enter_context(locks.owned(storage.local_copy(workdir), "workdir"))
+    owner.enter_context(leases.owned(workdir, "workdir"))
     runs.start(workdir, config)
 
 
