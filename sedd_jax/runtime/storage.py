@@ -117,7 +117,7 @@ def get_text(file: Directory) -> str | None:
     try:
         if isinstance(file, pathlib.Path):
             return file.read_text(encoding="utf-8")
-        with _bucket(file) as bucket:
+        with _bucket(file.parent) as bucket:
             return bucket.cat_file(str(file)).decode()
     except OSError as error:
         if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
@@ -132,7 +132,7 @@ def put_text(file: Directory, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(file)
     else:
-        with _bucket(file) as bucket:
+        with _bucket(file.parent) as bucket:
             bucket.pipe_file(str(file), text.encode())
 
 
@@ -141,7 +141,7 @@ def remove(file: Directory) -> None:
     if isinstance(file, pathlib.Path):
         file.unlink(missing_ok=True)
     else:
-        with _bucket(file) as bucket:
+        with _bucket(file.parent) as bucket:
             bucket.rm_file(str(file))
 
 
