@@ -28,8 +28,13 @@ CONTENTS = {
     "Reference": ("commands", "api"),
     "Development": ("architecture", "contributing", "security", "changelog", "log"),
 }
-# They need torch or lm-evaluation-harness, which need not be installed.
-LEFT_OUT = {"sedd_jax.conversion.torch_model", "sedd_jax.harness", "sedd_jax.performance.benchmark_published"}
+# They need torch, transformers or lm-evaluation-harness, which need not be installed.
+LEFT_OUT = {
+    "sedd_jax.conversion.modeling_sedd",
+    "sedd_jax.conversion.torch_model",
+    "sedd_jax.harness",
+    "sedd_jax.performance.benchmark_published",
+}
 _TOP = """## sedd_jax
 
 ```{eval-rst}

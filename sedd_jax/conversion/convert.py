@@ -28,6 +28,7 @@ from sedd_jax.runtime import errors, hosts, leases, storage
 FORMATS = ("torch", "jax", "stablehlo")
 WEIGHTS = {"ema": "ema_params", "raw": "params"}
 DTYPES = ("float32", "bfloat16", "float16")
+CODE = ("torch_model.py", "modeling_sedd.py")  # the network for torch alone, and for transformers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,7 +263,8 @@ def _write_torch(
     published_configs.check_publishable(run)
     tensors = _rounded(_told_noise(model), dtype)
     origin = {**model.origin, "dtype": dtype, "config": configs.to_dict(run.config)}
-    runs.write_json(directory / "config.json", published_configs.to_sedd(run) | {"sedd_jax": origin})
+    described = published_configs.to_sedd(run) | published_configs.FOR_TRANSFORMERS | {"sedd_jax": origin}
+    runs.write_json(directory / "config.json", described)
     try:
         safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
@@ -274,7 +276,8 @@ def _write_torch(
     tokenizers.write(run.tokenizer, directory / published_checkpoints.TOKENIZER)
     if isinstance(run.tokenizer, subwords.SentencePiece):
         (directory / "tokenizer.model").write_bytes(run.tokenizer.file())
-    shutil.copyfile(pathlib.Path(__file__).parent / "torch_model.py", directory / "torch_model.py")
+    for name in CODE:
+        shutil.copyfile(pathlib.Path(__file__).parent / name, directory / name)
     if with_stablehlo:
         exported = score_export.export(tensors, run.network, run.config.data.length)
         (directory / "score.stablehlo").write_bytes(exported)

@@ -49,6 +49,12 @@ _SEDD = {
     "training.num_steps": "training.n_iters",
 }
 _SEDD_OPTIONAL = {"noise.eps": "noise.eps"}
+# What transformers reads beside. It would take the dtype of stored weights for that of matrix products.
+FOR_TRANSFORMERS = {
+    "architectures": ["SEDDModel"],
+    "auto_map": {"AutoConfig": "modeling_sedd.SEDDConfig", "AutoModel": "modeling_sedd.SEDDModel"},
+    "dtype": "float32",
+}
 # MDLM's scale_by_sigma is left out: its program decides by the parameterization and ignores that field.
 _MDLM_OPTIONAL = {
     **_NOISE,

@@ -1,7 +1,7 @@
 """A converted model in PyTorch (Lou et al. 2023, sections 4 and 5.1). It needs only this file and torch.
 
     model = SEDD.from_pretrained("sedd-mine").to("cuda")
-    tokens = model.sample(4, num_steps=128)  # [4, L] token ids
+    tokens = model.sample(4, num_steps=128, seed=0)  # [4, L] token ids
     log_score = model(tokens, sigma)  # [B, L, V]
 
 For infilling call `model.sample(num_steps=128, given=tokens, is_given=known)`. Modules have the names of the published
@@ -27,18 +27,20 @@ _ROWS = 1024  # Positions whose scores are in memory at once.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class SEDD(nn.Module):
-    """The score network with its graph and noise schedule, as config.json describes them."""
+class Network(nn.Module):
+    """The score network with its graph, noise schedule and sampler; `build` makes its layers.
 
-    def __init__(self, config: dict[str, Any], *, dtype: torch.dtype = torch.float32):
-        """Makes a network with newly initialized weights.
+    `SEDD` is the network for torch alone, and modeling_sedd.py makes it a model for transformers.
+    """
+
+    def build(self, config: dict[str, Any], dtype: torch.dtype) -> None:
+        """Makes the layers with new weights.
 
         Args:
             config: the content of config.json: tokens, graph, noise, model.
             dtype: of the matrix products between embedding and scores. Weights and scores are float32.
         """
-        super().__init__()
-        self.config, self.dtype = config, dtype
+        self.noise, self.product_dtype = config["noise"], dtype
         self.is_absorbing = config["graph"]["type"] == "absorb"
         self.vocab_size = config["tokens"]
         self.num_states = self.vocab_size + self.is_absorbing
@@ -50,6 +52,132 @@ class SEDD(nn.Module):
         self.rotary_emb = Rotary(hidden // heads)
         self.blocks = nn.ModuleList(Block(hidden, heads, cond, sizes["dropout"]) for _ in range(sizes["n_blocks"]))
         self.output_layer = Head(hidden, self.num_states, cond)
+
+    def features(self, tokens: Tensor, sigma: Tensor) -> Tensor:
+        """Features [B, L, D] for the head's last linear layer, from tokens [B, L] and their total noise sigma [B]."""
+        x = self.vocab_embed(tokens)
+        condition = functional.silu(self.sigma_map(sigma))
+        rotation = self.rotary_emb(tokens.shape[1])
+        with torch.autocast(x.device.type, self.product_dtype, enabled=self.product_dtype != torch.float32):
+            for block in self.blocks:
+                x = block(x, condition, rotation)
+            return self.output_layer.features(x, condition)
+
+    def forward(self, tokens: Tensor, sigma: Tensor) -> Tensor:
+        """Log score of every state, [B, L, V], with 0 at the current token; tokens [B, L], sigma [B]."""
+        return self._log_score(self.features(tokens, sigma), tokens, sigma[:, None])
+
+    def _log_score(self, features: Tensor, tokens: Tensor, sigma: Tensor) -> Tensor:
+        """Log scores [..., V] from features [..., D] at tokens [...]; sigma broadcasts over the tokens."""
+        with torch.autocast(features.device.type, self.product_dtype, enabled=self.product_dtype != torch.float32):
+            z = self.output_layer.linear(features)
+        z = z.float()
+        if self.scale_by_sigma:
+            z = z - (torch.log(torch.expm1(sigma)) + math.log(self.num_states - 1))[..., None]
+        return z.scatter(-1, tokens[..., None], 0.0)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Total noise at times t in [0, 1]."""
+        noise = self.noise
+        if noise["type"] == "loglinear":
+            return -torch.log1p(-(1 - noise.get("eps", 1e-3)) * t)
+        return noise["sigma_min"] ** (1 - t) * noise["sigma_max"] ** t
+
+    def dsigma_dt(self, t: Tensor) -> Tensor:
+        """Rate of noise at times t."""
+        noise = self.noise
+        if noise["type"] == "loglinear":
+            return (1 - noise.get("eps", 1e-3)) / (1 - (1 - noise.get("eps", 1e-3)) * t)
+        return self.sigma(t) * math.log(noise["sigma_max"] / noise["sigma_min"])
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        num_samples: int = 1,
+        *,
+        num_steps: int = 128,
+        sampler: str = "tweedie",
+        given: Tensor | None = None,
+        is_given: Tensor | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Samples token ids [B, L]. It takes `num_steps` network evaluations, and one more to denoise.
+
+        Args:
+            num_samples: number of sequences B; if `given` is passed, B is its number of sequences.
+            num_steps: steps, evenly spaced in t.
+            sampler: tweedie (equations 19 and 20; published as "analytic"), euler (equation 17) or tau_leaping.
+            given: known tokens [B, L]; values at unknown positions do not matter.
+            is_given: whether a token is known, a bool [B, L].
+            seed: seed of all randomness; the same one gives the same tokens on the same device.
+            generator: source of all randomness, on the model's device, in place of a seed.
+        """
+        device = self.vocab_embed.embedding.device
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler={sampler!r} is unknown: choose one of {', '.join(SAMPLERS)}")
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps} is no number of steps: give at least 1")
+        if seed is not None:
+            if generator is not None:
+                raise ValueError("seed and generator are both given: pass one of them")
+            generator = torch.Generator(device).manual_seed(seed)
+        given, is_given = self._checked(num_samples, given, is_given)
+        if self.is_absorbing:
+            xt = torch.full_like(given, self.vocab_size)
+        else:
+            xt = torch.randint(self.num_states, given.shape, device=device, generator=generator)
+        times = torch.linspace(1, T_END, num_steps + 1, device=device)
+        sigmas = [*self.sigma(times), torch.zeros((), device=device)]
+        for number, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
+            rate = self.dsigma_dt(times[number]) * (1 - T_END) / num_steps
+            step = Step(sampler, sigma, sigma - after, rate, number == num_steps)
+            xt = torch.where(is_given, given, xt)
+            is_movable = xt == self.vocab_size if self.is_absorbing else ~is_given
+            xt[is_movable] = self._move(xt, step, is_movable, generator)
+        return xt
+
+    def _checked(self, num_samples: int, given: Tensor | None, is_given: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Known tokens, and where they are known, on the model's device; nothing is known if both are None."""
+        device = self.vocab_embed.embedding.device
+        if (given is None) != (is_given is None):
+            raise ValueError("given and is_given go together: pass the known tokens, and where they are known")
+        if given is None or is_given is None:
+            given = torch.zeros(num_samples, self.length, dtype=torch.int64, device=device)
+            is_given = torch.zeros_like(given, dtype=torch.bool)
+        if given.ndim != 2 or given.shape != is_given.shape or is_given.dtype != torch.bool:
+            raise ValueError(
+                f"given {tuple(given.shape)} and is_given {tuple(is_given.shape)} ({is_given.dtype}) must both be "
+                "[B, L], is_given a bool"
+            )
+        return given.to(device, torch.int64), is_given.to(device)
+
+    def _move(self, xt: Tensor, step: "Step", is_movable: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Samples the next states [R] of those positions of xt that may change."""
+        features = self.features(xt, step.sigma.expand(len(xt)))[is_movable]
+        moved = []
+        for rows, tokens in zip(features.split(_ROWS), xt[is_movable].split(_ROWS), strict=True):
+            score = self._log_score(rows, tokens, step.sigma).exp().scatter(-1, tokens[:, None], 0.0)
+            total = score.sum(-1, keepdim=True)
+            if step.sampler in _BY_RATE and not step.is_last:
+                # Q(xt, y) is 1 out of the mask, and 1/N on the uniform graph.
+                rate = step.rate if self.is_absorbing else step.rate / self.num_states
+                jump = _BY_RATE[step.sampler](total, rate)
+            elif self.is_absorbing:
+                jump = absorbing_jump(total, step.delta_sigma, is_last=step.is_last)
+            else:
+                jump = uniform_jump(total, step.delta_sigma, self.num_states)
+            moved.append(draw(score, tokens, jump, generator))
+        return torch.cat(moved) if moved else xt[is_movable]
+
+
+class SEDD(Network):
+    """The network for torch alone, as config.json describes it."""
+
+    def __init__(self, config: dict[str, Any], *, dtype: torch.dtype = torch.float32):
+        """Makes a network with new weights. Arguments are those of `build`."""
+        super().__init__()
+        self.build(config, dtype)
 
     @classmethod
     def from_pretrained(cls, directory: str | pathlib.Path, *, dtype: torch.dtype = torch.float32) -> "SEDD":
@@ -64,100 +192,15 @@ class SEDD(nn.Module):
         model.load_state_dict(read_safetensors(directory / "model.safetensors"))
         return model.eval()
 
-    def features(self, tokens: Tensor, sigma: Tensor) -> Tensor:
-        """Features [B, L, D] for the head's last linear layer, from tokens [B, L] and their total noise sigma [B]."""
-        x = self.vocab_embed(tokens)
-        condition = functional.silu(self.sigma_map(sigma))
-        rotation = self.rotary_emb(tokens.shape[1])
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            for block in self.blocks:
-                x = block(x, condition, rotation)
-            return self.output_layer.features(x, condition)
 
-    def forward(self, tokens: Tensor, sigma: Tensor) -> Tensor:
-        """Log score of every state, [B, L, V], with 0 at the current token; tokens [B, L], sigma [B]."""
-        return self._log_score(self.features(tokens, sigma), tokens, sigma[:, None])
+class Step(NamedTuple):
+    """A step of a sampler: total noise before it, noise that it removes, length times rate of noise, whether last."""
 
-    def _log_score(self, features: Tensor, tokens: Tensor, sigma: Tensor) -> Tensor:
-        """Log scores [..., V] from features [..., D] at tokens [...]; sigma broadcasts over the tokens."""
-        with torch.autocast(features.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            z = self.output_layer.linear(features)
-        z = z.float()
-        if self.scale_by_sigma:
-            z = z - (torch.log(torch.expm1(sigma)) + math.log(self.num_states - 1))[..., None]
-        return z.scatter(-1, tokens[..., None], 0.0)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        """Total noise at times t in [0, 1]."""
-        noise = self.config["noise"]
-        if noise["type"] == "loglinear":
-            return -torch.log1p(-(1 - noise.get("eps", 1e-3)) * t)
-        return noise["sigma_min"] ** (1 - t) * noise["sigma_max"] ** t
-
-    @torch.inference_mode()
-    def sample(
-        self,
-        num_samples: int = 1,
-        *,
-        num_steps: int = 128,
-        given: Tensor | None = None,
-        is_given: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Samples token ids [B, L] by Tweedie steps (equations 19 and 20) and a final denoising step.
-
-        Args:
-            num_samples: number of sequences B; if `given` is passed, B is its number of sequences.
-            num_steps: steps, evenly spaced in t. The denoising step takes one more network evaluation.
-            given: known tokens [B, L]; values at unknown positions do not matter.
-            is_given: whether a token is known, a bool [B, L].
-            generator: source of all randomness, on the model's device.
-        """
-        device = self.vocab_embed.embedding.device
-        if (given is None) != (is_given is None):
-            raise ValueError("given and is_given go together: pass the known tokens, and where they are known")
-        if given is None or is_given is None:
-            given = torch.zeros(num_samples, self.length, dtype=torch.int64, device=device)
-            is_given = torch.zeros_like(given, dtype=torch.bool)
-        if given.ndim != 2 or given.shape != is_given.shape or is_given.dtype != torch.bool:
-            raise ValueError(
-                f"given {tuple(given.shape)} and is_given {tuple(is_given.shape)} ({is_given.dtype}) must both be "
-                "[B, L], is_given a bool"
-            )
-        given, is_given = given.to(device, torch.int64), is_given.to(device)
-        if self.is_absorbing:
-            xt = torch.full_like(given, self.vocab_size)
-        else:
-            xt = torch.randint(self.num_states, given.shape, device=device, generator=generator)
-        times = torch.linspace(1, T_END, num_steps + 1, device=device)
-        sigmas = [*self.sigma(times), torch.zeros((), device=device)]
-        for number, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
-            xt = torch.where(is_given, given, xt)
-            is_movable = xt == self.vocab_size if self.is_absorbing else ~is_given
-            xt[is_movable] = self._move(xt, sigma, sigma - after, is_movable, number == num_steps, generator)
-        return xt
-
-    def _move(
-        self,
-        xt: Tensor,
-        sigma: Tensor,
-        delta_sigma: Tensor,
-        is_movable: Tensor,
-        is_last: bool,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Samples the next states [R] of those positions of xt that may change."""
-        features = self.features(xt, sigma.expand(len(xt)))[is_movable]
-        moved = []
-        for rows, tokens in zip(features.split(_ROWS), xt[is_movable].split(_ROWS), strict=True):
-            score = self._log_score(rows, tokens, sigma).exp().scatter(-1, tokens[:, None], 0.0)
-            total = score.sum(-1, keepdim=True)
-            if self.is_absorbing:
-                jump = absorbing_jump(total, delta_sigma, is_last=is_last)
-            else:
-                jump = uniform_jump(total, delta_sigma, self.num_states)
-            moved.append(draw(score, tokens, jump, generator))
-        return torch.cat(moved) if moved else xt[is_movable]
+    sampler: str
+    sigma: Tensor
+    delta_sigma: Tensor
+    rate: Tensor
+    is_last: bool
 
 
 class Jump(NamedTuple):
@@ -189,6 +232,21 @@ def uniform_jump(total: Tensor, delta_sigma: Tensor, num_states: int) -> Jump:
     grown, share = torch.exp(delta_sigma), -torch.expm1(-delta_sigma) / num_states
     taken = torch.expm1(delta_sigma) * (total + 1) / num_states
     return Jump((grown - taken) * (1 / grown + share), (grown * share).expand(total.shape), -taken * share)
+
+
+def euler_jump(total: Tensor, rate: Tensor) -> Jump:
+    """An Euler step: rate score_y for a token y, the rest of 1 for the current one; `rate` includes Q(xt, y)."""
+    return Jump(1 - rate * total, rate.expand(total.shape), torch.zeros_like(total))
+
+
+def leap_jump(total: Tensor, rate: Tensor) -> Jump:
+    """A tau-leap: a token stays with probability exp(-rate sum s), else jumps in proportion to the score."""
+    jumps = rate * total
+    return Jump(torch.exp(-jumps), -torch.expm1(-jumps) / total.clamp(min=1e-30), torch.zeros_like(total))
+
+
+_BY_RATE = {"euler": euler_jump, "tau_leaping": leap_jump}
+SAMPLERS = ("tweedie", *_BY_RATE)
 
 
 def draw(score: Tensor, tokens: Tensor, jump: Jump, generator: torch.Generator | None) -> Tensor:

@@ -67,7 +67,7 @@ def test_bfloat16_is_near(model, name, golden):
     assert 1e-4 < error < 0.1
 
 
-@goldens.cases("sampler.npz", r"^given\..*\.(analytic|denoise)_dist$")
+@goldens.cases("sampler.npz", r"^given\..*\.(analytic|denoise|euler)_dist$")
 def test_recorded_distributions_of_a_step(entry, golden):
     _, kind, noise, quantity = entry.name.split(".")
     case = entry.name.rsplit(".", 1)[0]
@@ -78,9 +78,13 @@ def test_recorded_distributions_of_a_step(entry, golden):
     xt, score = xt.long()[..., None], score.double()
     others = score.scatter(-1, xt, 0.0)
     delta = (sigma if is_last else sigma - after)[..., None].double()
-    if kind == "absorb":
+    masked = xt == 9
+    if quantity.startswith("euler"):
+        rate = (dt * torch.from_numpy(np.array(schedule.dsigma_dt(jnp.asarray(t)))))[..., None].double()
+        rate = torch.where(masked, rate, 0.0) if kind == "absorb" else rate / 9
+        jump = torch_model.euler_jump(others.sum(-1, keepdim=True), rate)
+    elif kind == "absorb":
         # A token other than the mask stays; the model calls this only for masks.
-        masked = xt == 9
         jump = torch_model.absorbing_jump(others.sum(-1, keepdim=True), delta, is_last=is_last)
         jump = torch_model.Jump(torch.where(masked, jump.stay, 1.0), jump.slope * masked, jump.offset)
     else:
@@ -147,12 +151,13 @@ class Exact(torch_model.SEDD):
         return torch.from_numpy(np.log(np.maximum(table[(*self.state[row].T, place)], 1e-30))).float()
 
 
+@pytest.mark.parametrize("sampler", torch_model.SAMPLERS)
 @pytest.mark.parametrize("kind", sorted(NOISES))
-def test_samples_follow_the_exact_distribution(kind):
+def test_samples_follow_the_exact_distribution(kind, sampler):
     model = Exact(kind)
-    tokens = model.sample(20_000, num_steps=4, generator=torch.Generator().manual_seed(1)).numpy()
+    tokens = model.sample(20_000, num_steps=4, sampler=sampler, seed=1).numpy()
     assert model.evaluations == 5
-    expected = oracles.sampler_distribution(model.graph, model.schedule, P0, "tweedie", 4).reshape(
+    expected = oracles.sampler_distribution(model.graph, model.schedule, P0, sampler, 4).reshape(
         *[model.num_states] * 2
     )
     counts = np.bincount(tokens @ [5, 1], minlength=25)
@@ -182,10 +187,25 @@ def test_given_tokens_never_change(model):
     assert (everything == given).all()
 
 
-def test_the_same_generator_gives_the_same_text(model):
+def test_the_same_seed_gives_the_same_text(model):
     first, second = (model.sample(2, num_steps=4, generator=torch.Generator().manual_seed(4)) for _ in range(2))
     assert first.shape == (2, 24)
     assert torch.equal(first, second)
+    assert torch.equal(first, model.sample(2, num_steps=4, seed=4))
+    assert not torch.equal(first, model.sample(2, num_steps=4, seed=5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "analytic"}, "sampler='analytic' is unknown: choose one of tweedie, euler, tau_leaping"),
+        ({"num_steps": 0}, "num_steps=0 is no number of steps: give at least 1"),
+        ({"seed": 0, "generator": torch.Generator()}, "seed and generator are both given: pass one of them"),
+    ],
+)
+def test_impossible_settings_are_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        model.sample(**settings)
 
 
 @pytest.mark.parametrize(
