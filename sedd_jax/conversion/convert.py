@@ -14,6 +14,7 @@ import safetensors.numpy
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.conversion import (
+    measured,
     model_cards,
     published_checkpoints,
     published_configs,
@@ -264,7 +265,7 @@ def _write_torch(
     tensors = _rounded(_told_noise(model), dtype)
     origin = {**model.origin, "dtype": dtype, "config": configs.to_dict(run.config)}
     described = published_configs.to_sedd(run) | published_configs.FOR_TRANSFORMERS | {"sedd_jax": origin}
-    runs.write_json(directory / "config.json", described)
+    runs.write_json(directory / "config.json", measured.without_directories(described))
     try:
         safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
@@ -282,7 +283,10 @@ def _write_torch(
         exported = score_export.export(tensors, run.network, run.config.data.length)
         (directory / "score.stablehlo").write_bytes(exported)
         (directory / "example.py").write_text(model_cards.STABLEHLO_EXAMPLE, encoding="utf-8")
-    card = model_cards.card(run, model.origin, model.num_parameters, dtype, with_stablehlo=with_stablehlo)
+    found = measured.find(run, model.origin.get("step"), model.origin.get("weights", "ema"), dtype)
+    for name, picture in found.pictures.items():
+        shutil.copyfile(picture, directory / name)
+    card = model_cards.card(run, model.origin, model.num_parameters, dtype, found, with_stablehlo=with_stablehlo)
     (directory / "README.md").write_text(card, encoding="utf-8")
     if not compares:
         return None

@@ -3,7 +3,9 @@
 from typing import Any
 
 from sedd_jax import runs
+from sedd_jax.conversion import measured
 from sedd_jax.data import alphabets, subwords
+from sedd_jax.evaluation import tables
 
 STABLEHLO_EXAMPLE = """\
 # pip install jax flatbuffers safetensors
@@ -42,8 +44,25 @@ _DECODE = {
 }
 
 
-def card(run: runs.Run, origin: dict[str, Any], num_parameters: int, dtype: str, *, with_stablehlo: bool) -> str:
-    """The model card as Markdown, with the front matter that the Hugging Face Hub reads."""
+def card(
+    run: runs.Run,
+    origin: dict[str, Any],
+    num_parameters: int,
+    dtype: str,
+    found: measured.Measured,
+    *,
+    with_stablehlo: bool,
+) -> str:
+    """The model card as Markdown, with the front matter that the Hugging Face Hub reads.
+
+    Args:
+        run: the model's config and tokenizer.
+        origin: facts about the source.
+        num_parameters: number of parameters.
+        dtype: of the written tensors.
+        found: what was measured of the checkpoint.
+        with_stablehlo: whether the score function is written as well.
+    """
     config, network = run.config, run.network
     noise = config.noise
     schedule = (
@@ -59,13 +78,15 @@ def card(run: runs.Run, origin: dict[str, Any], num_parameters: int, dtype: str,
         "trained on": config.data.source or "unknown",
         **{name: str(value) for name, value in origin.items() if value is not None},
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    facts = measured.without_directories(facts)
+    table = "\n".join(f"| {name} | {tables.literal(value)} |" for name, value in facts.items())
     imports, decode = _DECODE[type(run.tokenizer)]
     return f"""---
-library_name: sedd_jax
+library_name: transformers
 pipeline_tag: text-generation
 tags:
 - sedd
+- sedd_jax
 - score-entropy
 - discrete-diffusion
 ---
@@ -78,6 +99,19 @@ converted by sedd_jax.
 | | |
 |---|---|
 {table}
+
+{found.text}
+## In transformers
+
+You need only torch and transformers. `.` is this directory; on the Hub it is OWNER/NAME:
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained(".", trust_remote_code=True)  # .to("cuda")
+tokens = model.sample(2, num_steps=128, seed=0)
+print(model.decode(tokens)[0])
+```
 
 ## In PyTorch
 

@@ -1,10 +1,11 @@
 """Writes RUN/report.html: one page with every result of a run, which needs no other file."""
 
 import base64
+import contextlib
 import html
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sedd_jax import comparison, runs
@@ -25,7 +26,7 @@ from sedd_jax.evaluation import (
 from sedd_jax.runtime import errors, storage
 
 NAME = "report.html"
-_SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], tables.Table]]] = {
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], tables.Table]]] = {
     "likelihood": ("Likelihood", perplexity.table),
     "comparison": ("Likelihood against another run", comparisons.table),
     "zero_shot": ("Zero-shot suite", zero_shot.table),
@@ -74,14 +75,14 @@ def write(workdir: storage.Directory, others: Sequence[storage.Directory] = ()) 
     """
     run, *rest = every = [runs.load(workdir), *comparison.find(others)]
     found = [results.load(each) for each in every]
-    kinds = [kind for kind in _SECTIONS if any(kind in each for each in found)]
+    kinds = [kind for kind in SECTIONS if any(kind in each for each in found)]
     if not kinds:
         raise errors.UserError(
             "has no results yet", field="workdir", value=workdir, remedy="measure it with sedd eval first"
         )
     sections = [_compared(every)] if rest else []
     for kind in kinds:
-        title, table = _SECTIONS[kind]
+        title, table = SECTIONS[kind]
         columns = [
             "".join(_article(each, result, table) for result in reversed(of_run.get(kind, [])))
             for each, of_run in zip(every, found, strict=True)
@@ -91,7 +92,7 @@ def write(workdir: storage.Directory, others: Sequence[storage.Directory] = ()) 
     if any(pictures):
         sections.append(f'<h2 id="training">Training</h2>{_beside(every, pictures, "no picture")}')
     linked = {"runs": "Runs"} if rest else {}
-    linked |= {kind: _SECTIONS[kind][0] for kind in kinds}
+    linked |= {kind: SECTIONS[kind][0] for kind in kinds}
     links = "".join(f'<a href="#{kind}">{html.escape(name)}</a>' for kind, name in linked.items())
     config = configs.to_dict(run.config)
     names = ", ".join(pathlib.PurePath(str(each.workdir)).name for each in every)
@@ -141,8 +142,21 @@ def _curves(run: runs.Run) -> str:
     return _image(path, "Bits over training") if path.exists() else ""
 
 
-def _article(run: runs.Run, result: dict[str, Any], table: Callable[[dict[str, Any]], tables.Table]) -> str:
+@contextlib.contextmanager
+def reading(run: runs.Run, result: dict[str, Any]) -> Iterator[None]:
+    """Around what shows a result. Whatever JSON holds may stand there: what is no result is a `UserError`."""
     try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        lacks = f"has no {error}" if isinstance(error, KeyError) else f"holds other than a result does ({error})"
+        file = run.local / results.DIRECTORY / f"{result['name']}.json"
+        raise errors.UserError(
+            f"{file} {lacks}, so another version wrote it", remedy="remove it and measure again"
+        ) from error
+
+
+def _article(run: runs.Run, result: dict[str, Any], table: Callable[[dict[str, Any]], tables.Table]) -> str:
+    with reading(run, result):
         parts = [table(result).as_html()]
         if "picture" in result:
             picture = run.local / results.DIRECTORY / result["picture"]
@@ -150,13 +164,6 @@ def _article(run: runs.Run, result: dict[str, Any], table: Callable[[dict[str, A
         if result.get("texts"):
             first, *others = (f"<pre>{html.escape(text)}</pre>" for text in result["texts"])
             parts.append(f"{first}<details><summary>{len(others)} more samples</summary>{''.join(others)}</details>")
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        # Whatever JSON holds may stand there.
-        lacks = f"has no {error}" if isinstance(error, KeyError) else f"holds other than a result does ({error})"
-        file = run.local / results.DIRECTORY / f"{result['name']}.json"
-        raise errors.UserError(
-            f"{file} {lacks}, so another version wrote it", remedy="remove it and measure again"
-        ) from error
     hidden = ("texts", "config", "points", "sets", "samples", "held_out", "refilled", "items")
     facts = {name: value for name, value in result.items() if name not in hidden}
     parts.append(

@@ -1,7 +1,8 @@
-"""Tables of figures, as text for a terminal or as HTML."""
+"""Tables of figures, as text for a terminal, as HTML or as Markdown."""
 
 import dataclasses
 import html
+import re
 from collections.abc import Sequence
 
 
@@ -39,6 +40,18 @@ class Table:
         body = "".join(row(cells, "td") for cells in self.rows)
         table = f'<div class="wide"><table><thead>{row(self.columns, "th")}</thead><tbody>{body}</tbody></table></div>'
         return paragraphs("head", self.head) + table + paragraphs("note", self.notes)
+
+    def as_markdown(self) -> str:
+        """The table as Markdown, with head and notes as paragraphs."""
+        row = lambda cells: f"| {' | '.join(map(literal, cells))} |"
+        rule = f"|{'|'.join(['---', *['---:'] * (len(self.columns) - 1)])}|"
+        table = "\n".join([row(self.columns), rule, *map(row, self.rows)])
+        return "\n\n".join([*map(literal, self.head), table, *map(literal, self.notes)])
+
+
+def literal(text: str) -> str:
+    """Text as one line of Markdown that shows it as it is."""
+    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(text.split()))
 
 
 def estimate(value: float, stderr: float | None, digits: int = 3) -> str:

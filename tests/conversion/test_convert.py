@@ -143,9 +143,10 @@ def test_a_tokenizer_of_another_size_is_refused(published, tmp_path):
 def make_run(tmp_path):
     """Makes a run directory with random weights and another moving average."""
 
-    def make(tokenizer=None, graph="absorb", **network):
+    def make(tokenizer=None, graph="absorb", source="", **network):
         tokenizer = tokenizer or tokenizers.build("text8", lambda: ())
-        config = configs.Config(graph=configs.GraphConfig(name=graph), data=configs.DataConfig(length=16))
+        data = configs.DataConfig(length=16, source=source)
+        config = configs.Config(graph=configs.GraphConfig(name=graph), data=data)
         sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "cond_dim": 16, "dtype": "float32"}
         scaled = {"scale_by_sigma": graph == "absorb"}
         config = dataclasses.replace(config, network=dataclasses.replace(config.network, **(sizes | scaled | network)))
@@ -188,7 +189,7 @@ def test_what_is_written_says_where_it_comes_from(make_run, tmp_path):
     assert config["model_type"] == "sedd"
     origin = config["sedd_jax"]
     assert origin["config"] == configs.to_dict(run.config)
-    assert (origin["from"], origin["step"], origin["weights"]) == (str(tmp_path / "run"), 7, "ema")
+    assert (origin["from"], origin["step"], origin["weights"]) == ("run", 7, "ema")
     assert origin["revision"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", origin["revision"])
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{result['num_parameters']:,} parameters in float32" in card
@@ -198,6 +199,14 @@ def test_what_is_written_says_where_it_comes_from(make_run, tmp_path):
     run_convert(tmp_path / "out", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "origin.json").read_text())["from"] == str(tmp_path / "out")
     assert runs.load(tmp_path / "back").tokenizer == run.tokenizer
+
+
+def test_what_is_written_names_no_directory_of_this_machine(make_run, tmp_path):
+    make_run(source=f"text:{tmp_path}/books/{{split}}.txt")
+    run_convert(tmp_path / "run", tmp_path / "out", verify=False)
+    for path in (tmp_path / "out").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["data"]["train"] == "text:{split}.txt"
 
 
 def test_a_tokenizer_travels_with_its_file(tmp_path, make_run):
