@@ -8,7 +8,7 @@ import sys
 
 from absl import flags, logging
 
-from sedd_jax.cli import arguments, output, run_list, versions
+from sedd_jax.cli import arguments, output, push, run_list, versions
 from sedd_jax.runtime import device_failures, errors, hosts, interrupts
 
 _HELP = ("--help", "-h", "help")
@@ -368,6 +368,7 @@ COMMANDS: dict[str, arguments.Command] = {
     "tune-grid": tune_grid,
     "serve": serve,
     "convert": convert,
+    "push": push.push,
     "bench": bench,
     "plan": plan,
     "doctor": doctor,
