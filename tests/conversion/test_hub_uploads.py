@@ -158,12 +158,12 @@ def test_who_may_not_upload_there_is_told_why(hub, written, capsys, monkeypatch,
         ("/commit/main", 404, "the Hub has no ada/model, or the token may not see it: correct the name or the token"),
         ("/commit/main", 413, "the Hub refuses with status 413 (too much of it): mend that, or try again later"),
         ("/api/validate-yaml", 400, "the Hub refuses with status 400 (too much of it): mend that, or try again later"),
-        ("/lfs/", 403, "the token may not write to ada/model"),
+        ("PUT /lfs/", 403, "the token may not write to ada/model"),
     ],
 )
 def test_what_the_hub_refuses_is_named(hub, written, capsys, route, status, message):
     def refuse(method, path):
-        if route in path and method != "GET":
+        if route in f"{method} {path}" and method != "GET":
             raise hub_emulator.RefusedError(status, "too much of it")
 
     hub.before = refuse
