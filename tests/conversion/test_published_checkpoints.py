@@ -1,13 +1,10 @@
 """Readers of other programs' checkpoints: every layout gives the right weights, and damaged files are named."""
 
-import http.server
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +19,7 @@ from sedd_jax import runs
 from sedd_jax.conversion import published_checkpoints, torch_model, torch_weights
 from sedd_jax.diffusion import forward, graphs, losses, noise_schedules
 from sedd_jax.model import networks, score_heads
-from tests.support import foreign, goldens, places
+from tests.support import foreign, goldens, hub_emulator, places
 
 GOLDEN = places.GOLDEN / "model_absorb_a"
 
@@ -234,58 +231,20 @@ def test_one_set_of_weights_is_not_raw():
         read(GOLDEN, "raw")
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """A fake Hub with what `snapshot_download` requests: one model, its list of files, and the files."""
-
-    revision = "0" * 40
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        file = GOLDEN / pathlib.PurePath(self.path).name
-        files = {**{path.name: path.stat().st_size for path in GOLDEN.iterdir()}, "notes.txt": 3}
-        if self.path.startswith("/api/models/owner/name/tree/"):
-            listed = [{"type": "file", "path": name, "size": size, "oid": "1" * 40} for name, size in files.items()]
-            self.answer(json.dumps(listed).encode(), "application/json")
-        elif self.path.startswith("/api/models/owner/name"):
-            listed = {"id": "owner/name", "sha": self.revision, "siblings": [{"rfilename": name} for name in files]}
-            self.answer(json.dumps(listed).encode(), "application/json")
-        elif self.path.startswith(f"/owner/name/resolve/{self.revision}/") and file.exists():
-            self.answer(file.read_bytes(), "application/octet-stream")
-        else:
-            self.send_error(404)
-
-    def answer(self, content, kind):
-        self.send_response(200)
-        headers = {"Content-Type": kind, "Content-Length": len(content), "X-Repo-Commit": self.revision}
-        headers["ETag"] = f'"{hash(content)}"'
-        for name, value in headers.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path):
-    """A function that runs `sedd convert` with a fake Hub of one model."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "*"}
+    """A function that runs `sedd convert` with a Hub of one model on loopback."""
+    with hub_emulator.Server({"hf_token": {"owner"}}) as server:
+        model = hub_emulator.Repository(is_private=False)
+        model.files = {path.name: path.read_bytes() for path in GOLDEN.iterdir()} | {"notes.txt": b"not needed"}
+        server.repositories["owner/name"] = model
 
-    def convert(name):
-        command = [sys.executable, "-m", "sedd_jax", "convert", f"--from={name}", f"--to={tmp_path / 'run'}"]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **place})
+        def convert(name):
+            command = [sys.executable, "-m", "sedd_jax", "convert", f"--from={name}", f"--to={tmp_path / 'run'}"]
+            environment = os.environ | server.environment(str(tmp_path / "hub"))
+            return subprocess.run(command, capture_output=True, text=True, env=environment)
 
-    yield convert
-    server.shutdown()
-    server.server_close()
-    thread.join()
+        yield convert
 
 
 @pytest.mark.slow
