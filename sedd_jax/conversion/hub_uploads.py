@@ -26,7 +26,8 @@ _ALLOWED = {
     "example.py",
 }
 _CURVE = re.compile(r"curve-[0-9a-f]+\.png")
-_IN_MEMORY = 2**20  # bytes; smaller files are sent as they were read when they were listed
+# Bytes. Smaller files are sent as they were read when they were listed. The Hub takes larger ones by their hash only.
+_IN_MEMORY = 2**24
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
@@ -188,10 +189,7 @@ def send(upload: Upload) -> str:
     """
     for file in upload.files:
         if not file.path.is_file() or _read(file.path).sha256 != file.sha256:
-            raise errors.UserError(
-                f"{file.path} has changed since it was shown, so nothing was uploaded",
-                remedy="give the command again",
-            )
+            raise _changed(file)
     hub = library()
     operations = [
         hub.CommitOperationAdd(file.path.name, str(file.path) if file.content is None else file.content)
@@ -202,6 +200,12 @@ def send(upload: Upload) -> str:
         if is_new:
             api.create_repo(upload.repository, private=not upload.is_public)
     look(upload)  # Its owner may have settings of their own for new repositories.
+    with _asking(upload) as api:
+        # What is sent before the commit, nobody sees without it.
+        api.preupload_lfs_files(upload.repository, operations)
+    for file, operation in zip(upload.files, operations, strict=True):
+        if operation.upload_info.sha256.hex() != file.sha256:
+            raise _changed(file)
     with _asking(upload) as api:
         done = api.create_commit(
             upload.repository, operations, commit_message="Upload a model that sedd_jax has trained or converted"
@@ -251,6 +255,12 @@ def _asking(upload: Upload) -> Iterator[Any]:
             404: (f"the Hub has no {upload.repository}, or the token may not see it", "correct the name or the token"),
         }.get(status, (f"the Hub refuses with status {status} ({said[:300]})", "mend that, or try again later"))
         raise errors.UserError(problem, remedy=remedy) from error
+
+
+def _changed(file: File) -> errors.UserError:
+    return errors.UserError(
+        f"{file.path} has changed since it was shown, so nothing was uploaded", remedy="give the command again"
+    )
 
 
 def _read(path: pathlib.Path) -> File:

@@ -35,6 +35,7 @@ def hub(monkeypatch, tmp_path):
         # huggingface_hub has read the environment when it was imported.
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
         yield server
 
@@ -206,6 +207,28 @@ def test_a_file_that_changes_after_it_was_shown_is_not_sent(hub, written, capsys
     assert push(f"--from={written}", "--to=ada/model", "--yes") == 1
     assert f"{name} has changed since it was shown, so nothing was uploaded: give the command again" in one_line(capsys)
     assert not hub.repositories
+
+
+@pytest.mark.parametrize("in_memory", [2**24, 1000])
+def test_what_changes_during_the_upload_is_sent_as_shown_or_not_at_all(hub, written, capsys, monkeypatch, in_memory):
+    monkeypatch.setattr(hub_uploads, "_IN_MEMORY", in_memory)
+    before = of_directory(written)
+
+    def change(method, path):
+        if path.endswith("/preupload/main"):
+            with (written / "model.safetensors").open("r+b") as file:
+                file.seek(100_000)
+                file.write(b"other")
+
+    hub.before = change
+    status = push(f"--from={written}", "--to=ada/model", "--yes")
+    assert of_directory(written) != before
+    files = hub.repositories["ada/model"].files
+    if in_memory > len(before["model.safetensors"]):
+        assert (status, files) == (0, before)
+    else:
+        assert (status, files) == (1, {})
+        assert "model.safetensors has changed since it was shown, so nothing was uploaded" in one_line(capsys)
 
 
 def test_what_an_earlier_version_wrote_is_refused_with_its_directories(hub, written, capsys, tmp_path):
