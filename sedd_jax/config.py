@@ -83,6 +83,8 @@ class TrainingConfig:
         deterministic: whether GPUs use only kernels that give the same bits every time, and are slower; CPUs and TPUs
             have no others.
         profile: START:STEPS traces so many steps after step START into profiles/; "" traces none.
+        tracker: what gets curves, config and samples beside the run directory's own files: tensorboard, wandb, trackio
+            or none.
     """
 
     num_steps: int = 400_000
@@ -99,6 +101,7 @@ class TrainingConfig:
     keep_checkpoints_every: int = 0
     deterministic: bool = False
     profile: str = ""
+    tracker: str = "tensorboard"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,7 @@ SECTION = (Mapping, ml_collections.ConfigDict)
 
 # Fields that may change when a run resumes; all others determine its parameters.
 MAY_CHANGE = (
-    r"training\.(num_steps|log_every|eval_\w+|sample_every|\w*checkpoint\w*|deterministic|profile)",
+    r"training\.(num_steps|log_every|eval_\w+|sample_every|\w*checkpoint\w*|deterministic|profile|tracker)",
     r"sampling\..*",
     r"mesh\..*",
     r"network\.(remat|layer_loop|attention)",
@@ -284,6 +287,7 @@ def _validate_choices(config: Config) -> None:
         "graph.name": tuple(graph_meanings()),
         "noise.name": tuple(noise_schedules.SCHEDULES),
         "training.time_law": tuple(time_laws.time_laws()),
+        "training.tracker": ("tensorboard", "wandb", "trackio", "none"),
         "optimizer.name": optimizers.OPTIMIZERS,
         "optimizer.schedule": optimizers.SCHEDULES,
         "network.remat": ("none", *networks.REMAT_POLICIES),

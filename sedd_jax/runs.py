@@ -202,7 +202,7 @@ def start(workdir: storage.Directory, config: configs.Config) -> None:
                 value=workdir,
                 remedy="give another",
             )
-        storage.download(workdir, "data", "metrics.jsonl", "samples", "tensorboard")
+        storage.download(workdir, "data", "metrics.jsonl", "samples", "tensorboard", "tracker.json")
         if (local / "data").exists():
             _follow(local / "data", run.config.data.source, config.data.source)
             shards.verify(local / "data")

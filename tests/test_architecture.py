@@ -63,6 +63,8 @@ ROOMS = {
     "mauve": {"evaluation.refilling"},
     "starlette": {"serving.app"},
     "uvicorn": {"serving.app", "serving.connections"},
+    "wandb": {"training.tracker_process"},
+    "trackio": {"training.tracker_process"},
 }
 FORBIDDEN = ("tensorflow", "clu")
 FILES = {

@@ -5,7 +5,6 @@ them and answers with their seconds and the peak memory.
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.diffusion import steps
 from sedd_jax.model import attentions, networks, work
-from sedd_jax.runtime import accelerators, errors, sharding
+from sedd_jax.runtime import accelerators, errors, hosts, sharding
 from sedd_jax.sampling import generate, trajectories
 from sedd_jax.training import train_steps
 
@@ -115,8 +114,7 @@ def _compile(lower: Callable[[], jax.stages.Lowered]) -> tuple[float, jax.stages
 def _peak_bytes(device: jax.Device) -> int:
     """Peak memory of the device, or of this process if the device is a CPU."""
     if device.platform == "cpu":
-        # Linux counts in KiB, macOS in bytes.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return hosts.peak_memory_bytes()
     return device.memory_stats()["peak_bytes_in_use"]
 
 

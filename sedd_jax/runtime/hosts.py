@@ -33,6 +33,12 @@ def memory_bytes() -> int:
     return total
 
 
+def peak_memory_bytes() -> int:
+    """The most memory that this process has used so far."""
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def local_path(name: str) -> pathlib.Path:
     """The path with this name. A ~ at its start, which shells leave in --flag=~/NAME, is the user's home directory.
 

@@ -8,7 +8,7 @@ import jax
 from sedd_jax import runs
 from sedd_jax.bounds import likelihoods
 from sedd_jax.model import networks, train_state
-from sedd_jax.runtime import processes
+from sedd_jax.runtime import processes, storage
 from sedd_jax.sampling import generate, templates
 from sedd_jax.training import metric_writers
 
@@ -59,7 +59,9 @@ class Interim:
             with self.writer.pause():
                 model = networks.Model(self.run.network, state.ema_params)
                 opened = runs.OpenRun(run=self.run, step=step, model=model, mesh=self.mesh)
-                self.writer.say(_write_samples(opened))
+                text = _write_samples(opened)
+                self.writer.say(text)
+                self.writer.write_text(step, "samples", text)
         return found
 
 
@@ -84,5 +86,5 @@ def _write_samples(opened: runs.OpenRun) -> str:
     if processes.is_first():
         path = run.local / _samples_of(step)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        storage.replace_text(path, text + "\n")
     return text

@@ -15,11 +15,14 @@ import math
 import os
 import pathlib
 import sys
+import textwrap
 import time
 from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
-from sedd_jax.runtime import metric_lines, terminals
+import jax
+
+from sedd_jax.runtime import hosts, metric_lines, terminals
 
 
 @functools.cache
@@ -98,6 +101,11 @@ class TensorBoard:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, global_step=step)
+        self._writer.flush()
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        # TensorBoard shows Markdown, in which indented lines stay as they are.
+        self._writer.add_text(name, textwrap.indent(text, "    ", lambda line: True), global_step=step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -242,11 +250,22 @@ class NoWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
+    def write_text(self, step: int, name: str, text: str) -> None:
+        pass
+
     def __enter__(self) -> "NoWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
         pass
+
+
+def _peak_memory() -> dict[str, float]:
+    """The most memory used so far, by this process and on any of its devices. CPUs do not say."""
+    found = {"system/peak_host_memory_gib": hosts.peak_memory_bytes() / 2**30}
+    statistics = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [known["peak_bytes_in_use"] for known in statistics if "peak_bytes_in_use" in known]
+    return found | ({"system/peak_device_memory_gib": max(peaks) / 2**30} if peaks else {})
 
 
 class Work(NamedTuple):
@@ -265,7 +284,7 @@ class Work(NamedTuple):
 
 
 class MetricWriter:
-    """Writes metrics to the terminal, and to metrics.jsonl and tensorboard/ in the run directory.
+    """Writes metrics to the terminal, to metrics.jsonl, and if asked to tensorboard/ in the run directory.
 
     Args:
         directory: the run directory.
@@ -274,6 +293,7 @@ class MetricWriter:
         unit: the unit of bits per unit, "character" or "token".
         work: the work of a training step.
         stream: the terminal or another stream; standard error if None.
+        tensorboard: whether to write TensorBoard's files.
     """
 
     def __init__(
@@ -285,22 +305,25 @@ class MetricWriter:
         unit: str,
         work: Work,
         stream: io.TextIOBase | None = None,
+        tensorboard: bool = True,
     ) -> None:
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._work = work
         self._files: list[JsonLines | TensorBoard] = [JsonLines(directory / "metrics.jsonl", start_step=start_step)]
-        if is_missing("tensorboardX"):
+        self._board: TensorBoard | None = None
+        if tensorboard and is_missing("tensorboardX"):
             say_missing("tensorboardX", "no TensorBoard files, metrics.jsonl holds the same numbers")
-        else:
-            self._files.append(TensorBoard(directory / "tensorboard", start_step=start_step))
+        elif tensorboard:
+            self._board = TensorBoard(directory / "tensorboard", start_step=start_step)
+            self._files.append(self._board)
         self._progress = Progress(num_steps=num_steps, unit=unit, start_step=start_step, stream=stream)
         self._pace = Pace(num_steps=num_steps, start_step=start_step)
         self.say = self._progress.say
         self.pause = self._pace.pause
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of one step everywhere. To those of a training step ("train/loss") it adds the speed."""
+        """Writes the metrics of one step everywhere. To those of a training step it adds speed and memory."""
         metrics = dict(metrics)
         if "train/loss" in metrics:
             steps_per_second, seconds_left = self._pace.lap(step)
@@ -308,12 +331,18 @@ class MetricWriter:
             if self._work.peak_flops is not None:
                 flops = metrics["train/tokens_per_second"] * self._work.flops_per_token
                 metrics["train/model_flop_utilization"] = flops / self._work.peak_flops
+            metrics |= _peak_memory()
             self._progress.show(step, metrics, seconds_left)
         held_out = {name: value for name, value in metrics.items() if name.startswith("valid/")}
         if held_out:
             self.say(f"step {step}  held out: {_describe(held_out)}")
         for file in self._files:
             file.write(step, metrics)
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Writes a text to TensorBoard's files."""
+        if self._board is not None:
+            self._board.write_text(step, name, text)
 
     def close(self) -> None:
         self._progress.close()

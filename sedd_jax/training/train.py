@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +19,10 @@ from sedd_jax import config as configs
 from sedd_jax.data import batches
 from sedd_jax.model import train_state, work
 from sedd_jax.runtime import accelerators, errors, last_words, leases, processes, sharding, storage
-from sedd_jax.training import initial_weights, interim, loss_curves, metric_writers, profiles, train_steps
+from sedd_jax.training import initial_weights, interim, loss_curves, metric_writers, profiles, trackers, train_steps
 
 # Files that training writes in addition to checkpoints.
-_WRITTEN = ("metrics.jsonl", "loss.png", "samples/*", "tensorboard/**/*", "profiles/**/*")
+_WRITTEN = ("metrics.jsonl", "loss.png", "samples/*", "tensorboard/**/*", "profiles/**/*", trackers.FILE)
 
 
 class NonFiniteLossError(errors.UserError):
@@ -108,6 +109,9 @@ def train(
                 ):
                     if said:
                         writer.say(said)
+                    if processes.is_first():
+                        # It ends with `owner`, once the last checkpoint is complete.
+                        owner.enter_context(trackers.follow(run, writer.say))
                     session = _Session(
                         run=run,
                         mesh=mesh,
@@ -125,6 +129,7 @@ def train(
 
 
 def _start(owner: contextlib.ExitStack, workdir: storage.Directory, config: configs.Config) -> None:
+    trackers.check(config)
     owner.enter_context(leases.owned(workdir, "workdir"))
     runs.start(workdir, config)
 
@@ -229,7 +234,7 @@ def _make_writer(
     if not processes.is_first():
         return metric_writers.NoWriter()
     config, accelerator = run.config, accelerators.find(jax.devices()[0].device_kind)
-    return metric_writers.MetricWriter(
+    writer = metric_writers.MetricWriter(
         run.local,
         num_steps=config.training.num_steps,
         start_step=step,
@@ -242,7 +247,10 @@ def _make_writer(
             peak_flops=None if accelerator is None else accelerator.peak_flops * mesh.size,
         ),
         stream=stream,
+        tensorboard=config.training.tracker == "tensorboard",
     )
+    writer.write_text(step, "config", json.dumps(configs.flatten(configs.to_dict(config)), indent=2))
+    return writer
 
 
 def _train_metrics(run: runs.Run, data: batches.PackedSplit, metrics: train_steps.Metrics) -> dict[str, float]:

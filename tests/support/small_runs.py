@@ -22,9 +22,10 @@ def environment(num_devices=1):
 
 
 def without_speed(metrics):
-    """Lines of metrics.jsonl, each without how fast its step was."""
+    """Lines of metrics.jsonl, each without what differs from process to process: speed and memory."""
     records = [json.loads(line) for line in metrics.splitlines()]
-    return [{name: value for name, value in record.items() if "per_second" not in name} for record in records]
+    same = lambda name: "per_second" not in name and not name.startswith("system/")
+    return [{name: value for name, value in record.items() if same(name)} for record in records]
 
 
 def logged(workdir):
