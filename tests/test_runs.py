@@ -177,11 +177,21 @@ def test_a_stopped_run_is_started_again_but_not_from_an_earlier_step(source, tmp
 
 
 class Terminates(io.StringIO):
-    """Sends SIGTERM to the process when step 1 is reported."""
+    """Sends SIGTERM to the process when step 1 is reported, or another signal when another step is.
+
+    Attributes:
+        saved: files of checkpoints there were at the last message.
+    """
+
+    def __init__(self, sign=signal.SIGTERM, step=1, checkpoint_dir=None):
+        super().__init__()
+        self.sign, self.step, self.checkpoint_dir, self.saved = sign, step, checkpoint_dir, []
 
     def write(self, text):
-        if "step 1/" in text:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if f"step {self.step}/" in text:
+            os.kill(os.getpid(), self.sign)
+        if self.checkpoint_dir is not None and self.checkpoint_dir.exists():
+            self.saved = os.listdir(self.checkpoint_dir)
         return super().write(text)
 
 
@@ -199,9 +209,11 @@ def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path
     closed, close = [], checkpoints.Checkpoints.close
     is_default = lambda saved: closed.append(signal.getsignal(signal.SIGTERM) == before)
     monkeypatch.setattr(checkpoints.Checkpoints, "close", lambda saved: (is_default(saved), close(saved)))
-    stream = Terminates()
+    stream = Terminates(checkpoint_dir=parts / "checkpoints")
     assert train.train(config, parts, stream=stream)["step"] == 2
-    assert stream.getvalue().endswith("stopped by SIGTERM at step 2, which is saved: the same command goes on\n")
+    said = f"stopped by SIGTERM at step 2, which is saved in {parts}: the same command goes on\n"
+    assert stream.getvalue().endswith(said)
+    assert stream.saved == ["2"]  # It is whole when that is said.
     assert signal.getsignal(signal.SIGTERM) == before
     assert closed == [False]  # A second SIGTERM waits for the save in progress.
     stream = io.StringIO()
@@ -217,6 +229,14 @@ def test_resuming_is_bit_for_bit_the_run_that_was_never_stopped(source, tmp_path
 
     assert logged(full) == logged(parts)
     assert [step for step, _, _ in logged(parts)] == [1, 2, 3, 4]
+
+    config = one_device_config(settings(source, num_steps=9, log_every=1, eval_every=0, sample_every=0))
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        train.train(config, parts, stream=Terminates(signal.SIGINT, step=6))
+    assert str(interrupt.value) == f"the newest checkpoint is of step 4 in {parts}; the same command goes on"
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        train.train(config, parts, from_step=2, stream=Terminates(signal.SIGINT, step=4))
+    assert str(interrupt.value).endswith(f"step 2 in {parts}; the same command without --step goes on")
 
 
 @pytest.mark.slow

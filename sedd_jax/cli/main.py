@@ -53,11 +53,11 @@ def main(argv: list[str]) -> int:
         return _fail(f"sedd {name}", f"{error}; see `sedd {name} --help`", 2)
     except errors.UserError as error:
         return _fail(f"sedd {name}", error.worded(functools.partial(_spelled, name)), 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         has = lambda flag: any(argument.startswith(flag) for argument in rest)
         can_resume = name == "eval" or (name == "train" and not has("--step")) or has("--prompts")
-        what = ": the same command goes on from what is finished" if can_resume else ""
-        return _fail(f"sedd {name}", f"interrupted{what}", 130)
+        known = str(interrupt) or ("the same command goes on from what is finished" if can_resume else "")
+        return _fail(f"sedd {name}", f"interrupted: {known}" if known else "interrupted", 130)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and output.reader_is_gone():
             return 0

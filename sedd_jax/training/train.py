@@ -76,6 +76,7 @@ def train(
         NonFiniteLossError: names the step and the newest checkpoint.
         errors.UserError: if the config, the corpus or the directory do not allow a run; if the checkpoint is damaged;
             if the directory cannot be written any more, in which case it names the newest checkpoint.
+        KeyboardInterrupt: on Ctrl-C; names the newest checkpoint.
     """
     mesh = sharding.make_mesh(config.mesh)
     train_steps.check_batch(config, mesh)
@@ -94,6 +95,7 @@ def train(
         optimizer = train_steps.make_optimizer(config)
         keep = {"keep": config.training.keep_checkpoints, "keep_every": config.training.keep_checkpoints_every}
         saved = checkpoints.Checkpoints(run.checkpoint_dir, **keep)
+        again = "the same command" if from_step is None else "the same command without --step"
         try:
             # A second SIGTERM must not end a save in progress.
             with processes.told_to_stop() as told_to_stop, contextlib.closing(saved), jax.set_mesh(mesh):
@@ -119,13 +121,15 @@ def train(
                         writer=writer,
                         profile=profile,
                         told_to_stop=told_to_stop,
-                        again="the same command" if from_step is None else "the same command without --step",
+                        again=again,
                     )
                     return _loop(session, step_fn, state, step)
         except OSError as error:
             raise errors.UserError(
-                errors.reason(error), remedy=f"{saved.newest()}; make {workdir} writable, then the same command goes on"
+                errors.reason(error), remedy=f"{saved.newest()}; make {workdir} writable, then {again} goes on"
             ) from error
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(f"{saved.newest()} in {workdir}; {again} goes on") from interrupt
 
 
 def _start(owner: contextlib.ExitStack, workdir: storage.Directory, config: configs.Config) -> None:
@@ -216,7 +220,8 @@ def _loop(session: _Session, step_fn: train_steps.StepFn, state: train_state.Tra
                 saved.save(step, state)
                 has_saved = True
         if stops:
-            writer.say(f"stopped by SIGTERM at step {step}, which is saved: {session.again} goes on")
+            saved.wait()
+            writer.say(f"stopped by SIGTERM at step {step}, which is saved in {run.workdir}: {session.again} goes on")
             break
     return written
 

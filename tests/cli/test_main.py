@@ -97,6 +97,11 @@ def test_an_interrupt_says_whether_the_same_command_goes_on(fails, command, argu
     assert err == f"sedd {command}: interrupted{rest}\n"
 
 
+def test_an_interrupt_that_knows_what_is_saved_says_it(fails):
+    status, err = fails("train", KeyboardInterrupt("the newest checkpoint is of step 2"))
+    assert (status, err) == (130, "sedd train: interrupted: the newest checkpoint is of step 2\n")
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("negative"), ImportError("no name"), OSError("no number"), KeyError("a"), RuntimeError("b")]
 )

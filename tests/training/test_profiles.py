@@ -161,7 +161,7 @@ def test_a_trace_ends_where_the_run_is_stopped_and_is_not_taken_again(make_confi
     config, stream = make_config(profile="0:4"), Terminates()
     assert train.train(config, tmp_path, stream=stream)["step"] == 2
     assert (tmp_path / "profiles/step_0/kernels.txt").read_text().startswith("2 steps after step 0")
-    assert stream.getvalue().endswith("which is saved: the same command goes on\n")
+    assert stream.getvalue().endswith(f"which is saved in {tmp_path}: the same command goes on\n")
     (tmp_path / "profiles").rename(tmp_path / "kept")
     train.train(config, tmp_path, stream=io.StringIO())
     assert not (tmp_path / "profiles").exists()
