@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -208,6 +209,15 @@ def test_a_tracker_that_hangs_or_crashes_is_left_in_bounded_time(calls, tmp_path
     (warning,) = [line for line in lived.said if line.startswith("warning")]
     ended = r"did not finish in 1 seconds|ended with status -11" if how == "crashes" else "did not finish in 1 seconds"
     assert re.fullmatch(rf"warning: the tracker trackio ({ended}); metrics\.jsonl has everything, .*", warning)
+
+
+def test_a_tracker_that_hangs_ends_by_itself_where_training_was_killed(calls, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_TROUBLE", "init hangs")
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", 1)
+    follower = trackers.Follower(Lived(tmp_path / "run", "trackio").run, print)
+    follower._process.stdin.close()  # The system does, whatever ends training.
+    assert follower._process.wait(timeout=30) == -signal.SIGALRM
+    follower._listener.join()
 
 
 def test_what_a_hanging_tracker_missed_comes_with_the_next_start(calls, tmp_path, monkeypatch):
