@@ -114,7 +114,11 @@ def follow(run: runs.Run, say: Callable[[str], None]) -> contextlib.AbstractCont
     """A context in which the run goes to its tracker, if it has one that is a library."""
     if run.config.training.tracker not in tracker_process.TRACKERS:
         return contextlib.nullcontext()
-    return Follower(run, say)
+    try:
+        return Follower(run, say)
+    except (OSError, errors.UserError) as error:  # No memory for a process, a damaged file.
+        say(f"warning: the tracker {run.config.training.tracker} failed ({error}); the run goes on without it")
+        return contextlib.nullcontext()
 
 
 def _identify(path: pathlib.Path, name: str) -> None:

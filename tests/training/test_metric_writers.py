@@ -142,6 +142,33 @@ def test_tensorboard_events_read_back(tmp_path):
     assert not any(event.session_log.status for event in events)
 
 
+def test_tensorboard_shows_texts_line_by_line(tmp_path):
+    with make_writer(tmp_path) as writer:
+        writer.write_text(10, "samples", "# a <b>\n  c")
+    (value,) = [value for event in read_events(tmp_path / "tensorboard") for value in event.summary.value]
+    assert value.tag.startswith("samples")
+    assert value.tensor.string_val == [b"    # a <b>\n      c"]  # Code in Markdown.
+
+
+def test_a_run_without_tensorboard_files_has_the_others(tmp_path):
+    with make_writer(tmp_path, tensorboard=False) as writer:
+        writer.write(10, TRAIN)
+        writer.write_text(10, "samples", "a")
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_training_step_has_the_peak_memory(tmp_path, monkeypatch):
+    devices = [types.SimpleNamespace(memory_stats=lambda n=n: {"peak_bytes_in_use": n * 2**30}) for n in (3, 5)]
+    monkeypatch.setattr(metric_writers.jax, "local_devices", lambda: devices)
+    with make_writer(tmp_path) as writer:
+        writer.write(10, TRAIN)
+        writer.write(10, {"valid/score_entropy_bits": 2.5})
+    train, valid = metric_lines.read(tmp_path / "metrics.jsonl")
+    assert train["system/peak_device_memory_gib"] == 5.0
+    assert 0.05 < train["system/peak_host_memory_gib"] < 1000
+    assert not [name for name in valid if name.startswith("system/")]
+
+
 def test_tensorboard_hides_the_steps_after_the_resumed_one(tmp_path):
     metric_writers.TensorBoard(tmp_path, start_step=100).close()
     # A start event at step 101 makes TensorBoard drop steps from 101 on in earlier files.

@@ -127,6 +127,7 @@ def test_a_tracker_gets_config_curves_and_samples(calls, tmp_path, name):
     else:
         steps = [arguments["step"] for arguments in logged(calls())]
         assert rows[-1] == {"samples": "    a <b>\n        c\n"}
+        assert init["private"]  # A Space that it makes.
     assert steps == [2, 4, 4, 4]
     assert rows[0] == {"train/loss": 0.5}
     assert rows[1]["train/loss"] != rows[1]["train/loss"]
@@ -191,6 +192,16 @@ def test_a_tracker_that_fails_is_one_line_without_keys(calls, tmp_path, monkeypa
     warnings = [line for line in lived.said if line.startswith("warning")]
     why = "ImportError: no part of it is found" if part == "import" else "RuntimeError: no entry for ***"
     assert warnings == [f"warning: the tracker wandb failed ({why}); the run goes on without it"]
+
+
+def test_a_tracker_that_cannot_begin_is_one_line(calls, tmp_path):
+    lived = Lived(tmp_path / "run", "wandb")
+    (tmp_path / "run" / "tracker.json").write_text("{")
+    lived.live(*loss(1))
+    (said,) = lived.said
+    assert said.startswith(f"warning: the tracker wandb failed ({tmp_path}/run/tracker.json is damaged")
+    assert said.endswith("; the run goes on without it")
+    assert calls() == []
 
 
 @pytest.mark.parametrize("how", ["crashes", "hangs", "is stopped"])
