@@ -222,6 +222,11 @@ def _from_checkpoint(checkpoint: published_checkpoints.Checkpoint, source: pathl
         )
     tensors = {name: np.asarray(tensor, np.float32) for name, tensor in checkpoint.tensors.items()}
     tensors.setdefault(torch_weights.ROTARY, torch_weights.rotary(run.network))
+    if checkpoint.start_id is not None:
+        # Ours begins every sequence with the mask, so the mask's embedding becomes that of the token they begin with.
+        embedding = tensors["vocab_embed.embedding"].copy()
+        embedding[run.graph.mask_id] = embedding[checkpoint.start_id]
+        tensors["vocab_embed.embedding"] = embedding
     return Model(run=run, tensors=tensors, origin=checkpoint.origin, is_conditioned=checkpoint.is_conditioned)
 
 
@@ -253,7 +258,7 @@ def _write_run(directory: pathlib.Path, model: Model, compares: bool) -> verific
     runs.write_json(directory / "origin.json", model.origin)
     if not compares:
         return None
-    theirs = verification.load(published_configs.to_sedd(run), model.tensors)
+    theirs = verification.load(published_configs.to_sedd(run), model.tensors, is_causal=run.is_autoregressive)
     return _agreeing(theirs, written.params("ema_params")[1], run, is_conditioned=model.is_conditioned)
 
 

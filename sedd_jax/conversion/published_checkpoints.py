@@ -1,7 +1,7 @@
-"""Readers for checkpoints of other programs: SEDD's and MDLM's, whose networks have the same architecture.
+"""Readers for checkpoints of other programs: SEDD's, and those whose networks have the same architecture.
 
-There are three layouts: a directory from the Hub, a run of the published program, and a checkpoint file of MDLM's
-program. Each is read into a `Checkpoint`. Nothing in the files is executed.
+There are three layouts: a directory from the Hub, a run of the published program, and a checkpoint file of PyTorch
+Lightning. Each is read into a `Checkpoint`. Nothing in the files is executed.
 """
 
 import dataclasses
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from sedd_jax import config as configs
-from sedd_jax.conversion import published_configs, torch_files, torch_weights
+from sedd_jax.conversion import other_programs, published_configs, torch_files, torch_weights
 from sedd_jax.data import tokenizers
+from sedd_jax.model import networks
 from sedd_jax.runtime import errors
 
 TOKENIZER = "sedd_tokenizer.json"  # Not tokenizer.json, which has another format on the Hub.
-_MDLM_PREFIX = "backbone."
+_PREFIX = "backbone."
 _DOWNLOADED = ["config.json", "model*.safetensors*", "pytorch_model*.bin*", TOKENIZER, *tokenizers.FILES.values()]
 
 
@@ -33,6 +34,7 @@ class Checkpoint:
         origin: facts for the user: layout, which weights, step.
         tokenizer: name of the tokenizer in the other program; "" if it is not recorded.
         is_conditioned: whether the network receives the noise level; if not, it always receives sigma = 0.
+        start_id: id that begins every sequence of an autoregressive model; None for a diffusion model.
     """
 
     config: configs.Config
@@ -41,6 +43,7 @@ class Checkpoint:
     origin: dict[str, Any]
     tokenizer: str = ""
     is_conditioned: bool = True
+    start_id: int | None = None
 
 
 def find_reader(source: pathlib.Path) -> Callable[[pathlib.Path, str], Checkpoint] | None:
@@ -56,7 +59,7 @@ def find_reader(source: pathlib.Path) -> Callable[[pathlib.Path, str], Checkpoin
 
 
 def read_hub(source: pathlib.Path, weights: str) -> Checkpoint:
-    """Reads a directory with config.json and weights: an MDLM model if its model_type is "mdlm", else a SEDD model.
+    """Reads a directory with config.json and weights, of SEDD or one of `other_programs`.
 
     Raises:
         errors.UserError: names what is missing, damaged or contradictory, or says that a file needs torch. The other
@@ -69,21 +72,18 @@ def read_hub(source: pathlib.Path, weights: str) -> Checkpoint:
             value=weights,
             remedy=f"give {errors.name('weights')}=ema",
         )
-    file = source / "config.json"
-    published = published_configs.read_json(file)
-    origin = {"layout": "Hub directory"}
-    if published.find("model_type") != "mdlm":
-        config, num_tokens = published_configs.from_sedd(published)
-        return _checked(config, num_tokens, torch_files.read_weights(source), source, origin)
-    config = published_configs.from_mdlm_transformers(published)
-    is_conditioned = published.choice("time_conditioning", True, False)
-    tensors = _of_backbone(torch_files.read_weights(source))
-    checkpoint = _checked(config, _num_tokens(tensors, source), tensors, source, origin)
-    return dataclasses.replace(checkpoint, is_conditioned=is_conditioned)
+    published = published_configs.read_json(source / "config.json")
+    described, num_tokens = _described(published)
+    tensors = torch_files.read_weights(source)
+    origin = {"layout": f"Hub directory of {described.program}"}
+    if num_tokens is None:
+        tensors = _of_backbone(tensors)
+        num_tokens = _num_tokens(described, tensors, source)
+    return _checked(described, num_tokens, tensors, source, origin)
 
 
 def read_training(source: pathlib.Path, weights: str) -> Checkpoint:
-    """Reads a run directory of the published program, or one of its .pth files."""
+    """Reads a run directory of SEDD's program or RADD's, or one of its .pth files."""
     is_file = source.suffix == ".pth"
     root = source.absolute().parent.parent if is_file else source
     file = source if is_file else source / "checkpoints-meta" / "checkpoint.pth"
@@ -92,32 +92,32 @@ def read_training(source: pathlib.Path, weights: str) -> Checkpoint:
             raise errors.UserError(
                 f"{path} is missing", remedy="give a run of the published program, with .hydra/ beside its checkpoints"
             )
-    config, num_tokens = published_configs.from_sedd(published_configs.read_yaml(_hydra(root)))
+    described, num_tokens = _with_tokens(published_configs.read_yaml(_hydra(root)))
     saved = published_configs.Fields(torch_files.read_pickle(file), file)
     tensors = torch_files.stored(saved["model"], file)
-    _check_shapes(config, num_tokens, tensors, file)
+    _check_shapes(described, num_tokens, tensors, file)
     if weights == "ema":
-        tensors |= _moving_average(saved["ema"], config, file)
-    origin = {"layout": "run of the published program", "weights": weights, "step": saved.whole_number("step")}
-    return _checked(config, num_tokens, tensors, file, origin)
+        tensors |= _moving_average(saved["ema"], tensors, file)
+    origin = {"layout": f"run of {described.program}", "weights": weights, "step": saved.whole_number("step")}
+    return _checked(described, num_tokens, tensors, file, origin)
 
 
 def read_lightning(source: pathlib.Path, weights: str) -> Checkpoint:
-    """Reads a checkpoint file (.ckpt) of MDLM's program, which uses PyTorch Lightning."""
+    """Reads a checkpoint file (.ckpt) of PyTorch Lightning, by MDLM's program or one that grew out of it."""
     saved = published_configs.Fields(torch_files.read_pickle(source), source)
     hyper_parameters = published_configs.Fields(saved["hyper_parameters"], source)
-    fields = published_configs.Fields(hyper_parameters["config"], source)
-    config = published_configs.from_mdlm(fields)
+    described = other_programs.from_lightning(published_configs.Fields(hyper_parameters["config"], source))
     tensors = _of_backbone(torch_files.stored(saved["state_dict"], source))
-    num_tokens = _num_tokens(tensors, source)
-    _check_shapes(config, num_tokens, tensors, source)
+    num_tokens = _num_tokens(described, tensors, source)
+    _check_shapes(described, num_tokens, tensors, source)
     if weights == "ema":
-        tensors |= _moving_average(saved["ema"], config, source)
-    origin = {"layout": "MDLM checkpoint", "weights": weights, "step": saved.whole_number("global_step")}
-    is_conditioned = fields.choice("time_conditioning", True, False)
-    name = fields.text("data.tokenizer_name_or_path")
-    checkpoint = _checked(config, num_tokens, tensors, source, origin)
-    return dataclasses.replace(checkpoint, tokenizer=name, is_conditioned=is_conditioned)
+        tensors |= _moving_average(saved["ema"], tensors, source)
+    origin = {
+        "layout": f"{described.program} checkpoint",
+        "weights": weights,
+        "step": saved.whole_number("global_step"),
+    }
+    return _checked(described, num_tokens, tensors, source, origin)
 
 
 def download(name: str) -> pathlib.Path:
@@ -149,51 +149,85 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
+def _described(published: published_configs.Fields) -> tuple[other_programs.Described, int | None]:
+    """What config.json says, and the vocabulary size N; None if the tensors say that."""
+    if other_programs.is_transformers(published):
+        return other_programs.from_transformers(published), None
+    return _with_tokens(published)
+
+
+def _with_tokens(published: published_configs.Fields) -> tuple[other_programs.Described, int]:
+    """What a config of SEDD's program or RADD's says, and the vocabulary size N."""
+    num_tokens = published_configs.num_tokens(published)
+    if other_programs.is_radd(published):
+        return other_programs.from_radd(published), num_tokens
+    return other_programs.Described(program="SEDD", config=published_configs.from_sedd(published)), num_tokens
+
+
 def _of_backbone(tensors: dict[str, torch_files.Stored]) -> dict[str, torch_files.Stored]:
-    """The tensors of MDLM's network, without their prefix. Others are of its metrics."""
-    return {name.removeprefix(_MDLM_PREFIX): x for name, x in tensors.items() if name.startswith(_MDLM_PREFIX)}
+    """The tensors of a Lightning module's network, without their prefix. Others are of its metrics."""
+    return {name.removeprefix(_PREFIX): x for name, x in tensors.items() if name.startswith(_PREFIX)}
 
 
-def _num_tokens(tensors: dict[str, torch_files.Stored], source: pathlib.Path) -> int:
-    """Vocabulary size N of MDLM's network, whose states include the mask."""
+def _num_tokens(
+    described: other_programs.Described, tensors: dict[str, torch_files.Stored], source: pathlib.Path
+) -> int:
+    """Vocabulary size N of a network by its embedding, whose states include the mask if the graph has one."""
     shape = published_configs.Fields(tensors, source)["vocab_embed.embedding"].shape
     if len(shape) != 2 or shape[0] < 2:
         raise errors.UserError(f"{source} has an embedding of shape {shape}", remedy="give another file")
-    return shape[0] - 1
+    return shape[0] - configs.graph_class(described.config.graph).has_mask
 
 
 def _check_shapes(
-    config: configs.Config, num_tokens: int, tensors: dict[str, torch_files.Stored], source: pathlib.Path
+    described: other_programs.Described,
+    num_tokens: int,
+    tensors: dict[str, torch_files.Stored],
+    source: pathlib.Path,
 ) -> None:
     """Checks names and shapes of tensors against the network that a config describes."""
-    num_states = configs.graph_class(config.graph).from_tokenizer(num_tokens, None).num_states
     try:
         found = {name: tensor.shape for name, tensor in tensors.items()}
-        torch_weights.check_shapes(found, dataclasses.replace(config.network, num_states=num_states))
+        torch_weights.check_shapes(found, _network(described, num_tokens), described.layout)
     except errors.UserError as error:
         raise error.at(str(source)) from error
 
 
+def _network(described: other_programs.Described, num_tokens: int) -> networks.NetworkConfig:
+    graph = configs.graph_class(described.config.graph).from_tokenizer(num_tokens, None)
+    return dataclasses.replace(described.config.network, num_states=graph.num_states)
+
+
 def _checked(
-    config: configs.Config,
+    described: other_programs.Described,
     num_tokens: int,
     tensors: dict[str, torch_files.Stored],
     source: pathlib.Path,
     origin: dict[str, Any],
 ) -> Checkpoint:
     """A checkpoint, once its tensors are checked against the network that its config describes."""
-    _check_shapes(config, num_tokens, tensors, source)
+    _check_shapes(described, num_tokens, tensors, source)
     arrays = torch_files.arrays(tensors)
     try:
         torch_weights.check_finite(arrays)
     except errors.UserError as error:
         raise error.at(str(source)) from error
-    return Checkpoint(config=config, num_tokens=num_tokens, tensors=arrays, origin=origin)
+    return Checkpoint(
+        config=described.config,
+        num_tokens=num_tokens,
+        tensors=torch_weights.modulated(arrays, _network(described, num_tokens), described.layout),
+        origin=origin,
+        tokenizer=described.tokenizer,
+        is_conditioned=described.is_conditioned,
+        start_id=described.start_id(num_tokens, source),
+    )
 
 
-def _moving_average(saved: Any, config: configs.Config, path: pathlib.Path) -> dict[str, torch_files.Stored]:
-    """The EMA of the published program by name. It is saved as a list in the order of the model's parameters."""
-    names = torch_weights.parameter_names(config.network.num_layers)
+def _moving_average(
+    saved: Any, tensors: dict[str, torch_files.Stored], path: pathlib.Path
+) -> dict[str, torch_files.Stored]:
+    """The moving average of parameters by name. It is saved as a list in their order, which is that of the tensors."""
+    names = [name for name in tensors if name != torch_weights.ROTARY]
     values = published_configs.Fields(saved, path)["shadow_params"]
     if not isinstance(values, list) or len(values) != len(names):
         count = len(values) if isinstance(values, list) else type(values).__name__

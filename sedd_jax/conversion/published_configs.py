@@ -1,4 +1,4 @@
-"""Translation of configs: from the published program and MDLM's to ours, and from ours to the published one."""
+"""Translation of configs: from the published program to ours and back. `other_programs` has those of other programs."""
 
 import contextlib
 import itertools
@@ -18,7 +18,7 @@ _YAML_TAGS = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "
 _TOO_LARGE = 2**31  # for a whole number of a config
 
 # Our field -> theirs. Fields that a config may lack are in tables of their own.
-_NETWORK = {
+NETWORK = {
     "data.length": "model.length",
     "network.hidden_size": "model.hidden_size",
     "network.num_layers": "model.n_blocks",
@@ -27,8 +27,8 @@ _NETWORK = {
     "network.dropout": "model.dropout",
     "noise.name": "noise.type",
 }
-_NOISE = {"noise.sigma_min": "noise.sigma_min", "noise.sigma_max": "noise.sigma_max"}
-_OPTIMIZER = {
+NOISE = {"noise.sigma_min": "noise.sigma_min", "noise.sigma_max": "noise.sigma_max"}
+OPTIMIZER = {
     "optimizer.learning_rate": "optim.lr",
     "optimizer.beta1": "optim.beta1",
     "optimizer.beta2": "optim.beta2",
@@ -36,10 +36,10 @@ _OPTIMIZER = {
     "optimizer.weight_decay": "optim.weight_decay",
     "optimizer.ema_decay": "training.ema",
 }
-_SEDD = {
-    **_NETWORK,
-    **_NOISE,
-    **_OPTIMIZER,
+SEDD = {
+    **NETWORK,
+    **NOISE,
+    **OPTIMIZER,
     "network.scale_by_sigma": "model.scale_by_sigma",
     "graph.name": "graph.type",
     "optimizer.warmup_steps": "optim.warmup",
@@ -48,29 +48,12 @@ _SEDD = {
     "training.num_micro_batches": "training.accum",
     "training.num_steps": "training.n_iters",
 }
-_SEDD_OPTIONAL = {"noise.eps": "noise.eps"}
+SEDD_OPTIONAL = {"noise.eps": "noise.eps"}
 # What transformers reads beside. It would take the dtype of stored weights for that of matrix products.
 FOR_TRANSFORMERS = {
     "architectures": ["SEDDModel"],
     "auto_map": {"AutoConfig": "modeling_sedd.SEDDConfig", "AutoModel": "modeling_sedd.SEDDModel"},
     "dtype": "float32",
-}
-# MDLM's scale_by_sigma is left out: its program decides by the parameterization and ignores that field.
-_MDLM_OPTIONAL = {
-    **_NOISE,
-    **_OPTIMIZER,
-    "optimizer.warmup_steps": "lr_scheduler.num_warmup_steps",
-    "optimizer.clip_norm": "trainer.gradient_clip_val",
-    "training.batch_size": "loader.global_batch_size",
-    "training.num_steps": "trainer.max_steps",
-}
-_MDLM_TRANSFORMERS = {
-    "data.length": "model_length",
-    "network.hidden_size": "hidden_dim",
-    "network.num_layers": "n_blocks",
-    "network.num_heads": "n_heads",
-    "network.cond_dim": "cond_dim",
-    "network.dropout": "dropout",
 }
 
 
@@ -99,7 +82,7 @@ class Fields:
     def __getitem__(self, name: str) -> Any:
         found = self.find(name)
         if found is MISSING:
-            known = ", ".join(_brief(key) for key in itertools.islice(self._content, 6))
+            known = ", ".join(brief(key) for key in itertools.islice(self._content, 6))
             raise errors.UserError(f"{self.path} has no {name!r}, only {known}", remedy="give another file")
         return found
 
@@ -108,7 +91,7 @@ class Fields:
         value = self[name]
         if not isinstance(value, str | bool) or value not in known:
             raise errors.UserError(
-                f"{self.path} has {name}={_brief(value)}",
+                f"{self.path} has {name}={brief(value)}",
                 remedy=f"only {' or '.join(map(repr, known))} can be converted",
             )
         return value
@@ -117,7 +100,7 @@ class Fields:
         """The value of a field, which must be text."""
         value = self[name]
         if not isinstance(value, str):
-            raise errors.UserError(f"{self.path} has {name}={_brief(value)}", remedy="it must be text")
+            raise errors.UserError(f"{self.path} has {name}={brief(value)}", remedy="it must be text")
         return value
 
     def whole_number(self, name: str) -> int:
@@ -125,48 +108,42 @@ class Fields:
         value = self[name]
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _TOO_LARGE:
             raise errors.UserError(
-                f"{self.path} has {name}={_brief(value)}",
+                f"{self.path} has {name}={brief(value)}",
                 remedy=f"it must be a whole number of at least 0 and below {_TOO_LARGE}",
             )
         return value
 
 
-def from_sedd(published: Fields) -> tuple[configs.Config, int]:
-    """Our config and the vocabulary size N, from config.json or .hydra/config.yaml of the published program.
+def from_sedd(published: Fields) -> configs.Config:
+    """Our config from config.json or .hydra/config.yaml of the published program.
 
     Raises:
         errors.UserError: names the file and the field that is missing or impossible. The other functions raise it too.
     """
-    num_tokens = published.whole_number("tokens")
-    if num_tokens == 0:
+    return translate(published, SEDD, SEDD_OPTIONAL, {})
+
+
+def num_tokens(published: Fields) -> int:
+    """The vocabulary size N, without the mask, that the published program's config gives."""
+    found = published.whole_number("tokens")
+    if found == 0:
         raise errors.UserError(
             f"{published.path} has tokens=0", remedy="it must be the vocabulary size without the mask"
         )
-    return _translate(published, _SEDD, _SEDD_OPTIONAL, {}), num_tokens
-
-
-def from_mdlm(published: Fields) -> configs.Config:
-    """Our config from that of MDLM's program, which predicts scores ("sedd") or the distribution of x0 ("subs")."""
-    published.choice("backbone", "dit")
-    published.choice("diffusion", "absorbing_state")
-    is_mean = published.choice("parameterization", "sedd", "subs") == "subs"
-    return _translate(published, _NETWORK, _MDLM_OPTIONAL, {"network.normalize": is_mean})
-
-
-def from_mdlm_transformers(published: Fields) -> configs.Config:
-    """Our config from config.json of an MDLM model for transformers, which predicts the distribution of x0."""
-    return _translate(published, _MDLM_TRANSFORMERS, {}, {"network.normalize": True})
+    return found
 
 
 def to_sedd(run: runs.Run) -> dict[str, Any]:
     """The content of config.json of the published program for a run of ours."""
     published: dict[str, Any] = {"model_type": "sedd", "ngpus": 1, "tokens": run.graph.vocab_size}
     flat = configs.flatten(configs.to_dict(run.config))
-    for ours, path in (_SEDD | _SEDD_OPTIONAL).items():
+    for ours, path in (SEDD | SEDD_OPTIONAL).items():
         section, _, name = path.partition(".")
         published.setdefault(section, {})[name] = flat[ours]
     published["model"] |= {"name": "sedd_jax", "type": "ddit"}
     published["graph"] |= {"file": "data", "report_all": False}
+    if run.is_autoregressive:  # It is never published, but its network is compared with one in PyTorch.
+        published["graph"]["type"] = "absorb"
     published["optim"]["optimizer"] = "AdamW"
     published["data"] = {"train": run.config.data.source, "valid": run.config.data.source, "cache_dir": "data"}
     published["sampling"] = {"predictor": "analytic", "steps": run.config.sampling.num_steps, "noise_removal": True}
@@ -208,7 +185,7 @@ def read_json(path: pathlib.Path) -> Fields:
 
 
 def read_yaml(path: pathlib.Path) -> Fields:
-    """Reads a config in YAML, as Hydra writes it. Only values of the names that `from_sedd` asks for are made."""
+    """Reads a config in YAML, as Hydra writes it. Only values of names that its readers ask for are made."""
     import yaml
 
     try:
@@ -222,7 +199,7 @@ def read_yaml(path: pathlib.Path) -> Fields:
         return Fields([] if isinstance(root, yaml.SequenceNode) else root and root.value, path)
     constructor = yaml.constructor.SafeConstructor()
     content = {}
-    for name in ("tokens", *_SEDD.values(), *_SEDD_OPTIONAL.values()):
+    for name in ("tokens", "model.type", *SEDD.values(), *SEDD_OPTIONAL.values()):
         node: Any = root
         for part in name.split("."):
             inner = reversed(node.value) if isinstance(node, yaml.MappingNode) else ()  # The last of equal keys counts.
@@ -238,7 +215,7 @@ def read_yaml(path: pathlib.Path) -> Fields:
     return Fields(content, path)
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     """A short form of a value of a foreign file, which may be of any size and depth."""
     if isinstance(value, int) and abs(value) >= _TOO_LARGE:
         return f"a number of {value.bit_length()} bits"
@@ -247,8 +224,8 @@ def _brief(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _translate(
-    published: Fields, required: Mapping[str, str], optional: Mapping[str, str], fixed: Mapping[str, bool]
+def translate(
+    published: Fields, required: Mapping[str, str], optional: Mapping[str, str], fixed: Mapping[str, Any]
 ) -> configs.Config:
     """Our config from another program's.
 
@@ -267,7 +244,7 @@ def _translate(
             flat[ours] = value = _as_number(value, type(flat[ours]))
             if not is_single or (isinstance(value, int) and abs(value) >= _TOO_LARGE):
                 raise errors.UserError(
-                    f"{path} has {name}={_brief(value)}", remedy="give the config that the model was trained with"
+                    f"{path} has {name}={brief(value)}", remedy="give the config that the model was trained with"
                 )
         elif ours in required:
             raise errors.UserError(f"{path} has no {name}", remedy="give the config of such a model")

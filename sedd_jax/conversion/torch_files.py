@@ -66,6 +66,15 @@ class Inert:
         self.state = state
 
 
+def _stand_in(name: str) -> Callable[..., Any]:
+    """What a pickle calls instead of a name. PyTorch puts items into nothing but a dict."""
+    return _empty if name == "collections.defaultdict" else type(name.rpartition(".")[2], (Inert,), {})
+
+
+def _empty(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
 def has_weights(directory: pathlib.Path) -> bool:
     """Whether a directory has weights under a file name that the Hub uses, in one file or in parts with an index."""
     return any((directory / name).exists() or _index(directory, name).exists() for name in WEIGHTS)
@@ -156,7 +165,7 @@ def read_pickle(path: pathlib.Path) -> Any:
             f"{path} is a pickle that refers to {', '.join(foreign[:3])}, so nothing of it was loaded or run",
             remedy="save the tensors alone",
         )
-    inert: list[Any] = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in names]
+    inert: list[Any] = [(_stand_in(name), name) for name in names]
     try:
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)

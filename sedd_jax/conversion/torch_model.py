@@ -329,7 +329,7 @@ class Block(nn.Module):
 
     def __init__(self, hidden: int, heads: int, cond: int, dropout: float):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.is_causal = heads, dropout, False
         self.norm1 = LayerNorm(hidden)
         self.attn_qkv = nn.Linear(hidden, 3 * hidden, bias=False)
         self.attn_out = nn.Linear(hidden, hidden, bias=False)
@@ -347,10 +347,12 @@ class Block(nn.Module):
         return x + gate2 * functional.dropout(mixed, self.dropout, self.training)
 
     def attend(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Bidirectional attention, with rotary position embedding of queries and keys."""
+        """Attention, in both directions unless `is_causal`, with rotary position embedding of queries and keys."""
         batch, length, hidden = x.shape
         q, k, v = self.attn_qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = functional.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
+        out = functional.scaled_dot_product_attention(
+            rotate(q, rotation), rotate(k, rotation), v, is_causal=self.is_causal
+        )
         return self.attn_out(out.transpose(1, 2).reshape(batch, length, hidden))
 
 

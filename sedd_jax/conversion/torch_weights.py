@@ -34,18 +34,27 @@ _BLOCK = (
     (("modulation", "bias"), "adaLN_modulation.bias", False),
 )
 ROTARY = "rotary_emb.inv_freq"
+# Which tensors a network has. Two layouts are of networks that are not told the noise level.
+MODULATED = "modulated"  # The published layout: the noise level sets shifts, scales and gates.
+PLAIN = "plain"  # The same without the embedding of the noise level and without modulations.
+BIASED = "biased"  # As PLAIN, with a bias in every LayerNorm.
 
 
-def parameter_names(num_layers: int) -> list[str]:
-    """Published names of the parameters, in the order in which the published program saves its EMA."""
+def parameter_names(num_layers: int, layout: str = MODULATED) -> list[str]:
+    """Published names of the parameters, in the order in which the published program has them."""
     block = [name for _, name, _ in _BLOCK]
     head = ["norm_final.weight", "linear.weight", "linear.bias", "adaLN_modulation.weight", "adaLN_modulation.bias"]
-    return [
+    names = [
         "vocab_embed.embedding",
         *(name for _, name, _ in _ROOT if name.startswith("sigma_map")),
         *(f"blocks.{i}.{name}" for i in range(num_layers) for name in block),
         *(f"output_layer.{name}" for name in head),
     ]
+    if layout != MODULATED:
+        names = [name for name in names if not name.startswith("sigma_map") and "adaLN_modulation" not in name]
+    if layout == BIASED:
+        names += [_bias_of(name) for name in names if ".norm" in name]
+    return names
 
 
 def shapes(config: networks.NetworkConfig) -> dict[str, tuple[int, ...]]:
@@ -61,13 +70,13 @@ def shapes(config: networks.NetworkConfig) -> dict[str, tuple[int, ...]]:
     return found | {ROTARY: (config.head_size // 2,)}
 
 
-def check_shapes(found: Mapping[str, tuple[int, ...]], config: networks.NetworkConfig) -> None:
+def check_shapes(found: Mapping[str, tuple[int, ...]], config: networks.NetworkConfig, layout: str = MODULATED) -> None:
     """Raises an errors.UserError that names tensors that are missing, unknown, or of another shape.
 
     A config may claim any size. So it is compared with the tensors before anything of that size is made.
     """
     # With more layers than tensors, some are missing in any case.
-    expected = set(parameter_names(min(config.num_layers, len(found))))
+    expected = set(parameter_names(min(config.num_layers, len(found)), layout))
     missing, unknown = sorted(expected - set(found)), sorted(set(found) - expected - {ROTARY})
     if missing or unknown:
         raise errors.UserError(
@@ -78,10 +87,11 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: networks.NetworkC
         ("vocab_embed.embedding", (config.num_states, config.hidden_size)),
         ("sigma_map.mlp.2.bias", (config.cond_dim,)),
     ):
-        _compare(name, found[name], shape)
+        if name in expected:
+            _compare(name, found[name], shape)
     expected_shapes = shapes(config)
     for name, shape in found.items():
-        _compare(name, shape, expected_shapes[name])
+        _compare(name, shape, expected_shapes.get(name, (config.hidden_size,)))  # A bias of a LayerNorm is the rest.
 
 
 def _compare(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -154,6 +164,24 @@ def rotary(config: networks.NetworkConfig) -> np.ndarray:
     return (1.0 / (10_000 ** (np.arange(half, dtype=np.float32) / np.float32(half)))).astype(np.float32)
 
 
+def modulated(tensors: Mapping[str, np.ndarray], config: networks.NetworkConfig, layout: str) -> dict[str, np.ndarray]:
+    """Tensors of a layout as those of a published network with the same outputs at every noise level.
+
+    Its modulations are constant: gates are 1, scales are 0, and a shift is the bias of the LayerNorm, if it has one.
+    """
+    if layout == MODULATED:
+        return dict(tensors)
+    kept = {name: x for name, x in tensors.items() if not (".norm" in name and name.endswith(".bias"))}
+    zeros, ones = np.zeros(config.hidden_size, np.float32), np.ones(config.hidden_size, np.float32)
+    shift = lambda norm: tensors.get(f"{norm}.bias", zeros)
+    constant = {name: np.zeros(shape, np.float32) for name, shape in shapes(config).items() if name not in tensors}
+    for i in range(config.num_layers):
+        parts = (shift(f"blocks.{i}.norm1"), zeros, ones, shift(f"blocks.{i}.norm2"), zeros, ones)
+        constant[f"blocks.{i}.adaLN_modulation.bias"] = np.concatenate(parts)
+    constant["output_layer.adaLN_modulation.bias"] = np.concatenate((shift("output_layer.norm_final"), zeros))
+    return {**kept, **constant, ROTARY: rotary(config)}
+
+
 def without_noise(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Tensors of a network that treats every noise level as sigma = 0.
 
@@ -166,6 +194,10 @@ def without_noise(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         "sigma_map.mlp.0.weight": np.zeros(kernel.shape, np.float32),
         "sigma_map.mlp.0.bias": (bias + kernel[:, :128].sum(1)).astype(np.float32),
     }
+
+
+def _bias_of(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
 
 
 def _array(x: np.ndarray | jax.Array, transposed: bool) -> np.ndarray:

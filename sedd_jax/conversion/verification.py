@@ -59,13 +59,16 @@ def compare(
     return Comparison(float(np.abs(ours - theirs).max()), float(np.abs(theirs).max()))
 
 
-def load(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Any:
-    """A `torch_model.SEDD` with these tensors, in evaluation mode."""
+def load(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, is_causal: bool = False) -> Any:
+    """A `torch_model.SEDD` with these tensors, in evaluation mode; its attention is causal if asked for."""
     import torch
 
     from sedd_jax.conversion import torch_model
 
     model = torch_model.SEDD(dict(config))
+    blocks: Any = model.blocks
+    for block in blocks:
+        block.is_causal = is_causal
     # A checkpoint may lack the rotary frequencies, because they are not parameters.
     found = model.state_dict() | {name: torch.from_numpy(np.array(x, np.float32)) for name, x in tensors.items()}
     model.load_state_dict(found)

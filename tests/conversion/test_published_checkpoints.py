@@ -87,9 +87,7 @@ def test_a_checkpoint_of_mdlm(tmp_path, model, weights, parameterization):
 
 
 def test_a_directory_of_mdlm(tmp_path, model):
-    names = {"hidden_dim": 64, "cond_dim": 32, "model_length": 24, "n_blocks": 2, "n_heads": 4, "dropout": 0.1}
-    config = {"model_type": "mdlm", "vocab_size": 27, "time_conditioning": False, **names}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(foreign.transformers_config("mdlm", 27)))
     state = {f"backbone.{name}": x for name, x in model.state_dict().items()}
     torch.save(state, tmp_path / "pytorch_model.bin")
     found = read(tmp_path)
@@ -196,10 +194,11 @@ def test_a_file_without_its_config_is_named(training):
     [
         (
             {"parameterization": "d3pm"},
-            "has parameterization='d3pm': only 'sedd' or 'subs' can be converted",
+            "MDLM, but has parameterization='d3pm', whose network .*: only 'sedd' or 'subs' or 'ar' can be converted",
         ),
         ({"backbone": "dimamba"}, "has backbone='dimamba'"),
-        ({"diffusion": "uniform"}, "has diffusion='uniform'"),
+        ({"diffusion": "uniform"}, "of UDLM, but has parameterization='subs': only 'd3pm' can be converted"),
+        ({"diffusion": "gaussian"}, "of MDLM, but has diffusion='gaussian'"),
         ({"time_conditioning": "yes"}, "has time_conditioning='yes'"),
         ({"noise": {"type": "cosine"}}, "config.noise.name=cosine is unknown"),
         ({"model": {"n_blocks": 3}}, r"missing \['blocks.2"),
