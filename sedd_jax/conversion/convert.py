@@ -241,8 +241,13 @@ def _find_tokenizer(
             f"{source} was trained with the tokenizer {checkpoint.tokenizer}, and does not say which id is the mask",
             remedy=f"give {errors.name('tokenizer')}, such as wordpiece:vocab.txt",
         )
-    usual = "gpt2" if checkpoint.num_tokens == tokenizers.VOCAB_SIZES["gpt2"] else f"ids:{checkpoint.num_tokens}"
-    return tokenizers.build(spec or usual, lambda: iter(()))
+    # MDLM's descendants append an id for padding or a mask to GPT-2's, also where the graph has no mask.
+    of_gpt2 = (tokenizers.VOCAB_SIZES["gpt2"], tokenizers.VOCAB_SIZES["gpt2"] + 1)
+    usual = "gpt2" if checkpoint.num_tokens in of_gpt2 else f"ids:{checkpoint.num_tokens}"
+    tokenizer = tokenizers.build(spec or usual, lambda: iter(()))
+    if isinstance(tokenizer, subwords.GPT2) and checkpoint.num_tokens == tokenizer.vocab_size + 1:
+        return dataclasses.replace(tokenizer, num_unused=1)
+    return tokenizer
 
 
 def _write_run(directory: pathlib.Path, model: Model, compares: bool) -> verification.Comparison | None:

@@ -118,6 +118,15 @@ def from_transformers(published: Fields) -> Described:
     return _HUB[published.text("model_type").lower()](published)
 
 
+def of_gidd(place: Any) -> errors.UserError:
+    """The error for a checkpoint of GIDD."""
+    return errors.UserError(
+        f"{place} seems to be of GIDD, whose network is told the time instead of the noise level, and whose noise may "
+        "mix masks with uniform tokens, so it cannot be converted",
+        remedy="give a checkpoint of another program",
+    )
+
+
 def is_radd(published: Fields) -> bool:
     """Whether a config is RADD's: its network's type is that of SEDD's "without time"."""
     return published.find("model.type") == "ddit_wot"
@@ -222,7 +231,11 @@ def _hub_bd3lm(published: Fields) -> Described:
     )
 
 
-_HUB = {"mdlm": _hub_mdlm, "udlm": _hub_udlm, "duo": _hub_duo, "bd3lm": _hub_bd3lm}
+def _hub_gidd(published: Fields) -> Described:
+    raise of_gidd(published.path)
+
+
+_HUB = {"dit": _hub_gidd, "mdlm": _hub_mdlm, "udlm": _hub_udlm, "duo": _hub_duo, "bd3lm": _hub_bd3lm}
 
 
 def _choose_block(published: Fields, *length: int | str) -> None:

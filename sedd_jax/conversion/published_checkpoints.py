@@ -50,11 +50,16 @@ def find_reader(source: pathlib.Path) -> Callable[[pathlib.Path, str], Checkpoin
     """The reader for the layout of a file or directory, or None if the layout is unknown.
 
     A reader takes the path and which weights to read, "ema" or "raw".
+
+    Raises:
+        errors.UserError: if the layout is of a program whose networks ours cannot express.
     """
     if source.suffix == ".ckpt":
         return read_lightning
     if source.suffix == ".pth" or _hydra(source).exists():
         return read_training
+    if (source / "noise_schedule.pt").exists():
+        raise other_programs.of_gidd(source)
     return read_hub if torch_files.has_weights(source) else None
 
 

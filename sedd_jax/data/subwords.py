@@ -35,20 +35,28 @@ class GPT2:
 
     The end of text is the id after the last rank, which is 50256 for GPT-2's own ranks.
 
+    Some programs append ids for padding or a mask to GPT-2's, which no text has.
+
     Attributes:
         path: file of BPE ranks in tiktoken's format (each line is base64 bytes and a rank). None stands for tiktoken's
             own copy of GPT-2's ranks.
         sha256: hash of the ranks in that format. So a file and tiktoken's copy have the same hash if they have the same
             ranks.
+        num_unused: number of ids after the end of text that stand for no text.
     """
 
     path: str | None
     sha256: str
+    num_unused: int = 0
     unit: ClassVar[str] = "token"
     mask_id: ClassVar[None] = None
     unk_id: ClassVar[None] = None
 
     def __post_init__(self):
+        if type(self.num_unused) is not int or not 0 <= self.num_unused < 128:
+            raise errors.UserError(
+                f"num_unused={self.num_unused!r} is no number of unused ids", remedy="give a whole number from 0 to 127"
+            )
         found = _sha256_of_ranks(self._ranks)
         if found != self.sha256:
             raise errors.UserError(f"the ranks in {self.path} have sha256 {found}, not {self.sha256}", remedy=_RETURN)
@@ -65,7 +73,7 @@ class GPT2:
             name="gpt2",
             pat_str=_GPT2_PATTERN,
             mergeable_ranks=self._ranks,
-            special_tokens={_END_OF_TEXT: self.eos_id},
+            special_tokens={_END_OF_TEXT: self.eos_id} | {f"<|unused{id_}|>": id_ for id_ in self._unused_ids},
         )
 
     @property
@@ -73,12 +81,16 @@ class GPT2:
         return len(self._ranks)
 
     @property
+    def _unused_ids(self) -> range:
+        return range(self.eos_id + 1, self.eos_id + 1 + self.num_unused)
+
+    @property
     def special_ids(self) -> frozenset[int]:
-        return frozenset({self.eos_id})
+        return frozenset({self.eos_id, *self._unused_ids})
 
     @property
     def vocab_size(self) -> int:
-        return len(self._ranks) + 1
+        return len(self._ranks) + 1 + self.num_unused
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
         """Token ids (int32) of `text`. If it contains <|endoftext|>, these are ordinary characters."""
@@ -98,7 +110,12 @@ class GPT2:
         return self._encoding.decode(ids.tolist())
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "gpt2", "path": self.path, "sha256": self.sha256}
+        return {"kind": "gpt2", "path": self.path, "sha256": self.sha256, **self._unused}
+
+    @property
+    def _unused(self) -> dict[str, int]:
+        """Nothing where no id is unused, as in descriptions and fingerprints of earlier versions."""
+        return {"num_unused": self.num_unused} if self.num_unused else {}
 
     def file(self) -> bytes:
         """Content of a file for `path`."""
@@ -106,7 +123,7 @@ class GPT2:
 
     def fingerprint(self) -> str:
         """Hash that is equal for tokenizers that give every text the same ids, wherever their files are."""
-        return alphabets.fingerprint_of({"kind": "gpt2", "sha256": self.sha256})
+        return alphabets.fingerprint_of({"kind": "gpt2", "sha256": self.sha256, **self._unused})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

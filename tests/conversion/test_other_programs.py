@@ -1,5 +1,6 @@
 """Checkpoints of UDLM, Duo, BD3-LM and RADD: which become runs with the same outputs, and which are refused and why."""
 
+import base64
 import dataclasses
 import json
 
@@ -76,6 +77,18 @@ def test_what_the_output_of_a_network_is(tmp_path, model, config, expected, weig
 def test_a_schedule_of_duo_has_its_own_end(tmp_path, model):
     config = foreign.duo_config("duo", noise={"eps": 1e-2})
     assert read(foreign.write_lightning(tmp_path / "x.ckpt", model, config)).config.noise.eps == 1e-2
+
+
+@pytest.mark.parametrize(("config", "unused"), [(foreign.duo_config("duo"), 1), (foreign.duo_config("sedd"), 0)])
+def test_a_uniform_checkpoint_keeps_the_id_that_its_program_appended_to_gpt2s(tmp_path, config, unused):
+    """Duo pads with it, UDLM calls it the mask; noise takes it like any token. Absorbing models have their mask there."""
+    described = json.loads((GOLDEN / "config.json").read_text()) | {"tokens": 257}
+    source = foreign.write_lightning(tmp_path / "x.ckpt", torch_model.SEDD(described), config)
+    ranks = tmp_path / "bytes.tiktoken"
+    ranks.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256)))
+    model, _ = convert._read(source, "raw", None, f"gpt2:{ranks}")
+    assert (model.run.graph.num_states, model.run.tokenizer.num_unused) == (258, unused)
+    assert model.run.tokenizer.decode(model.run.tokenizer.encode("text")) == "text"
 
 
 @pytest.mark.slow
@@ -221,6 +234,22 @@ def test_directories_that_ours_cannot_express_are_refused(tmp_path, kind, change
     (tmp_path / "config.json").write_text(json.dumps(foreign.transformers_config(kind, 27, **changed)))
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("is_run", [True, False])
+def test_a_network_that_is_told_the_time_is_refused(tmp_path, is_run):
+    """GIDD's, in a directory of its program and in one for transformers."""
+    if is_run:
+        (tmp_path / "config.yaml").write_text("model: {type: diffusion}")
+        torch.save({}, tmp_path / "noise_schedule.pt")
+        torch.save({}, tmp_path / "model.pt")
+    else:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "dit", "p_uniform": 0.1, "vocab_size": 27}))
+        torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        ValueError, match="of GIDD, whose network is told the time instead of the noise level"
+    ):
         read(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Tests of tokenizers: round trips, descriptions in JSON, and errors."""
 
 import base64
+import dataclasses
 import io
 import json
 import string
@@ -206,6 +207,21 @@ def test_long_white_space_gets_the_tokens_that_it_always_has(ranks_file, monkeyp
     for longest in (2, 3, 5):
         monkeypatch.setattr(subwords, "_LONGEST_BLANKS", longest)
         assert [tokenizer.encode(text).tolist() for text in texts] == expected
+
+
+def test_ids_that_another_program_appended_to_gpt2s_stand_for_no_text(ranks_file, tmp_path):
+    plain = _build(f"gpt2:{ranks_file}")
+    tokenizer = dataclasses.replace(plain, num_unused=2)
+    assert tokenizer.vocab_size == plain.vocab_size + 2
+    assert tokenizer.special_ids == {259, 260, 261}
+    assert tokenizer.encode("hello").tolist() == plain.encode("hello").tolist()
+    assert tokenizer.decode(np.array([257, 259, 261])) == "hel<|endoftext|><|unused261|>"
+    assert tokenizer.fingerprint() != plain.fingerprint()
+    assert "num_unused" not in plain.to_json()  # as in run directories of earlier versions
+    tokenizers.write(tokenizer, tmp_path / "tokenizer.json")
+    assert tokenizers.read(tmp_path / "tokenizer.json").fingerprint() == tokenizer.fingerprint()
+    with pytest.raises(errors.UserError, match="num_unused=500 is no number of unused ids"):
+        dataclasses.replace(plain, num_unused=500)
 
 
 @pytest.mark.parametrize("blank", [" ", "\n", "\r\n"])
