@@ -70,6 +70,15 @@ def _curve(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
     return result, quality_curves.table(result)
 
 
+def _frontier(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
+    from sedd_jax.evaluation import frontiers, generation_quality
+
+    frontier, beside = frontiers.parse(given.pop("frontier")), _runs(given.pop("beside", ""))
+    samples = _taken(given, generation_quality.SAMPLES)
+    result = frontiers.measure(workdir, **given, frontier=frontier, beside=beside, samples=samples)
+    return result, frontiers.table(result)
+
+
 def _infill(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
     from sedd_jax.evaluation import generation_quality, refilling
 
@@ -103,15 +112,19 @@ def _code(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
 def _report(workdir: storage.Directory, given: dict[str, Any]) -> Measured:
     from sedd_jax.evaluation import report
 
-    others = [storage.directory(name) for name in given.get("beside", "").split(",") if name]
-    path = report.write(workdir, others)
+    path = report.write(workdir, _runs(given.get("beside", "")))
     return {"report": str(path)}, f"wrote {path}"
+
+
+def _runs(names: str) -> list[storage.Directory]:
+    return [storage.directory(name) for name in names.split(",") if name]
 
 
 def modes() -> dict[str, Mode]:
     """Everything that can be measured, by what it is asked for with."""
     refinements = tuple(arguments.refinements())
     drawn = ("num_steps", "draw", *refinements, "seed", "batch_size", "num_samples")
+    fixed = tuple(name for name in refinements if name not in ("temperature", "top_p"))
     return {
         "likelihood": Mode(("data", "split", "against", *_PASSES), _likelihood),
         "zero_shot": Mode(("suite_data", *_PASSES), _zero_shot),
@@ -119,6 +132,9 @@ def modes() -> dict[str, Mode]:
         "humaneval": Mode(("problems", "timeout_s", "sampler", *drawn), _humaneval),
         "generate": Mode(("judge", "sampler", *drawn), _generate),
         "curve": Mode(("judge", "samplers", *refinements, "batch_size", "num_samples", "seed"), _curve),
+        "frontier": Mode(
+            ("judge", "beside", "sampler", "num_steps", *fixed, "seed", "batch_size", "num_samples"), _frontier
+        ),
         "infill": Mode(("judge", "num_draws", "sampler", *drawn), _infill),
         "code": Mode(("num_samples", "num_steps", "seed"), _code),
         "report": Mode(("beside",), _report),
@@ -162,10 +178,21 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("timeout_s", None, patience, 0.01, flag_values=values)
     choice("generate", False, "perplexity of samples under --judge, and their entropy", flag_values=values)
     text("curve", None, "steps:16,32,... or nfe:17,33,...: the same for --samplers", flag_values=values)
+    text(
+        "frontier",
+        None,
+        "temperature:0.7,0.85/top_p:0.9,...: perplexity of samples under --judge against their entropy",
+        flag_values=values,
+    )
     text("infill", None, "paper, prompt or a pattern such as 25{50}25: refill held-out text", flag_values=values)
     choice("code", False, "share of samples and infills that Python parses", flag_values=values)
     choice("report", False, "write RUN/report.html from all that was measured", flag_values=values)
-    text("beside", None, "with --report: other runs, such as RUN2,RUN3, side by side with this one", flag_values=values)
+    text(
+        "beside",
+        None,
+        "with --report or --frontier: other runs, such as RUN2,RUN3, side by side with this one",
+        flag_values=values,
+    )
     text("judge", None, "an autoregressive run, or GPT-2 in a directory for transformers", flag_values=values)
     text("samplers", "tweedie,tau_leaping", "with --curve: which", flag_values=values)
     number("num_samples", None, "sequences, windows, or attempts at a problem: 64, or 10", 1, flag_values=values)
@@ -195,7 +222,7 @@ def measure(values: flags.FlagValues, given: dict[str, Any]) -> Measured:
         if is_needed and not given[flag]:
             hint = ": an autoregressive run, or GPT-2 in a directory" if flag == "judge" else ""
             raise flags.IllegalFlagValueError(f"--{flag}={what} must be given{shown}{hint}")
-    wanted = ("step", *table[name].flags, *([asked] if asked in ("curve", "infill", "conditional") else []))
+    wanted = ("step", *table[name].flags, *([asked] if asked in ("curve", "frontier", "infill", "conditional") else []))
     chosen = {flag: given[flag] for flag in wanted if given.get(flag) is not None}
     return table[name].measure(given["workdir"], chosen)
 
@@ -206,7 +233,11 @@ def _asked(given: dict[str, Any]) -> str | None:
     Raises:
         flags.IllegalFlagValueError: where that is two things.
     """
-    asked = [name for name in ("suite", "conditional", "generate", "curve", "infill", "code", "report") if given[name]]
+    asked = [
+        name
+        for name in ("suite", "conditional", "generate", "curve", "frontier", "infill", "code", "report")
+        if given[name]
+    ]
     if len(asked) > 1:
         raise flags.IllegalFlagValueError(f"--{asked[0]} goes without --{asked[1]}")
     return asked[0] if asked else None

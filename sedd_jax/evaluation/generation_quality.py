@@ -213,30 +213,41 @@ def read(run: runs.Run, judge: judges.Judge, tokens: Int[np.ndarray, "S L"], num
     Returns:
         `gen_ppl_per_sequence`, the mean of the sequences' perplexities, as published; `gen_ppl_pooled`, the perplexity
         over all tokens; `unigram_entropy` of a sequence's tokens in nats; `distinct_1` to `distinct_3`, the share of
-        n-grams that are distinct. Each mean over sequences has a standard error with the suffix `_stderr`.
+        n-grams that are distinct; `cross_entropy` under the judge in nats per token of the run; `divergence`, which is
+        `cross_entropy` minus `unigram_entropy`. Each mean over sequences has a standard error with the suffix `_stderr`.
     """
     log_likelihoods = judge.log_likelihoods(judge.tokens(run, tokens))
-    return {**_perplexities(log_likelihoods, num_draws), **_diversity(tokens, num_draws)}
+    cross_entropies = np.array([-values.sum() for values in log_likelihoods]) / tokens.shape[1]
+    entropies = _entropies(tokens)
+    return {
+        **_perplexities(log_likelihoods, num_draws),
+        **_mean("cross_entropy", cross_entropies, num_draws),
+        **_mean("divergence", cross_entropies - entropies, num_draws),
+        **_mean("unigram_entropy", entropies, num_draws),
+        **_diversity(tokens),
+    }
+
+
+def _mean(name: str, values: Float[np.ndarray, " S"], num_draws: int) -> dict[str, float | None]:
+    return {name: float(values.mean()), f"{name}_stderr": stderr(values.reshape(num_draws, -1).mean(0))}
 
 
 def _perplexities(log_likelihoods: list[Float[np.ndarray, "_"]], num_draws: int = 1) -> dict[str, Any]:
     counts = np.array([max(1, len(values)) for values in log_likelihoods])
     total = -np.array([values.sum() for values in log_likelihoods])
     each = np.exp(total / counts)
-    return {
-        "gen_ppl_per_sequence": float(each.mean()),
-        "gen_ppl_per_sequence_stderr": stderr(each.reshape(num_draws, -1).mean(0)),
-        "gen_ppl_pooled": float(np.exp(total.sum() / counts.sum())),
-    }
+    pooled = {"gen_ppl_pooled": float(np.exp(total.sum() / counts.sum()))}
+    return {**_mean("gen_ppl_per_sequence", each, num_draws), **pooled}
 
 
-def _diversity(tokens: Int[np.ndarray, "S L"], num_draws: int = 1) -> dict[str, Any]:
-    entropies = []
-    for row in tokens:
-        shares = np.unique(row, return_counts=True)[1] / len(row)
-        entropies.append(-float((shares * np.log(shares)).sum()))
-    found: dict[str, Any] = {"unigram_entropy": float(np.mean(entropies))}
-    found["unigram_entropy_stderr"] = stderr(np.array(entropies).reshape(num_draws, -1).mean(0))
+def _entropies(tokens: Int[np.ndarray, "S L"]) -> Float[np.ndarray, " S"]:
+    """Unigram entropy of each sequence, in nats."""
+    shares = [np.unique(row, return_counts=True)[1] / len(row) for row in tokens]
+    return np.array([-(share * np.log(share)).sum() for share in shares])
+
+
+def _diversity(tokens: Int[np.ndarray, "S L"]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for n in (1, 2, 3):
         grams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1).reshape(-1, n)
         found[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / len(grams)

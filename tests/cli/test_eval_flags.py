@@ -12,8 +12,8 @@ from sedd_jax.cli import main as cli
     [
         ("--generate --code", "--generate goes without --code"),
         ("--suite=zero_shot --report", "--suite goes without --report"),
-        ("--judge=runs/ar", "--judge has no meaning: it is of generate, curve, infill"),
-        ("--code --judge=runs/ar", "--judge has no meaning with --code: it is of generate, curve, infill"),
+        ("--judge=runs/ar", "--judge has no meaning: it is of generate, curve, frontier, infill"),
+        ("--code --judge=runs/ar", "--judge has no meaning with --code: it is of generate, curve, frontier, infill"),
         ("--suite=humaneval --split=test", "--split has no meaning with --suite=humaneval: it is of likelihood"),
         ("--generate", "--judge=RUN must be given with --generate"),
         ("--curve=steps:1", "--judge=RUN must be given with --curve"),
@@ -31,7 +31,7 @@ def test_flags_that_do_not_belong_together_are_refused(arguments, message, capsy
 def test_every_flag_is_of_something_that_can_be_asked_for():
     values = flags.FlagValues()
     eval_flags.define(values)
-    asked = {"suite", "conditional", "generate", "curve", "infill", "code", "report"}
+    asked = {"suite", "conditional", "generate", "curve", "frontier", "infill", "code", "report"}
     everywhere = {"workdir", "step", "json", "coordinator_address", "num_processes", "process_id"}
     owned = {name for mode in eval_flags.modes().values() for name in mode.flags}
     assert set(values) == asked | everywhere | owned
