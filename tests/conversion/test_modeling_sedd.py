@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -61,13 +62,17 @@ for name in ("out", "saved"):
     np.save(name + "_tokens.npy", tokens.numpy())
     print(*model.decode(tokens), sep="|")
 """
-    texts = run_alone(code, tmp_path).splitlines()
+    card = (tmp_path / "out" / "README.md").read_text()
+    shown = re.search(r"## In transformers\n.*?```python\n(.*?)```", card, re.DOTALL)[1]
+    *texts, text = run_alone(f"{code}\nimport os\nos.chdir('out')\n{shown}", tmp_path).splitlines()
     expected = torch_model.SEDD.from_pretrained(tmp_path / "out").sample(2, num_steps=3, sampler="euler", seed=5)
     tokenizer = tokenizers.read(tmp_path / "out" / "sedd_tokenizer.json")
     for place in ("out", "saved"):
         np.testing.assert_allclose(np.load(tmp_path / f"{place}.npy"), recorded["log_score"], rtol=1e-5, atol=5e-6)
         np.testing.assert_array_equal(np.load(tmp_path / f"{place}_tokens.npy"), expected)
     assert texts == ["|".join(tokenizer.decode(row) for row in expected.numpy())] * 2
+    sampled = torch_model.SEDD.from_pretrained(tmp_path / "out").sample(2, num_steps=128, seed=0)
+    assert text == tokenizer.decode(sampled[0].numpy())
     # What transformers has saved is a checkpoint like any other, for torch alone and for us.
     convert.convert(tmp_path / "saved", convert.Target(directory=tmp_path / "run"), verify=True)
     saved = torch_model.SEDD.from_pretrained(tmp_path / "saved").state_dict()
