@@ -47,7 +47,7 @@ def find(run: runs.Run, step: int | None, weights: str, dtype: str) -> Measured:
     }
     pictures, parts = {}, ["## Figures", ""]
     if weights != "ema":
-        parts.append("Only the moving average of this run was measured, and these are its raw weights.")
+        parts.append("Nothing was measured of these raw weights: evaluations are of the moving average.")
     elif not any(of_step.values()):
         parts.append("Nothing was measured of this checkpoint.")
     elif dtype != "float32":

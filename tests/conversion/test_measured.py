@@ -100,7 +100,7 @@ def test_raw_weights_do_not_get_the_figures_of_the_average(run):
     (run.local / "samples").mkdir()
     (run.local / "samples" / "00000002.txt").write_text("--- sample 1 at step 2\na = 1\n")
     text = measured.find(run, 2, "raw", "float32").text
-    assert "Only the moving average of this run was measured, and these are its raw weights." in text
+    assert "Nothing was measured of these raw weights: evaluations are of the moving average." in text
     assert "None were kept of this checkpoint." in text
     assert "1.2500" not in text
 
