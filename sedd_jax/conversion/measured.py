@@ -57,9 +57,10 @@ def find(run: runs.Run, step: int | None, weights: str, dtype: str) -> Measured:
         for result in found:
             with report.reading(run, result):
                 parts += [f"### {title}", "", table(_without_directories(result)).as_markdown(), ""]
-                if "picture" in result:
-                    pictures[result["picture"]] = run.local / results.DIRECTORY / result["picture"]
-                    parts += [f"![Perplexity and entropy against network evaluations]({result['picture']})", ""]
+                name = f"{result['name']}.png"
+                if (run.local / results.DIRECTORY / name).is_file():
+                    pictures[name] = run.local / results.DIRECTORY / name
+                    parts += [f"![Perplexity and entropy against network evaluations]({name})", ""]
     parts += ["", "## Samples", "", *_samples(run, of_step["generation"], step, weights)]
     if (run.local / PICTURE).is_file():
         pictures[PICTURE] = run.local / PICTURE

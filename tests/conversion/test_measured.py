@@ -124,6 +124,7 @@ def test_samples_of_training_come_with_seed_and_settings(run):
 
 def test_the_pictures_of_the_curves_are_shown_and_copied(run, tmp_path):
     (run.local / "loss.png").write_bytes(b"picture")
+    keep(run, "likelihood-1", step=2, picture="../../elsewhere.png")  # A run of somebody else may name any file.
     found = measured.find(run, 2, "ema", "float32")
     assert found.pictures == {"loss.png": run.local / "loss.png"}
     assert "![Bits over training, lower is better](loss.png)" in found.text
