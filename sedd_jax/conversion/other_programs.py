@@ -159,11 +159,8 @@ def _from_bd3lm(published: Fields) -> Described:
     output = _BD3LM[_choose(published, "BD3-LM", "algo.name", *_BD3LM)]
     _choose(published, "BD3-LM", "algo.backbone", "dit")
     _choose(published, "BD3-LM", "algo.cross_attn", False)
-    block, length = published.find("block_size"), published.whole_number("model.length")
-    if output is not _NEXT and block not in (length, "${model.length}"):
-        raise _refusal(
-            published, "BD3-LM", "block_size", f"only blocks of the whole length, {length}, can be converted"
-        )
+    if output is not _NEXT:
+        _check_blocks(published, published.whole_number("model.length"), "${model.length}")
     return _lightning(published, "BD3-LM", output, published.choice("algo.time_conditioning", True, False))
 
 
@@ -216,10 +213,8 @@ def _hub_bd3lm(published: Fields) -> Described:
     fixed, length = dict(output), published.whole_number("model_length")
     if output is _NEXT:
         fixed["data.length"] = length - 1
-    elif published.find("block_size") != length:
-        raise _refusal(
-            published, "BD3-LM", "block_size", f"only blocks of the whole length, {length}, can be converted"
-        )
+    else:
+        _check_blocks(published, length)
     if not is_modulated:
         fixed["network.cond_dim"] = 1
     required = {ours: name for ours, name in _TRANSFORMERS.items() if ours not in fixed}
@@ -238,11 +233,13 @@ def _hub_gidd(published: Fields) -> Described:
 _HUB = {"dit": _hub_gidd, "mdlm": _hub_mdlm, "udlm": _hub_udlm, "duo": _hub_duo, "bd3lm": _hub_bd3lm}
 
 
-def _choose_block(published: Fields, *length: int | str) -> None:
-    """Refuses a BD3-LM whose blocks are shorter than its sequences."""
+def _check_blocks(published: Fields, *length: int | str) -> None:
+    """Raises an errors.UserError for a BD3-LM whose blocks are shorter than its sequences."""
     value = published.find("block_size")
     if not isinstance(value, int | str) or value not in length:
-        raise _refusal(published, "BD3-LM", "block_size", f"only blocks of the whole length, {length[0]}, convert")
+        raise _refusal(
+            published, "BD3-LM", "block_size", f"only blocks of the whole length, {length[0]}, are converted"
+        )
 
 
 def _choose(published: Fields, program: str, name: str, *known: str | bool) -> Any:

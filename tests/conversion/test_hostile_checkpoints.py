@@ -414,3 +414,38 @@ def test_whatever_stands_in_a_config_of_mdlm(tmp_path, name):
             "",
         )
         assert bool(message) != is_usual, value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        ("", "algo"),
+        ("", "block_size"),
+        ("", "noise"),
+        ("algo", "name"),
+        ("algo", "cross_attn"),
+        ("algo", "time_conditioning"),
+        ("noise", "type"),
+        ("noise", "eps"),
+        ("model", "length"),
+    ],
+)
+@pytest.mark.parametrize("config", [foreign.duo_config("duo"), foreign.bd3lm_config("sedd")])
+def test_whatever_stands_in_a_config_of_duo_or_bd3lm(tmp_path, config, section, name):
+    """It is converted, or refused in one line that names the file: `answer` lets no other exception pass."""
+    model = torch_model.SEDD.from_pretrained(GOLDEN)
+    for value in [*VALUES, recursive(), torch.ones(2)]:
+        found = foreign.omegaconf.OmegaConf.to_container(config)
+        (found[section] if section else found)[name] = value
+        answer(foreign.write_lightning(tmp_path / "x.ckpt", model, found), "x.ckpt", "raw")
+
+
+@pytest.mark.parametrize("name", ["model_type", "time_conditioning", "model_length", "causal", "adaln", "block_size"])
+def test_whatever_stands_in_a_config_for_transformers(tmp_path, name):
+    torch.save({"backbone.vocab_embed.embedding": torch.ones(27, 64)}, tmp_path / "pytorch_model.bin")
+    usual = {"block_size": 24, "cross_attn": False, "causal": False, "adaln": True}
+    for value in [5, 2.5, 10**12, -1, "", "text", [], {"a": 5}, None, True]:
+        config = foreign.transformers_config("bd3lm", 27, **usual) | {name: value}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert answer(tmp_path, str(tmp_path)), value

@@ -81,7 +81,7 @@ def test_a_schedule_of_duo_has_its_own_end(tmp_path, model):
 
 @pytest.mark.parametrize(("config", "unused"), [(foreign.duo_config("duo"), 1), (foreign.duo_config("sedd"), 0)])
 def test_a_uniform_checkpoint_keeps_the_id_that_its_program_appended_to_gpt2s(tmp_path, config, unused):
-    """Duo pads with it, UDLM calls it the mask; noise takes it like any token. Absorbing: the mask."""
+    """Duo pads with it, UDLM calls it the mask; noise draws it like any token. Absorbing models have the mask there."""
     described = json.loads((GOLDEN / "config.json").read_text()) | {"tokens": 257}
     source = foreign.write_lightning(tmp_path / "x.ckpt", torch_model.SEDD(described), config)
     ranks = tmp_path / "bytes.tiktoken"
