@@ -143,6 +143,9 @@ def _from_mdlm(published: Fields) -> Described:
     program = "UDLM" if is_uniform else "MDLM"
     _choose(published, program, "backbone", "dit", "ar")
     _choose(published, program, "diffusion", "absorbing_state", "uniform")
+    guidance = published.find("training.guidance")
+    if guidance is not None and guidance is not published_configs.MISSING:
+        raise _refusal(published, "UDLM", "training.guidance", "only networks without class labels can be converted")
     outputs = _UDLM if is_uniform else _MDLM
     output = outputs[_choose(published, program, "parameterization", *outputs)]
     return _lightning(published, program, output, published.choice("time_conditioning", True, False))

@@ -253,9 +253,8 @@ def test_a_network_that_is_told_the_time_is_refused(tmp_path, is_run):
 
 def test_class_labels_are_refused(tmp_path, model):
     """UDLM's classifier-free guidance adds an embedding of labels to that of the noise level."""
-    model.cond_map = torch.nn.Embedding(3, 32)
-    config = foreign.mdlm_config(diffusion="uniform", parameterization="d3pm")
-    with pytest.raises(ValueError, match=r"unknown \['cond_map.weight'\]"):
+    config = foreign.mdlm_config(diffusion="uniform", parameterization="d3pm", training={"guidance": {"dropout": 0.1}})
+    with pytest.raises(ValueError, match=r"of UDLM, but has training.guidance=a dict: only networks without"):
         read(foreign.write_lightning(tmp_path / "x.ckpt", model, config))
 
 
