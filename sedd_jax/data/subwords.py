@@ -35,14 +35,11 @@ class GPT2:
 
     The end of text is the id after the last rank, which is 50256 for GPT-2's own ranks.
 
-    Some programs append ids for padding or a mask to GPT-2's, which no text has.
-
     Attributes:
         path: file of BPE ranks in tiktoken's format (each line is base64 bytes and a rank). None stands for tiktoken's
             own copy of GPT-2's ranks.
-        sha256: hash of the ranks in that format. So a file and tiktoken's copy have the same hash if they have the same
-            ranks.
-        num_unused: number of ids after the end of text that stand for no text.
+        sha256: hash of the ranks in that format, which a file and tiktoken's copy of the same ranks share.
+        num_unused: number of ids after the end of text that no text has, as other programs append them for padding.
     """
 
     path: str | None
@@ -53,10 +50,8 @@ class GPT2:
     unk_id: ClassVar[None] = None
 
     def __post_init__(self):
-        if type(self.num_unused) is not int or not 0 <= self.num_unused < 128:
-            raise errors.UserError(
-                f"num_unused={self.num_unused!r} is no number of unused ids", remedy="give a whole number from 0 to 127"
-            )
+        if type(self.num_unused) is not int or self.num_unused not in range(128):
+            raise errors.UserError(f"num_unused={self.num_unused!r} is no count", remedy="give one from 0 to 127")
         found = _sha256_of_ranks(self._ranks)
         if found != self.sha256:
             raise errors.UserError(f"the ranks in {self.path} have sha256 {found}, not {self.sha256}", remedy=_RETURN)
@@ -73,7 +68,7 @@ class GPT2:
             name="gpt2",
             pat_str=_GPT2_PATTERN,
             mergeable_ranks=self._ranks,
-            special_tokens={_END_OF_TEXT: self.eos_id} | {f"<|unused{id_}|>": id_ for id_ in self._unused_ids},
+            special_tokens={_END_OF_TEXT: self.eos_id} | {f"<|unused{i}|>": i for i in sorted(self.special_ids)[1:]},
         )
 
     @property
@@ -81,12 +76,8 @@ class GPT2:
         return len(self._ranks)
 
     @property
-    def _unused_ids(self) -> range:
-        return range(self.eos_id + 1, self.eos_id + 1 + self.num_unused)
-
-    @property
     def special_ids(self) -> frozenset[int]:
-        return frozenset({self.eos_id, *self._unused_ids})
+        return frozenset(range(self.eos_id, self.vocab_size))
 
     @property
     def vocab_size(self) -> int:
@@ -110,12 +101,8 @@ class GPT2:
         return self._encoding.decode(ids.tolist())
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "gpt2", "path": self.path, "sha256": self.sha256, **self._unused}
-
-    @property
-    def _unused(self) -> dict[str, int]:
-        """Nothing where no id is unused, as in descriptions and fingerprints of earlier versions."""
-        return {"num_unused": self.num_unused} if self.num_unused else {}
+        unused = {"num_unused": self.num_unused} if self.num_unused else {}  # Earlier versions have no such field.
+        return {"kind": "gpt2", "path": self.path, "sha256": self.sha256, **unused}
 
     def file(self) -> bytes:
         """Content of a file for `path`."""
@@ -123,7 +110,7 @@ class GPT2:
 
     def fingerprint(self) -> str:
         """Hash that is equal for tokenizers that give every text the same ids, wherever their files are."""
-        return alphabets.fingerprint_of({"kind": "gpt2", "sha256": self.sha256, **self._unused})
+        return alphabets.fingerprint_of({name: x for name, x in self.to_json().items() if name != "path"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -220,7 +220,7 @@ def test_ids_that_another_program_appended_to_gpt2s_stand_for_no_text(ranks_file
     assert "num_unused" not in plain.to_json()  # as in run directories of earlier versions
     tokenizers.write(tokenizer, tmp_path / "tokenizer.json")
     assert tokenizers.read(tmp_path / "tokenizer.json").fingerprint() == tokenizer.fingerprint()
-    with pytest.raises(errors.UserError, match="num_unused=500 is no number of unused ids"):
+    with pytest.raises(errors.UserError, match="num_unused=500 is no count: give one from 0 to 127"):
         dataclasses.replace(plain, num_unused=500)
 
 
