@@ -214,7 +214,7 @@ def read(run: runs.Run, judge: judges.Judge, tokens: Int[np.ndarray, "S L"], num
         `gen_ppl_per_sequence`, the mean of the sequences' perplexities, as published; `gen_ppl_pooled`, the perplexity
         over all tokens; `unigram_entropy` of a sequence's tokens in nats; `distinct_1` to `distinct_3`, the share of
         n-grams that are distinct; `cross_entropy` under the judge in nats per token of the run; `divergence`, which is
-        `cross_entropy` minus `unigram_entropy`. Each mean over sequences has a standard error with the suffix `_stderr`.
+        `cross_entropy` minus `unigram_entropy`. Means over sequences have a standard error with the suffix `_stderr`.
     """
     log_likelihoods = judge.log_likelihoods(judge.tokens(run, tokens))
     cross_entropies = np.array([-values.sum() for values in log_likelihoods]) / tokens.shape[1]
