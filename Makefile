@@ -27,8 +27,10 @@ test: .venv/installed-test
 test-rest: .venv/installed-test-all
 	$(PYTEST) -m slow
 
+# Two runs, because XLA optimises more in the second.
 test-all: .venv/installed-test-all
-	$(PYTEST) -m 'slow or not slow'
+	$(PYTEST)
+	$(PYTEST) -m slow
 
 # The documentation site, in site/.
 docs: .venv/installed-docs

@@ -10,7 +10,6 @@ import tempfile
 from tests.support import compiling
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = compiling.flags(num_devices=8)
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # Workers, and the processes that tests start, share what they compile until the last test has ended.
     _shared = tempfile.TemporaryDirectory(prefix="sedd-tests-")
@@ -30,6 +29,12 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 jaxtyping.install_import_hook("sedd_jax", "beartype.beartype")
+
+
+def pytest_configure(config):
+    """JAX reads these flags with its first array."""
+    compiling.choose_level(config.option.markexpr)
+    os.environ["XLA_FLAGS"] = compiling.flags(num_devices=8)
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from sedd_jax.evaluation import perplexity
 from sedd_jax.model import networks
 from sedd_jax.runtime import errors, last_words, processes, terminals
 from sedd_jax.sampling import generate, templates
-from sedd_jax.training import metric_writers, train
-from tests.support import places, slow, small_runs
+from sedd_jax.training import compilation, metric_writers, train
+from tests.support import compiling, places, slow, small_runs
 
 ALPHABET = "abcdefgh"
 LENGTH = 32
@@ -102,7 +102,9 @@ def trained(source, tmp_path_factory):
     """The directory of a finished run, and what the run printed."""
     workdir = tmp_path_factory.mktemp("runs") / "absorb"
     stream = io.StringIO()
-    train.train(one_device_config(settings(source)), workdir, stream=stream)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compilation, "options", lambda training: compiling.OPTIMISED)  # It takes many steps.
+        train.train(one_device_config(settings(source)), workdir, stream=stream)
     return workdir, stream.getvalue()
 
 
