@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 
-from tests.support import compiling
+from tests.support import checking, compiling
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _shared = tempfile.TemporaryDirectory(prefix="sedd-tests-")
     compiled = os.path.join(_shared.name, "compiled")
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Each of these processes would compile the whole package anew.
 
 import jax
 import jaxtyping
@@ -28,7 +29,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
-jaxtyping.install_import_hook("sedd_jax", "beartype.beartype")
+jaxtyping.install_import_hook("sedd_jax", f"{checking.__name__}.{checking.on_first_call.__name__}")
 
 
 def pytest_configure(config):

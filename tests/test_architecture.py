@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import jaxtyping
 import pytest
 
 from tests.support import places
@@ -157,3 +159,13 @@ def test_help_and_import_load_no_heavy_library(start):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=places.REPOSITORY
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_types_and_shapes_are_checked_while_tests_run():
+    from sedd_jax.diffusion import graphs
+
+    with pytest.raises(jaxtyping.TypeCheckError, match="'5'"):
+        graphs.Uniform(vocab_size="5")
+    for _ in range(2):
+        with pytest.raises(jaxtyping.TypeCheckError, match="B L"):
+            graphs.Uniform(vocab_size=5).reverse_rate(jnp.zeros((2, 3, 4), int))

@@ -40,14 +40,14 @@ def problem(graph: graphs.Graph, normalized: bool = False):
         normalize=normalized,
         dtype="float32",
     )
-    keys = jax.random.split(jax.random.key(0), 3)
+    normal = lambda *shape: np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32)
     params = {
-        "head_kernel": 0.5 * jax.random.normal(keys[0], (WIDTH, config.padded_states)),
-        "head_bias": 0.5 * jax.random.normal(keys[1], (config.padded_states,)),
+        "head_kernel": jnp.asarray(normal(WIDTH, config.padded_states) / 2),
+        "head_bias": jnp.asarray(normal(config.padded_states) / 2),
     }
-    features = jnp.tile(jax.random.normal(keys[2], (1, 3, WIDTH)), (BATCH, 1, 1))
+    features = jnp.asarray(np.tile(normal(1, 3, WIDTH), (BATCH, 1, 1)))
     masked = graph.mask_id if graph.has_mask else 5
-    xt = jnp.tile(jnp.array([[masked, masked, 7]]), (BATCH, 1))
+    xt = jnp.asarray(np.tile(np.int32([[masked, masked, 7]]), (BATCH, 1)))
     return networks.Model(config, params), features, xt
 
 
@@ -61,7 +61,9 @@ def test_draws_follow_the_weights_of_the_whole_array(name, jump, draw):
         model.params["head_bias"] += 120.0  # whose exponential float32 does not hold
     t = jnp.full(BATCH, 0.8)
     sigma = NOISE.sigma(t)
-    is_movable = graph.is_noise(xt).at[:, 1].set(False)
+    is_movable = np.array(graph.is_noise(xt))
+    is_movable[:, 1] = False
+    is_movable = jnp.asarray(is_movable)
 
     def jump_fn(sigma, xt, t, total):
         if jump == "denoise":
@@ -73,7 +75,8 @@ def test_draws_follow_the_weights_of_the_whole_array(name, jump, draw):
         jump = functools.partial(jump_fn, sigma, xt, t)
         return score_draws.DRAWS[draw](key, model, steps.Evaluation(features, sigma), xt, is_movable, jump)
 
-    tokens = np.concatenate([drawn(key) for key in jax.random.split(jax.random.key(1), 25)])
+    # 4,000 draws at a position find weights that are wrong by a fifth (root mean square of 100 tokens).
+    tokens = np.concatenate([drawn(jax.random.key(seed)) for seed in range(10)])
     score = jnp.exp(score_heads.log_score(model, features[:1], xt[:1], sigma[:1]))
     weights = oracles.jump_weights(functools.partial(jump_fn, sigma[:1], xt[:1], t[:1]), score, xt[:1])
     distributions = np.maximum(np.float64(weights[0]), 0)

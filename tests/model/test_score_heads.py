@@ -31,27 +31,34 @@ def head(request):
     config = networks.NetworkConfig(
         num_states=num_states, hidden_size=WIDTH, scale_by_sigma=scaled, normalize=normalized, dtype="float32"
     )
-    keys = jax.random.split(jax.random.key(0), 5)
-    params = {
-        "head_kernel": jax.random.normal(keys[0], (WIDTH, config.padded_states)),
-        "head_bias": jax.random.normal(keys[1], (config.padded_states,)),
-    }
-    features = jax.random.normal(keys[2], (BATCH, LENGTH, WIDTH))
-    xt = jax.random.randint(keys[3], (BATCH, LENGTH), 0, num_states)
-    x0 = jax.random.randint(keys[4], (BATCH, LENGTH), 0, num_states).at[:, ::3].set(xt[:, ::3])
-    return networks.Model(config, params), features, xt, x0
+    params, features, xt, x0 = drawn(config, BATCH)
+    x0[:, ::3] = xt[:, ::3]
+    return networks.Model(config, params), features, jnp.asarray(xt), jnp.asarray(x0)
 
 
-def value_and_gradients(summarize, model, features):
-    """A summary, and the gradients of an arbitrary combination of it in parameters and features."""
+def drawn(config, batch):
+    """Weights of a head, features of some sequences, and two texts of them."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {"head_kernel": normal(WIDTH, config.padded_states), "head_bias": normal(config.padded_states)}
+    return params, normal(batch, LENGTH, WIDTH), *rng.integers(0, config.num_states, (2, batch, LENGTH), np.int32)
+
+
+def with_gradients(summarize):
+    """Of a model and features: a summary, and the gradients of an arbitrary combination of it in both."""
 
     def combine(model, features):
         summary = summarize(model, features)
-        weights = jax.random.normal(jax.random.key(9), (3, BATCH, LENGTH))
+        weights = np.random.default_rng(9).normal(size=(3, BATCH, LENGTH)).astype(np.float32)
         return sum((w * x).sum() for w, x in zip(weights, summary, strict=True)), summary
 
-    (of_model, of_features), summary = jax.jit(jax.grad(combine, (0, 1), has_aux=True))(model, features)
-    return summary, (of_model.params, of_features)
+    gradients = jax.jit(jax.grad(combine, (0, 1), has_aux=True))
+
+    def call(model, features):
+        (of_model, of_features), summary = gradients(model, features)
+        return summary, (of_model.params, of_features)
+
+    return call
 
 
 def dense(xt, x0, is_needed):
@@ -78,14 +85,15 @@ def test_streamed_equals_dense(head, needed, tiles, request):
         request.getfixturevalue("small_tiles")
     model, features, xt, x0 = head
     is_needed = {
-        "none": jnp.zeros(xt.shape, bool),
-        "one": jnp.zeros(xt.shape, bool).at[1, 7].set(True),
-        "some": jax.random.bernoulli(jax.random.key(5), 0.4, xt.shape),
-        "all": jnp.ones(xt.shape, bool),
+        "none": np.zeros(xt.shape, bool),
+        "one": np.arange(xt.size).reshape(xt.shape) == LENGTH + 7,
+        "some": np.random.default_rng(5).random(xt.shape) < 0.4,
+        "all": np.ones(xt.shape, bool),
     }[needed]
+    is_needed = jnp.asarray(is_needed)
     streamed = lambda model, features: score_heads.summarize(model, features, xt, x0, SIGMA, is_needed)
-    expected = value_and_gradients(dense(xt, x0, is_needed), model, features)
-    ours = value_and_gradients(streamed, model, features)
+    expected = with_gradients(dense(xt, x0, is_needed))(model, features)
+    ours = with_gradients(streamed)(model, features)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, expected)
 
 
@@ -94,8 +102,8 @@ def test_bfloat16_streams_what_bfloat16_computes_whole(head, small_tiles):
     model, features, xt, x0 = head
     features, is_needed = features.astype(jnp.bfloat16), jnp.ones(xt.shape, bool)
     streamed = lambda model, features: score_heads.summarize(model, features, xt, x0, SIGMA, is_needed)
-    expected, expected_gradients = value_and_gradients(dense(xt, x0, is_needed), model, features)
-    ours, gradients = value_and_gradients(streamed, model, features)
+    expected, expected_gradients = with_gradients(dense(xt, x0, is_needed))(model, features)
+    ours, gradients = with_gradients(streamed)(model, features)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, expected)
     # The gradient of the logits is rounded to bfloat16 before its products, at other places in the two.
     assert gradients[1].dtype == jnp.bfloat16
@@ -112,14 +120,9 @@ def test_sharded_equals_unsharded(shape, batch, means):
     config = networks.NetworkConfig(
         num_states=201, hidden_size=WIDTH, scale_by_sigma=scaled, normalize=normalized, dtype="float32"
     )
-    keys = jax.random.split(jax.random.key(0), 6)
-    params = {
-        "head_kernel": jax.random.normal(keys[0], (WIDTH, config.padded_states)),
-        "head_bias": jax.random.normal(keys[1], (config.padded_states,)),
-    }
-    features = jax.random.normal(keys[2], (batch, LENGTH, WIDTH))
-    xt, x0 = jax.random.randint(keys[3], (2, batch, LENGTH), 0, 201)
-    sigma, is_needed = jnp.linspace(0.1, 3, batch), jax.random.bernoulli(keys[4], 0.4, xt.shape)
+    params, features, xt, x0 = drawn(config, batch)
+    xt, x0, is_needed = (jnp.asarray(x) for x in (xt, x0, np.random.default_rng(5).random(xt.shape) < 0.4))
+    sigma = jnp.linspace(0.1, 3, batch)
 
     # A new function each time: JAX would remember what it traced without a mesh.
     def make_gradient_fn():
@@ -169,12 +172,15 @@ def test_padding_never_leaks(head):
     """Neither value nor gradient depends on, or reaches, the padded part of the vocabulary."""
     model, features, xt, x0 = head
     n = model.config.num_states
-    other = model.replace(params={name: x.at[..., n:].set(37.0) for name, x in model.params.items()})
+    past = np.arange(model.config.padded_states) >= n
+    filled = {name: jnp.asarray(np.where(past, np.float32(37), x)) for name, x in model.params.items()}
+    other = model.replace(params=filled)
     everywhere = jnp.ones(xt.shape, bool)
     streamed = lambda model, features: score_heads.summarize(model, features, xt, x0, SIGMA, everywhere)
-    expected, ours = value_and_gradients(streamed, model, features), value_and_gradients(streamed, other, features)
+    found = with_gradients(streamed)
+    expected, ours = found(model, features), found(other, features)
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
-    assert all(not gradient[..., n:].any() for gradient in ours[1][0].values())
+    assert all(not np.asarray(gradient)[..., n:].any() for gradient in ours[1][0].values())
     log_score = score_heads.log_score(model, features, xt, SIGMA)
     assert log_score.shape == (BATCH, LENGTH, n)
     np.testing.assert_array_equal(log_score, score_heads.log_score(other, features, xt, SIGMA))
