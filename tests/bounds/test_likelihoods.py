@@ -92,7 +92,8 @@ def test_the_strict_bound_of_the_exact_score_is_the_entropy(kind):
         log_scores = np.log([oracles.exact_scores(graph, P0, sigma)[:, 0] for sigma in sigmas])[time, xt]
     t, x0, xt = jnp.asarray(times[time], jnp.float32), jnp.asarray(x0)[:, None], jnp.asarray(xt)[:, None]
     summary = scores.summarize(jnp.asarray(log_scores, jnp.float32)[:, None], xt, x0)
-    bounds = losses.bounds(lambda *_: summary, forward.Process(graph, noise), x0, xt, t).score_entropy
+    process = forward.Process(graph, noise)
+    bounds = jax.jit(lambda t: losses.bounds(lambda *_: summary, process, x0, xt, t).score_entropy)(t)
     last = graph.reconstruction(summary, noise.sigma(t), xt, x0)[:, 0]
     value = np.where(time == len(times) - 1, last, np.append(weights, 0.0)[time] * np.asarray(bounds))
     total = float(np.where(probability > 0, probability * value, 0.0).sum())

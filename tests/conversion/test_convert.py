@@ -26,7 +26,7 @@ from sedd_jax.conversion import convert, torch_model, torch_weights
 from sedd_jax.data import tokenizers
 from sedd_jax.model import networks, optimizers, score_heads, train_state
 from sedd_jax.runtime import errors
-from tests.support import foreign, places, slow
+from tests.support import foreign, places, slow, weights
 
 GOLDEN = places.GOLDEN
 MODELS = ("absorb_a", "uniform_a")
@@ -151,15 +151,12 @@ def make_run(tmp_path):
         scaled = {"scale_by_sigma": graph == "absorb"}
         config = dataclasses.replace(config, network=dataclasses.replace(config.network, **(sizes | scaled | network)))
         run = runs.Run(workdir=tmp_path / "run", config=config, tokenizer=tokenizer)
-        params = networks.init(jax.random.key(0), run.network)
-        noisy = lambda tree, seed: jax.tree.map(
-            lambda x: x + 0.1 * np.random.default_rng(seed).standard_normal(x.shape, np.float32), tree
-        )
+        params, optimizer = weights.drawn(run.network, 0), optimizers.make_optimizer(config.optimizer, 4)
         state = train_state.TrainState(
             step=jnp.int32(7),
-            params=noisy(params, 0),
-            ema_params=noisy(params, 1),
-            opt_state=optimizers.make_optimizer(config.optimizer, config.training.num_steps).init(params),
+            params=params,
+            ema_params=weights.drawn(run.network, 1),
+            opt_state=jax.jit(optimizer.init)(params),
         )
         (tmp_path / "run").mkdir()
         return runs.fill(tmp_path / "run", config, tokenizer, state), state
@@ -174,12 +171,12 @@ def load(path):
 @pytest.mark.slow
 def test_weights_are_averaged_or_raw(make_run, tmp_path):
     run, state = make_run()
-    for weights, params in (("ema", state.ema_params), ("raw", state.params)):
-        result = run_convert(tmp_path / "run", tmp_path / weights, weights=weights, verify=False)
-        assert (result["weights"], result["step"], result["to_format"]) == (weights, 7, "torch")
+    for name, params in (("ema", state.ema_params), ("raw", state.params)):
+        result = run_convert(tmp_path / "run", tmp_path / name, weights=name, verify=False)
+        assert (result["weights"], result["step"], result["to_format"]) == (name, 7, "torch")
         expected = torch_weights.to_torch(params, run.network)
-        for name, x in load(tmp_path / weights).items():
-            np.testing.assert_array_equal(x, expected[name], name)
+        for tensor, x in load(tmp_path / name).items():
+            np.testing.assert_array_equal(x, expected[tensor], tensor)
 
 
 def test_what_is_written_says_where_it_comes_from(make_run, tmp_path):

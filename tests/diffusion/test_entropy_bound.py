@@ -130,7 +130,8 @@ def test_corrector_steps_draw_as_many_filled_tokens_again():
     draws = draws._replace(draw_fn=recorded, entropy_fn=entropy)
     sampler = dataclasses.replace(SAMPLER, corrector_steps=1)
     given = steps.Given(jnp.zeros((2, 8), jnp.int32), jnp.arange(8)[None] >= jnp.array([[8], [3]]))
-    oracles.take_steps(jax.random.key(0), sampler, draws, PROCESS, given, given.clamp(jnp.full((2, 8), N)), 0, 3, 3)
+    start = given.clamp(jnp.full((2, 8), N))
+    jax.jit(lambda key: oracles.take_steps(key, sampler, draws, PROCESS, given, start, 0, 3, 3))(jax.random.key(0))
     jax.effects_barrier()
     assert [masks.sum(1).tolist() for masks, _ in seen] == [[8, 3], [8, 3], [6, 2], [6, 2], [4, 1], [4, 1]]
     assert [moved.sum(1).tolist() for _, moved in seen] == [[2, 1]] * 6

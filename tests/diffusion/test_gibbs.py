@@ -101,7 +101,8 @@ def test_sequences_correct_and_step_side_by_side():
     xt, iteration = given.clamp(jnp.zeros((rows, length), jnp.int32)), jnp.arange(rows) % 2
     batch = steps.Batch(given, xt, iteration, jnp.full(rows, 2), None)
     made = samplers.make("theta_trapezoidal", grid=GRID, corrector_steps=1, corrector="gibbs")
-    after = made.take(jax.random.key(0), jnp.asarray(0), oracles.dense_draws(score_fn, GRAPH), PROCESS, batch)
+    draws = oracles.dense_draws(score_fn, GRAPH)
+    after = np.asarray(jax.jit(lambda key: made.take(key, jnp.asarray(0), draws, PROCESS, batch))(jax.random.key(0)))
     jax.effects_barrier()
     first, middle = (float(NOISE.sigma(jnp.float32(t))) for t in (1, 0.6))
     assert len(seen) == made.traits.evaluations == 2
@@ -118,13 +119,14 @@ def test_sequences_correct_and_step_side_by_side():
 def test_margins_and_redrawn_tokens_are_those_of_the_whole_array(normalize, monkeypatch):
     monkeypatch.setattr(score_draws, "BLOCK_STATES", {"cpu": 160})
     monkeypatch.setattr(tiles, "chunk_size", lambda num_positions, most: 5)
-    graph, keys = graphs.Uniform(vocab_size=300), jax.random.split(jax.random.key(0), 5)
+    graph, rng = graphs.Uniform(vocab_size=300), np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     config = networks.NetworkConfig(
         num_states=300, hidden_size=16, scale_by_sigma=False, normalize=normalize, dtype="float32"
     )
-    kernel = 0.7 * jax.random.normal(keys[0], (16, config.padded_states))
+    kernel = 0.7 * normal(16, config.padded_states)
     model = networks.Model(config, {"head_kernel": kernel, "head_bias": jnp.ones(config.padded_states)})
-    features, xt = jax.random.normal(keys[1], (2, 9, 16)), jax.random.randint(keys[2], (2, 9), 0, 300)
+    features, xt = normal(2, 9, 16), jnp.asarray(rng.integers(300, size=(2, 9), dtype=np.int32))
     sigma, is_needed = jnp.array([0.02, 1.0]), jnp.ones((2, 9), bool).at[0, 3].set(False)
     evaluation = steps.Evaluation(features, sigma)
     score = np.exp(np.float64(score_heads.log_score(model, features, xt, sigma)))
@@ -142,11 +144,14 @@ def test_margins_and_redrawn_tokens_are_those_of_the_whole_array(normalize, monk
         functools.partial(score_draws.entropies, model),
         functools.partial(score_draws.margins, model),
     )
-    made = correctors.find("gibbs:margin:2").redrawing(keys[3], draws, tile(sigma), jnp.ones(1200, bool))
-    is_movable = tile(is_needed)
     jump = lambda total: graph.tweedie_jump(total, tile(xt), tile(sigma))
-    after = made.draw_fn(keys[4], made.evaluate_fn(tile(xt), 7 * tile(sigma)), tile(xt), is_movable, jump)
-    after = np.asarray(after).reshape(600, 2, 9)
+
+    @jax.jit
+    def redrawn(key_redraw, key):
+        made = correctors.find("gibbs:margin:2").redrawing(key_redraw, draws, tile(sigma), jnp.ones(1200, bool))
+        return made.draw_fn(key, made.evaluate_fn(tile(xt), 7 * tile(sigma)), tile(xt), tile(is_needed), jump)
+
+    after = np.asarray(redrawn(jax.random.key(3), jax.random.key(4))).reshape(600, 2, 9)
     for row in range(2):
         least = np.argsort(np.where(is_needed, margins, 2)[row])[:2]
         rest = np.setdiff1d(np.arange(9), least)

@@ -90,7 +90,8 @@ def test_given_tokens_never_change_and_are_always_seen():
         return jnp.full((*xt.shape, N), 0.5)
 
     draws, xt = oracles.dense_draws(score_fn, process.graph), jnp.zeros((6, 4), jnp.int32)
-    out = oracles.take_steps(jax.random.key(0), SAMPLER, draws, process, given, xt, 0, 5, 5)
+    take = jax.jit(lambda key: oracles.take_steps(key, SAMPLER, draws, process, given, xt, 0, 5, 5))
+    out = take(jax.random.key(0))
     jax.effects_barrier()
     assert len(seen) == 10
     for state in (*seen, np.asarray(out)):

@@ -42,24 +42,29 @@ def posteriors(sigma):
 def test_the_true_posterior_gives_the_true_score_and_the_least_score_entropy(sigma):
     exact, xs = oracles.exact_scores(GRAPH, P0, sigma), oracles.states(GRAPH, 2)
     joint = P0.ravel()[:, None] * np.kron(*(oracles.kernel(GRAPH, sigma),) * 2).T  # Of x0 and xt.
-    x0, xt = jnp.repeat(xs, 16, 0), jnp.tile(xs, (16, 1))
-    each = jnp.full(256, sigma)
+    x0, xt = jnp.asarray(np.repeat(xs, 16, 0)), jnp.asarray(np.tile(xs, (16, 1)))
+    each, everywhere = jnp.full(256, sigma), jnp.ones((256, 1), bool)
+    features = jnp.eye(16)[:, None]
+    log_score_of = jax.jit(lambda model, xt: score_heads.log_score(model, features, xt, each[:16]))
+    score_entropy = jax.jit(lambda summary: GRAPH.score_entropy(summary, each, xt, x0))
+
+    @jax.jit
+    def summary_of(model, xt, x0):
+        return score_heads.summarize(model, jnp.tile(features, (16, 1, 1)), xt, x0, each, everywhere)
 
     def expected_loss(log_score):
         summary = scores.summarize(jnp.asarray(log_score, jnp.float32), xt, x0)
-        return float((joint.ravel()[:, None] * np.float64(GRAPH.score_entropy(summary, each, xt, x0))).sum())
+        return float((joint.ravel()[:, None] * np.float64(score_entropy(summary))).sum())
 
     def of_network(logits):
         """Score and loss of a network with these logits at each state, [16, 2, 4]."""
         log_score, summaries = np.zeros((16, 2, N)), []
         for position in range(2):
-            model, features = head_of(logits[:, position])
-            at = jnp.asarray(xs[:, position : position + 1])
-            log_score[:, position] = score_heads.log_score(model, features, at, each[:16])[:, 0]
-            many = jnp.tile(features, (16, 1, 1)), *(x[:, position : position + 1] for x in (xt, x0))
-            summaries.append(score_heads.summarize(model, *many, each, jnp.ones((256, 1), bool)))
-        summary = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *summaries)
-        streamed = (joint.ravel()[:, None] * np.float64(GRAPH.score_entropy(summary, each, xt, x0))).sum()
+            model, at = head_of(logits[:, position])[0], slice(position, position + 1)
+            log_score[:, position] = log_score_of(model, jnp.asarray(xs[:, at]))[:, 0]
+            summaries.append(summary_of(model, *(jnp.asarray(np.asarray(x)[:, at]) for x in (xt, x0))))
+        summary = jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x, axis=1)), *summaries)
+        streamed = (joint.ravel()[:, None] * np.float64(score_entropy(summary))).sum()
         return np.exp(log_score), float(streamed)
 
     least, logits = expected_loss(np.tile(np.log(exact), (16, 1, 1))), np.log(posteriors(sigma))
@@ -97,7 +102,8 @@ def test_the_bound_is_the_objective_of_udlm():
         model, features, xt, x0, sigma, jnp.ones((num_rows, 1), bool)
     )
     process = forward.Process(graphs.Uniform(vocab_size=num_states), NOISE)
-    found = losses.bounds(summary_fn, process, *(jnp.asarray(x)[:, None] for x in (x0, xt)), jnp.asarray(t))
+    texts = [jnp.asarray(x[:, None]) for x in (x0, xt)]
+    found = jax.jit(lambda t: losses.bounds(summary_fn, process, *texts, t))(jnp.asarray(t))
     expected = udlm(np.float64(r), xt, x0, t)
     # Terms of the order of 1/sigma cancel where a token has moved in almost no noise.
     np.testing.assert_allclose(found.score_entropy, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).mean())

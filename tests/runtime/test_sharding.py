@@ -28,7 +28,7 @@ def state():
     optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig(), num_steps=100)
     state = jax.jit(lambda key: train_state.create(key, CONFIG, optimizer))(jax.random.key(0))
     rng = np.random.default_rng(0)
-    shift = lambda leaf: jnp.asarray(leaf + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
+    shift = lambda leaf: jnp.asarray(np.asarray(leaf) + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
     return state.replace(params=jax.tree.map(shift, state.params))
 
 
