@@ -1,6 +1,6 @@
 """A run that is killed many times, also during saves, ends with the weights of one that was never stopped.
 
-Each life is a real process of `sedd train`.
+Each life is a process of `sedd train`.
 """
 
 import json
@@ -19,9 +19,9 @@ import pytest
 
 from sedd_jax import runs
 from sedd_jax.evaluation import perplexity
-from tests.support import gcs_emulator, small_runs
+from tests.support import forks, gcs_emulator, small_runs
 
-FEW, MANY = 2, 20  # kills
+FEW, MANY = 2, 14  # kills
 SETTINGS = {
     "data.length": 16,
     "network.hidden_size": 32,
@@ -51,10 +51,9 @@ LONG = {"training.num_steps": 3 * MANY}
 
 def start(place, workdir, *arguments, variables=None, **settings):
     values = SETTINGS | {"data.source": f"text:{place}/{{split}}.txt"} | settings
-    command = [sys.executable, "-m", "sedd_jax", "train", f"--workdir={workdir}", *arguments]
+    fields = [f"--config.{name}={value}" for name, value in values.items()]
     environment = small_runs.environment() | (variables or {})
-    command += [f"--config.{name}={value}" for name, value in values.items()]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return forks.server().start("train", f"--workdir={workdir}", *arguments, *fields, env=environment)
 
 
 def train(*arguments, **settings):
@@ -74,7 +73,7 @@ def uninterrupted(place):
 
 @pytest.fixture(scope="module")
 def long_uninterrupted(place):
-    """The directory of a run of 60 steps."""
+    """The directory of a run of 42 steps."""
     status, err = train(place, place / "long_uninterrupted", **LONG)
     assert status == 0, err
     return place / "long_uninterrupted"
@@ -168,7 +167,7 @@ def test_many_kills_change_nothing(place, long_uninterrupted):
     workdir = place / "killed often"
     assert any(kill_often(place, workdir, MANY, LONG))
     assert_same_run(workdir, long_uninterrupted)
-    assert_nothing_is_left(place, workdir, long_uninterrupted, ["58", "60"])
+    assert_nothing_is_left(place, workdir, long_uninterrupted, ["40", "42"])
 
 
 def begin_two(place, workdir, **settings):
@@ -193,7 +192,7 @@ def test_of_two_that_begin_one_run_one_says_who_the_other_is(place, uninterrupte
 @pytest.mark.slow
 def test_of_two_that_go_on_with_one_run_one_says_who_the_other_is(place, uninterrupted):
     """A requeued job beside its first life, again and again."""
-    for steps in (6, 10, 14, 18):
+    for steps in (6, 12, 18):
         begin_two(place, place / "both often", **{"training.num_steps": steps})
     assert_same_run(place / "both often", uninterrupted)
 
@@ -224,7 +223,7 @@ def test_a_full_disk_stops_the_run_and_names_the_last_good_step(place, long_unin
     assert last.startswith("sedd train: ")
     assert "No space left on device" in last
     newest = int(last.rpartition("the newest checkpoint is of step ")[2].partition(";")[0])
-    assert 2 <= newest < 60
+    assert 2 <= newest < 42
     assert last.endswith(f"make {workdir} writable, then the same command goes on")
     # The lines before are progress of the run.
     assert all(line.startswith("step ") for line in err.splitlines()[:-1])
@@ -240,9 +239,9 @@ def test_a_run_in_a_bucket_survives_the_loss_of_its_machine(place, long_uninterr
     with gcs_emulator.Server("bucket") as server:
         # Each machine keeps its local copy of the run in its cache.
         first, second = (server.environment() | {"XDG_CACHE_HOME": str(tmp_path / name)} for name in ("one", "two"))
-        workdir, seldom = "gs://bucket/runs/mine", LONG | {"training.checkpoint_every": 20}
+        workdir, seldom = "gs://bucket/runs/mine", LONG | {"training.checkpoint_every": 14}
         child = start(place, workdir, variables=first, **seldom)
-        wait_for_steps(child, 45)
+        wait_for_steps(child, 32)
         child.kill()
         child.communicate()
         kept = [name for name in server.blobs if name.endswith("/commit_success.txt")]
@@ -255,11 +254,12 @@ def test_a_run_in_a_bucket_survives_the_loss_of_its_machine(place, long_uninterr
         )
         names = {name.split("/")[2] for name in server.blobs}
         assert names == {path.name for path in long_uninterrupted.iterdir()}
-        command = [sys.executable, "-m", "sedd_jax", "eval", f"--workdir={workdir}", "--num_times=2", "--json"]
         environment = small_runs.environment() | first
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+        command = ["eval", f"--workdir={workdir}", "--num_times=2", "--json"]
+        child = forks.server().start(*command, env=environment)
+        out, err = child.communicate()
+    assert child.returncode == 0, err
+    found = json.loads(out.splitlines()[-1])
     expected = perplexity.evaluate(long_uninterrupted, settings=perplexity.Settings(num_times=2))
     assert found["workdir"] == workdir
     assert found["step"] == expected["step"]
