@@ -16,8 +16,11 @@ pytestmark = pytest.mark.skipif(
 
 LAYOUTS = {"evalplus": code_tasks.evalplus, "hub": code_tasks.hub}
 BY_NAME = {task.name: task for task in code_tasks.TASKS}
-CASES = [(layout, task.name) for task in code_tasks.TASKS for layout in LAYOUTS]
 QUICK = [("evalplus", "with_gaps"), ("hub", "float_grid"), ("evalplus", "shared")]
+# Inputs, results and tests of these are large.
+LARGE = [*QUICK, ("hub", "sort_large"), ("evalplus", "sort_large"), ("hub", "mean_of"), ("evalplus", "commonest")]
+NEVER_ENDS = "slow_sum"  # what one of its wrong solutions does
+LARGE += [("evalplus", NEVER_ENDS)]
 
 
 def read(tmp_path, *contents):
@@ -26,25 +29,61 @@ def read(tmp_path, *contents):
     return layouts.read(path)
 
 
-@pytest.mark.parametrize(("layout", "name"), slow.all_but(QUICK, CASES))
-def test_the_reference_passes_and_wrong_solutions_do_not(tmp_path, layout, name):
-    task = BY_NAME[name]
+def passes_and_fails(tmp_path, layout, task):
     (problem,) = read(tmp_path, LAYOUTS[layout](task))
     trial = trials.prepare(problem)
-    assert trials.attempt(trial, problem.solution) == (sandbox.Outcome.PASSED, True)
+    assert trials.attempt(trial, problem.solution) == (sandbox.Outcome.PASSED, True), task.name
     for wrong in task.wrong_solutions:
         assert trials.attempt(trial, wrong).outcome != sandbox.Outcome.PASSED, wrong
 
 
-@pytest.mark.parametrize(
-    "name", slow.all_but(["error_name"], [task.name for task in code_tasks.TASKS if task.is_plain])
-)
-def test_mbpp_gives_whole_functions(tmp_path, name):
-    task = BY_NAME[name]
+@pytest.mark.parametrize(("layout", "name"), slow.all_but(QUICK, LARGE))
+def test_the_reference_passes_and_wrong_solutions_do_not(tmp_path, layout, name):
+    passes_and_fails(tmp_path, layout, BY_NAME[name])
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Programs, which are ours, run here under the same drivers, without a process for each."""
+
+    def drive(program, driver, *, timeout_s):
+        names, told = {}, []
+        exec(compile(driver.source, "driver", "exec"), names)
+        try:
+            names["drive"](lambda: sandbox._run(program.encode(), {}), driver.given, told.append)
+        except BaseException:
+            said = sandbox.Ended(sandbox.Outcome.FAILED, 0, b"")
+        else:
+            said = sandbox.Ended(sandbox.Outcome.PASSED, len(driver.parts), b"".join(told[len(driver.parts) :]))
+        return said._replace(num_parts=told.count(sandbox.PART))
+
+    monkeypatch.setattr(sandbox, "drive", drive)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_reference_of_each_task_passes_and_wrong_solutions_do_not(in_this_process, tmp_path, layout):
+    for task in code_tasks.TASKS:
+        if task.name != NEVER_ENDS:
+            passes_and_fails(tmp_path, layout, task)
+
+
+def gives_whole_functions(tmp_path, task):
     (problem,) = read(tmp_path, code_tasks.mbpp(task._replace(base=[*task.base, *task.plus])))
     trial = trials.prepare(problem)
     assert trials.attempt(trial, problem.solution).outcome == sandbox.Outcome.PASSED
     assert trials.attempt(trial, "").outcome == sandbox.Outcome.FAILED
+
+
+def test_mbpp_gives_whole_functions(tmp_path):
+    gives_whole_functions(tmp_path, BY_NAME["error_name"])
+
+
+@pytest.mark.slow
+def test_mbpp_gives_whole_functions_for_each_task(in_this_process, tmp_path):
+    for task in code_tasks.TASKS:
+        if task.is_plain:
+            gives_whole_functions(tmp_path, task)
 
 
 def test_the_original_tests_are_counted_apart(tmp_path):
