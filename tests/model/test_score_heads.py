@@ -1,5 +1,7 @@
 """The streamed score head equals the dense one in value and gradient, in one block or several."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,21 +46,40 @@ def drawn(config, batch):
     return params, normal(batch, LENGTH, WIDTH), *rng.integers(0, config.num_states, (2, batch, LENGTH), np.int32)
 
 
-def with_gradients(summarize):
-    """Of a model and features: a summary, and the gradients of an arbitrary combination of it in both."""
+def value_and_gradients(summarize):
+    """(model, features) -> a summary, and the gradients of an arbitrary combination of it in both."""
+    gradients = jax.jit(with_gradients(summarize))
+    return lambda model, features: of(gradients(model, features))
 
-    def combine(model, features):
-        summary = summarize(model, features)
+
+def with_gradients(summarize):
+    """(model, features, ...) -> the gradients in model and features, and the summary."""
+
+    def combine(model, features, *rest):
+        summary = summarize(model, features, *rest)
         weights = np.random.default_rng(9).normal(size=(3, BATCH, LENGTH)).astype(np.float32)
         return sum((w * x).sum() for w, x in zip(weights, summary, strict=True)), summary
 
-    gradients = jax.jit(jax.grad(combine, (0, 1), has_aux=True))
+    return jax.grad(combine, (0, 1), has_aux=True)
 
-    def call(model, features):
-        (of_model, of_features), summary = gradients(model, features)
-        return summary, (of_model.params, of_features)
 
-    return call
+def of(found):
+    (of_model, of_features), summary = found
+    return summary, (of_model.params, of_features)
+
+
+@functools.cache
+def compiled(is_streamed, tiles):
+    """(model, features, xt, x0, is_needed) -> gradients and summary, compiled once for all that share its tiles."""
+    if is_streamed:
+        return jax.jit(
+            with_gradients(
+                lambda model, features, xt, x0, is_needed: score_heads.summarize(
+                    model, features, xt, x0, SIGMA, is_needed
+                )
+            )
+        )
+    return jax.jit(with_gradients(lambda model, features, xt, x0, is_needed: dense(xt, x0, is_needed)(model, features)))
 
 
 def dense(xt, x0, is_needed):
@@ -91,9 +112,7 @@ def test_streamed_equals_dense(head, needed, tiles, request):
         "all": np.ones(xt.shape, bool),
     }[needed]
     is_needed = jnp.asarray(is_needed)
-    streamed = lambda model, features: score_heads.summarize(model, features, xt, x0, SIGMA, is_needed)
-    expected = with_gradients(dense(xt, x0, is_needed))(model, features)
-    ours = with_gradients(streamed)(model, features)
+    ours, expected = (of(compiled(one, tiles)(model, features, xt, x0, is_needed)) for one in (True, False))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, expected)
 
 
@@ -102,8 +121,8 @@ def test_bfloat16_streams_what_bfloat16_computes_whole(head, small_tiles):
     model, features, xt, x0 = head
     features, is_needed = features.astype(jnp.bfloat16), jnp.ones(xt.shape, bool)
     streamed = lambda model, features: score_heads.summarize(model, features, xt, x0, SIGMA, is_needed)
-    expected, expected_gradients = with_gradients(dense(xt, x0, is_needed))(model, features)
-    ours, gradients = with_gradients(streamed)(model, features)
+    expected, expected_gradients = value_and_gradients(dense(xt, x0, is_needed))(model, features)
+    ours, gradients = value_and_gradients(streamed)(model, features)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, expected)
     # The gradient of the logits is rounded to bfloat16 before its products, at other places in the two.
     assert gradients[1].dtype == jnp.bfloat16
@@ -177,7 +196,7 @@ def test_padding_never_leaks(head):
     other = model.replace(params=filled)
     everywhere = jnp.ones(xt.shape, bool)
     streamed = lambda model, features: score_heads.summarize(model, features, xt, x0, SIGMA, everywhere)
-    found = with_gradients(streamed)
+    found = value_and_gradients(streamed)
     expected, ours = found(model, features), found(other, features)
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
     assert all(not np.asarray(gradient)[..., n:].any() for gradient in ours[1][0].values())
