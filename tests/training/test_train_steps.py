@@ -19,16 +19,13 @@ from tests.support import small_runs
 
 OPTIONS = {
     "muon": {"optimizer.name": "muon", "optimizer.schedule": "wsd"},
-    "pairs": {"training.paired_noise": True, "training.time_law": "learned", "training.num_micro_batches": 2},
-    "cosine": {"optimizer.schedule": "cosine"},
+    "pairs": {
+        "training.paired_noise": True,
+        "training.time_law": "learned",
+        "training.num_micro_batches": 2,
+        "optimizer.schedule": "cosine",
+    },
 }
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """One of the harness' eight devices, because each further one costs time on the CPU."""
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: first)
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +48,46 @@ def make_config(tmp_path_factory):
     return make
 
 
-@pytest.mark.usefixtures("one_device")
+def _train(config, workdir, num_devices, **options):
+    """Trains on some of the harness' eight devices, because each further one costs time. Returns what was said."""
+    devices, stream = jax.devices()[:num_devices], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: devices)
+        train.train(config, workdir, stream=stream, **options)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(make_config, tmp_path_factory):
+    """(option) -> the directory of its run on one device."""
+
+    @functools.cache
+    def make(option):
+        workdir = tmp_path_factory.mktemp(option) / "run"
+        _train(make_config(OPTIONS[option]), workdir, 1)
+        return workdir
+
+    return make
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_run_resumes_bit_for_bit(make_config, tmp_path, option):
-    config = make_config(OPTIONS[option])
-    train.train(config, tmp_path / "run", stream=io.StringIO())
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
-    stream = io.StringIO()
-    train.train(config, tmp_path / "again", from_step=2, stream=stream)
-    assert "at step 2" in stream.getvalue()
-    found, expected = (runs.load(tmp_path / name) for name in ("again", "run"))
+def test_a_run_resumes_bit_for_bit(make_config, trained, tmp_path, option):
+    shutil.copytree(trained(option), tmp_path / "again")
+    assert "at step 2" in _train(make_config(OPTIONS[option]), tmp_path / "again", 1, from_step=2)
+    found, expected = (runs.load(workdir) for workdir in (tmp_path / "again", trained(option)))
     assert small_runs.logged(found.workdir) == small_runs.logged(expected.workdir)
     for name in ("params", "ema_params"):
         jax.tree.map(np.testing.assert_array_equal, found.params(name)[1], expected.params(name)[1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["muon", "pairs"])
-def test_a_mesh_changes_only_the_rounding(make_config, tmp_path, option):
-    found = []
-    for mesh in ({}, {"mesh.fsdp": 2, "mesh.tensor": 2}):
-        workdir = tmp_path / str(len(found))
-        train.train(make_config(OPTIONS[option] | mesh), workdir, stream=io.StringIO())
-        found.append(runs.load(workdir).params("params")[1])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *found)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_mesh_changes_only_the_rounding(make_config, trained, tmp_path, option):
+    config = make_config(OPTIONS[option] | {"mesh.fsdp": 2, "mesh.tensor": 2})
+    _train(config, tmp_path / "run", 4)
+    found, expected = (runs.load(workdir).params("params")[1] for workdir in (tmp_path / "run", trained(option)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, expected)
 
 
 def test_a_step_noises_each_text_of_a_pair_at_the_other_half_of_its_positions(make_config, monkeypatch):
