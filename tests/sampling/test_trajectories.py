@@ -285,7 +285,7 @@ def test_programs_that_were_used_long_ago_are_given_back():
     network = networks.NetworkConfig(num_states=N + 1, hidden_size=4, num_heads=1, num_layers=1, cond_dim=4)
     trajectories.make_programs.cache_clear()
     counts = []
-    for number in range(2 * trajectories.KEPT):
+    for number in range(trajectories.KEPT + 2):
         programs = trajectories.make_programs(network, rules, (number, 2))
         programs.begin_fn(jax.random.key(0), jax.random.key(1), trajectories.nobody((2, 3)))
         del programs
