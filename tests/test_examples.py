@@ -86,12 +86,12 @@ def test_a_converted_checkpoint_is_measured_and_kept(code_run, tmp_path, capsys)
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: '.[tpu-plan]'")
 def test_a_pod_is_planned_without_having_it():
     """In a process of its own, since JAX has other devices here."""
-    small = {"network": {"hidden_size": 256, "num_layers": 2, "num_heads": 4, "scale_by_sigma": True}}
-    small |= {"data": {"tokenizer": "bytes", "length": 256}, "training": {"batch_size": 64}}
+    small = {"network": {"hidden_size": 128, "num_layers": 1, "num_heads": 2, "scale_by_sigma": True}}
+    small |= {"data": {"tokenizer": "bytes", "length": 128}, "training": {"batch_size": 64}}
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['main']('owt_small', 'v5e:2x2', **eval(sys.argv[2]))"
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     command = [sys.executable, "-c", code, str(EXAMPLES / "plan_pod.py"), repr(small)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "training step of 256 x 2, 64 sequences of 256" in done.stdout
+    assert "training step of 128 x 1, 64 sequences of 128" in done.stdout
     assert "v5e:2x2: 4 devices" in done.stdout
