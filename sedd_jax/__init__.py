@@ -23,7 +23,8 @@ Wings, each above those that it imports:
 | `model/` | the network, its streamed head, what is drawn from it, the training objective |
 | `programs/` | problems to solve by code, and the sandbox that tries solutions |
 | `data/` | text, tokenizers, batches |
-| `diffusion/` | the paper, as pure functions of arrays |
+| `reverse/` | the reverse process: steps, samplers, correctors, time grids, as pure functions of arrays |
+| `diffusion/` | the paper: forward process, graphs, noise and loss, likewise |
 | `runtime/` | devices, processes, storage, errors |
 
 From the command line to the loss: `cli.main` -> `training.train` -> `training.train_steps` -> `model.objectives` ->

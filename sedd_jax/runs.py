@@ -12,8 +12,9 @@ import jax
 from sedd_jax import checkpoints, config_files
 from sedd_jax import config as configs
 from sedd_jax.data import alphabets, batches, corpora, prepare, shards, tokenizers
-from sedd_jax.diffusion import forward, graphs, samplers
+from sedd_jax.diffusion import forward, graphs
 from sedd_jax.model import autoregression, networks, sampling_config, train_state
+from sedd_jax.reverse import samplers
 from sedd_jax.runtime import errors, sharding, storage
 
 _REPAIR = "copy it again from where it was written"

@@ -14,7 +14,7 @@ DOCS = places.REPOSITORY / "docs"
 PAGES = sorted([*places.REPOSITORY.glob("*.md"), *DOCS.glob("*.md")])
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
-_SHOWN = re.compile(r"`(diffusion/\w+\.py)`|```python\n(.*?)```", re.DOTALL)
+_SHOWN = re.compile(r"`((?:diffusion|reverse)/\w+\.py)`|```python\n(.*?)```", re.DOTALL)
 
 
 def _headings(path):

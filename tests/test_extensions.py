@@ -8,7 +8,8 @@ import pytest
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
-from sedd_jax.diffusion import graphs, samplers
+from sedd_jax.diffusion import graphs
+from sedd_jax.reverse import samplers
 from tests.support import places, toy_graph, toy_sampler
 
 
@@ -84,8 +85,12 @@ def test_a_grid_is_refused_where_a_sampler_has_no_steps_in_time():
 
 
 def test_nothing_but_the_tables_knows_a_sampler_or_a_graph_by_name():
-    # "uniform" is a time grid, too; and the network in PyTorch reads the published program's configs alone.
-    allowed = {("diffusion/time_grids.py", "uniform"), ("conversion/torch_model.py", "absorb")}
+    # "uniform" is a time grid, too; and configs of other programs have their own names for graphs.
+    allowed = {
+        ("reverse/time_grids.py", "uniform"),
+        ("conversion/torch_model.py", "absorb"),
+        ("conversion/other_programs.py", "uniform"),
+    }
     names = {*samplers.SAMPLERS, *graphs.GRAPHS}
     found = set()
     for path in places.PACKAGE.rglob("*.py"):

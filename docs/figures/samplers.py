@@ -15,7 +15,8 @@ from matplotlib import figure, ticker
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from sedd_jax.diffusion import graphs, noise_schedules, time_grids  # noqa: E402
+from sedd_jax.diffusion import graphs, noise_schedules  # noqa: E402
+from sedd_jax.reverse import time_grids  # noqa: E402
 from tests.support import oracles  # noqa: E402
 
 N, LENGTH = 3, 3

@@ -1,1 +1,1 @@
-"""The mathematics of the paper: forward process, loss, reverse steps and samplers, as pure functions of arrays."""
+"""The mathematics of the paper: forward process, graphs, noise and loss, as pure functions of arrays."""

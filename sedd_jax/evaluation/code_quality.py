@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Int
 
 from sedd_jax import runs
-from sedd_jax.diffusion import steps
 from sedd_jax.evaluation import generation_quality, results, tables
+from sedd_jax.reverse import steps
 from sedd_jax.runtime import errors, storage
 from sedd_jax.sampling import generate
 

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import samplers
 from sedd_jax.evaluation import judges, results, tables
 from sedd_jax.model import sampling_config
+from sedd_jax.reverse import samplers
 from sedd_jax.runtime import storage
 from sedd_jax.sampling import generate
 

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from sedd_jax import runs
-from sedd_jax.diffusion import time_grids
 from sedd_jax.evaluation import results, tables
 from sedd_jax.model import objectives
+from sedd_jax.reverse import time_grids
 from sedd_jax.runtime import errors, processes, sharding, storage, terminals
 
 _CANDIDATES = 64  # candidate times, at least

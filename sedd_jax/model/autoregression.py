@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import forward, graphs, losses, scores, steps
+from sedd_jax.diffusion import forward, graphs, losses, scores
 from sedd_jax.model import networks, score_heads, score_losses
+from sedd_jax.reverse import steps
 from sedd_jax.runtime import errors
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import steps
 from sedd_jax.model import categoricals, networks, score_draws, score_heads, tiles
+from sedd_jax.reverse import steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from sedd_jax.diffusion import correctors, samplers, time_grids
 from sedd_jax.model import controls, score_draws
+from sedd_jax.reverse import correctors, samplers, time_grids
 from sedd_jax.runtime import errors
 
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import scores, steps
+from sedd_jax.diffusion import scores
 from sedd_jax.model import categoricals, layers, networks, score_heads, tiles
+from sedd_jax.reverse import steps
 from sedd_jax.runtime import sharding
 
 # States in a block. On a CPU its logits fit in caches. Elsewhere one block has all states: each further one would cost

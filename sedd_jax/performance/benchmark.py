@@ -22,8 +22,8 @@ from typing import IO, Any
 
 from sedd_jax import config as configs
 from sedd_jax.data import tokenizers
-from sedd_jax.diffusion import samplers
 from sedd_jax.model import work
+from sedd_jax.reverse import samplers
 from sedd_jax.runtime import errors, hosts
 
 KINDS = ("train", "sample")

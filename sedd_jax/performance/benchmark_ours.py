@@ -16,8 +16,8 @@ import numpy as np
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import steps
 from sedd_jax.model import attentions, networks, work
+from sedd_jax.reverse import steps
 from sedd_jax.runtime import accelerators, errors, hosts, sharding
 from sedd_jax.sampling import generate, trajectories
 from sedd_jax.training import train_steps

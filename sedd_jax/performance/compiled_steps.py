@@ -8,9 +8,9 @@ import jax
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import steps
 from sedd_jax.model import networks, train_state, work
 from sedd_jax.performance import benchmark_ours, collectives, costs, gpus
+from sedd_jax.reverse import steps
 from sedd_jax.runtime import accelerators, sharding
 from sedd_jax.sampling import generate, trajectories
 from sedd_jax.training import train_steps

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
-from sedd_jax.diffusion import graphs, steps
+from sedd_jax.diffusion import graphs
 from sedd_jax.model import controls, networks, score_draws
+from sedd_jax.reverse import steps
 from sedd_jax.sampling import constraints
 
 

@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Int
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import steps
 from sedd_jax.model import autoregression, sampling_config
+from sedd_jax.reverse import steps
 from sedd_jax.runtime import errors, storage, terminals
 from sedd_jax.sampling import constraints, templates, trajectories
 

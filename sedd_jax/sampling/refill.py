@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import steps
+from sedd_jax.reverse import steps
 from sedd_jax.runtime import errors, terminals
 from sedd_jax.sampling import constraints, generate, templates, trajectories
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import steps
+from sedd_jax.reverse import steps
 from sedd_jax.runtime import errors, storage, terminals
 from sedd_jax.sampling import generate, templates
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
-from sedd_jax.diffusion import forward, samplers, steps
+from sedd_jax.diffusion import forward
 from sedd_jax.model import controls, networks
+from sedd_jax.reverse import samplers, steps
 from sedd_jax.runtime import sharding
 from sedd_jax.sampling import constraints, draws
 

@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import samplers, time_grids
 from sedd_jax.model import autoregression, sampling_config, score_draws
+from sedd_jax.reverse import samplers, time_grids
 from sedd_jax.runtime import errors, storage
 from sedd_jax.sampling import generate, templates
 from sedd_jax.serving import pieces, queue

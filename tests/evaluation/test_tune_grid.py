@@ -9,8 +9,8 @@ import pytest
 
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
-from sedd_jax.diffusion import time_grids
 from sedd_jax.evaluation import tune_grid
+from sedd_jax.reverse import time_grids
 
 
 def test_the_best_path_is_the_best_of_all():

@@ -12,9 +12,10 @@ import pytest
 import scipy.special
 
 from sedd_jax.cli import main as cli
-from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps
+from sedd_jax.diffusion import forward, graphs, noise_schedules
 from sedd_jax.evaluation import perplexity
 from sedd_jax.model import autoregression, controls, networks, score_heads
+from sedd_jax.reverse import samplers, steps
 from sedd_jax.sampling import draws
 from tests.support import oracles, weights
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import graphs, scores, steps
+from sedd_jax.diffusion import graphs, scores
 from sedd_jax.model import controls, networks, score_draws, score_heads, tiles
+from sedd_jax.reverse import steps
 from sedd_jax.runtime import sharding
 from tests.support import oracles, slow
 

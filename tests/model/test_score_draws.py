@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import forward, graphs, noise_schedules, steps
+from sedd_jax.diffusion import forward, graphs, noise_schedules
 from sedd_jax.model import networks, score_draws, score_heads, tiles
+from sedd_jax.reverse import steps
 from sedd_jax.runtime import sharding
 from tests.support import oracles, slow
 

@@ -11,8 +11,8 @@ import pytest
 
 from sedd_jax import config as configs
 from sedd_jax.cli import main as cli
-from sedd_jax.diffusion import samplers
 from sedd_jax.performance import benchmark
+from sedd_jax.reverse import samplers
 from sedd_jax.runtime import errors
 from tests.support import compiling
 

@@ -11,8 +11,9 @@ import pytest
 
 from sedd_jax import runs
 from sedd_jax.data import alphabets
-from sedd_jax.diffusion import graphs, samplers, steps
+from sedd_jax.diffusion import graphs
 from sedd_jax.model import controls, networks, score_heads
+from sedd_jax.reverse import samplers, steps
 from sedd_jax.sampling import constraints, draws, generate, patterns, templates, trajectories
 from tests.support import oracles, slow
 

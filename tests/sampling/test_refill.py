@@ -10,8 +10,9 @@ import pytest
 
 from sedd_jax import runs
 from sedd_jax.data import alphabets
-from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers
+from sedd_jax.diffusion import forward, graphs, noise_schedules
 from sedd_jax.model import networks
+from sedd_jax.reverse import samplers
 from sedd_jax.sampling import refill, templates, trajectories
 from tests.support import slow
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
+from sedd_jax.diffusion import forward, graphs, noise_schedules
 from sedd_jax.model import categoricals, networks
+from sedd_jax.reverse import samplers, steps, time_grids
 from sedd_jax.sampling import refill, trajectories
 from tests.support import oracles, slow, toy_sampler
 

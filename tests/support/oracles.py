@@ -15,8 +15,9 @@ import numpy as np
 import scipy.linalg
 import scipy.stats
 
-from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
+from sedd_jax.diffusion import forward, graphs, noise_schedules
 from sedd_jax.model import categoricals
+from sedd_jax.reverse import samplers, steps, time_grids
 from sedd_jax.sampling import trajectories
 
 # (xt [B, L], sigma [B]) -> the score of every state, [B, L, V].

@@ -2,7 +2,7 @@
 
 import jax
 
-from sedd_jax.diffusion import steps
+from sedd_jax.reverse import steps
 
 _tweedie = steps.one_evaluation(steps.tweedie)
 

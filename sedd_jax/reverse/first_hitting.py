@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import forward, graphs, steps, time_grids
+from sedd_jax.diffusion import forward, graphs
+from sedd_jax.reverse import steps, time_grids
 
 _LAST = 2**31 - 1  # Number of the last evaluation; no iteration has it.
 _CLOCK, _RANK, _TOKENS, _BACK = range(4)  # Folded into a trajectory's key, one for each thing that is drawn.

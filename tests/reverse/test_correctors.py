@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import correctors, forward, graphs, noise_schedules, samplers, steps, time_grids
+from sedd_jax.diffusion import forward, graphs, noise_schedules
+from sedd_jax.reverse import correctors, samplers, steps, time_grids
 from tests.support import oracles, slow
 
 N = 3

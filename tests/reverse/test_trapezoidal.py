@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from sedd_jax import runs
-from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
+from sedd_jax.diffusion import forward, graphs, noise_schedules
 from sedd_jax.model import networks, score_draws, score_heads, tiles
+from sedd_jax.reverse import samplers, steps, time_grids
 from sedd_jax.sampling import generate, templates
 from tests.support import oracles, slow
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import forward, steps, time_grids
+from sedd_jax.diffusion import forward
+from sedd_jax.reverse import steps, time_grids
 
 _LAST = 2**31 - 1  # Number of the last evaluation; no iteration has it.
 _SLACK = 1e-5  # of the bound: sums of float32 are not exact

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from sedd_jax.diffusion import forward, steps
+from sedd_jax.diffusion import forward
+from sedd_jax.reverse import steps
 
 
 def step(

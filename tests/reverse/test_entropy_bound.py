@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from sedd_jax import runs
-from sedd_jax.diffusion import entropy_bound, forward, graphs, noise_schedules, samplers, steps
+from sedd_jax.diffusion import forward, graphs, noise_schedules
 from sedd_jax.evaluation import generation_quality, quality_curves
+from sedd_jax.reverse import entropy_bound, samplers, steps
 from sedd_jax.sampling import generate, refill, templates, trajectories
 from tests.support import oracles
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sedd_jax.diffusion import correctors, forward, graphs, scores, time_grids
+from sedd_jax.diffusion import forward, graphs, scores
+from sedd_jax.reverse import correctors, time_grids
 
 
 class Given(NamedTuple):

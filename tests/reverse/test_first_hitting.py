@@ -10,8 +10,9 @@ import scipy.stats
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from sedd_jax.diffusion import first_hitting, forward, graphs, noise_schedules, samplers, steps
+from sedd_jax.diffusion import forward, graphs, noise_schedules
 from sedd_jax.model import networks
+from sedd_jax.reverse import first_hitting, samplers, steps
 from sedd_jax.runtime import sharding
 from sedd_jax.sampling import generate, refill, templates, trajectories
 from tests.support import oracles, slow

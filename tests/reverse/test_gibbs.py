@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import correctors, forward, graphs, noise_schedules, samplers, steps, time_grids
+from sedd_jax.diffusion import forward, graphs, noise_schedules
 from sedd_jax.model import networks, score_draws, score_heads, tiles
+from sedd_jax.reverse import correctors, samplers, steps, time_grids
 from tests.support import oracles, slow
 
 N = 3

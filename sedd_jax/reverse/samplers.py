@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Int, Key
 
-from sedd_jax.diffusion import correctors, entropy_bound, first_hitting, forward, steps, trapezoidal
+from sedd_jax.diffusion import forward
+from sedd_jax.reverse import correctors, entropy_bound, first_hitting, steps, trapezoidal
 
 
 @runtime_checkable

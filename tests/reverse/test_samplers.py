@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import forward, graphs, noise_schedules, samplers, steps, time_grids
+from sedd_jax.diffusion import forward, graphs, noise_schedules
+from sedd_jax.reverse import samplers, steps, time_grids
 from tests.support import goldens, oracles, slow
 
 PUBLISHED = {"euler": "euler", "analytic": "tweedie"}

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import noise_schedules, time_grids
+from sedd_jax.diffusion import noise_schedules
+from sedd_jax.reverse import time_grids
 
 NOISES = {"loglinear": noise_schedules.LogLinear(), "geometric": noise_schedules.Geometric()}
 GIVEN = "1,0.7,0.2,0"

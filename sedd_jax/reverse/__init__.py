@@ -1,0 +1,1 @@
+"""The reverse process of the paper: steps, samplers, correctors and time grids, as pure functions of arrays."""
