@@ -8,7 +8,7 @@ TAKERS = (
     "diffusion.test_noise_schedules",
     "diffusion.test_graphs",
     "diffusion.test_losses",
-    "diffusion.test_samplers",
+    "reverse.test_samplers",
     "model.test_networks",
     "model.test_optimizers",
     "conversion.test_torch_weights",

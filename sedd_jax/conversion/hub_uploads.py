@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 import re
 import tempfile
+import sys
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -73,6 +74,8 @@ def library() -> types.ModuleType:
         import huggingface_hub.utils
     except ImportError as error:
         raise errors.UserError("the Hub needs a package", remedy="pip install 'sedd_jax[hub]'") from error
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
     return huggingface_hub
 
 

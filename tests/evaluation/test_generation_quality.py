@@ -32,8 +32,9 @@ def test_perplexity_is_of_sequences_or_of_all_their_tokens():
 
 
 def test_entropy_and_n_grams_are_counted():
-    found = generation_quality._diversity(np.array([[0, 1, 0, 1], [2, 2, 2, 2]], np.int32))
-    assert found["unigram_entropy"] == pytest.approx(math.log(2) / 2)
+    tokens = np.array([[0, 1, 0, 1], [2, 2, 2, 2]], np.int32)
+    assert generation_quality._entropies(tokens) == pytest.approx([math.log(2), 0])
+    found = generation_quality._diversity(tokens)
     assert found["distinct_1"] == 3 / 8
     assert found["distinct_2"] == 3 / 6  # 01, 10, 22
     assert found["distinct_3"] == 3 / 4
