@@ -5,8 +5,8 @@ import dataclasses
 import hashlib
 import pathlib
 import re
-import tempfile
 import sys
+import tempfile
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
