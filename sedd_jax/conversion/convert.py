@@ -274,6 +274,8 @@ def _write_torch(
     published_configs.check_publishable(run)
     tensors = _rounded(_told_noise(model), dtype)
     origin = {**model.origin, "dtype": dtype, "config": configs.to_dict(run.config)}
+    if run.network.normalize:
+        origin["note"] = published_configs.NOTE
     described = published_configs.to_sedd(run) | published_configs.FOR_TRANSFORMERS | {"sedd_jax": origin}
     runs.write_json(directory / "config.json", measured.without_directories(described))
     try:

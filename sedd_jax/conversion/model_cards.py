@@ -132,7 +132,7 @@ is_given[:, :4] = is_given[:, -4:] = True
 tokens = model.sample(num_steps=128, given=tokens, is_given=is_given)
 ```
 
-The published SEDD program also loads this directory: `SEDD.from_pretrained(DIR)`.
+{_NORMALIZED if network.normalize else _PUBLISHED}
 {_STABLEHLO if with_stablehlo else ""}
 ## In JAX
 
@@ -143,6 +143,11 @@ sedd sample --workdir=RUN
 """
 
 
+_PUBLISHED = "The published SEDD program also loads this directory: `SEDD.from_pretrained(DIR)`."
+_NORMALIZED = """\
+The softmax of this network is a distribution of the clean token, and scores follow from it. The published SEDD program
+has no such network and refuses this directory. Only `torch_model.py` and `modeling_sedd.py` beside it, and sedd_jax,
+read it."""
 _STABLEHLO = f"""
 ## As StableHLO
 

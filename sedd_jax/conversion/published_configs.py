@@ -49,6 +49,13 @@ SEDD = {
     "training.num_steps": "training.n_iters",
 }
 SEDD_OPTIONAL = {"noise.eps": "noise.eps"}
+# graph.type of a run with `network.normalize` -> our fields. The published program has no such network, and refuses the
+# config: it does not know these names, and model.scale_by_sigma is missing.
+NORMALIZED: dict[str, dict[str, Any]] = {
+    f"{graph}_normalized": {"graph.name": graph, "network.scale_by_sigma": is_scaled, "network.normalize": True}
+    for graph, is_scaled in (("absorb", True), ("uniform", False))
+}
+NOTE = "graph.type: only torch_model.py and modeling_sedd.py of this directory, and sedd_jax, read this network"
 # What transformers reads beside. It would take the dtype of stored weights for that of matrix products.
 FOR_TRANSFORMERS = {
     "architectures": ["SEDDModel"],
@@ -115,12 +122,15 @@ class Fields:
 
 
 def from_sedd(published: Fields) -> configs.Config:
-    """Our config from config.json or .hydra/config.yaml of the published program.
+    """Our config from config.json or .hydra/config.yaml of the published program, or from config.json of `to_sedd`.
 
     Raises:
         errors.UserError: names the file and the field that is missing or impossible. The other functions raise it too.
     """
-    return translate(published, SEDD, SEDD_OPTIONAL, {})
+    kind = published.find("graph.type")
+    fixed = NORMALIZED.get(kind, {}) if isinstance(kind, str) else {}
+    required = {ours: name for ours, name in SEDD.items() if ours not in fixed}
+    return translate(published, required, SEDD_OPTIONAL, fixed)
 
 
 def num_tokens(published: Fields) -> int:
@@ -134,7 +144,7 @@ def num_tokens(published: Fields) -> int:
 
 
 def to_sedd(run: runs.Run) -> dict[str, Any]:
-    """The content of config.json of the published program for a run of ours."""
+    """The content of config.json of the published program for a run of ours; it refuses that of `NORMALIZED`."""
     published: dict[str, Any] = {"model_type": "sedd", "ngpus": 1, "tokens": run.graph.vocab_size}
     flat = configs.flatten(configs.to_dict(run.config))
     for ours, path in (SEDD | SEDD_OPTIONAL).items():
@@ -142,6 +152,9 @@ def to_sedd(run: runs.Run) -> dict[str, Any]:
         published.setdefault(section, {})[name] = flat[ours]
     published["model"] |= {"name": "sedd_jax", "type": "ddit"}
     published["graph"] |= {"file": "data", "report_all": False}
+    if run.network.normalize:
+        published["graph"]["type"] += "_normalized"
+        del published["model"]["scale_by_sigma"]
     if run.is_autoregressive:  # It is never published, but its network is compared with one in PyTorch.
         published["graph"]["type"] = "absorb"
     published["optim"]["optimizer"] = "AdamW"
@@ -151,7 +164,7 @@ def to_sedd(run: runs.Run) -> dict[str, Any]:
 
 
 def check_publishable(run: runs.Run) -> None:
-    """Raises errors.UserError if the published program has no model like the run's."""
+    """Raises errors.UserError if neither the published program nor `torch_model` has a network like the run's."""
     if run.is_autoregressive:
         raise errors.UserError(
             f"{run.workdir} is an autoregressive run", remedy="the published layout supports only diffusion models"
@@ -161,12 +174,11 @@ def check_publishable(run: runs.Run) -> None:
             f"{run.workdir} has its mask at id {run.tokenizer.mask_id}",
             remedy="the published layout supports only the last id",
         )
-    for name, known in (("normalize", False), ("mlp_ratio", 4)):
-        found = getattr(run.network, name)
-        if found != known:
-            raise errors.UserError(
-                f"{run.workdir} has network.{name}={found}", remedy=f"the published layout supports only {known}"
-            )
+    if run.network.mlp_ratio != 4:
+        raise errors.UserError(
+            f"{run.workdir} has network.mlp_ratio={run.network.mlp_ratio}",
+            remedy="the published layout supports only 4",
+        )
 
 
 def read_json(path: pathlib.Path) -> Fields:

@@ -41,11 +41,12 @@ class Network(nn.Module):
             dtype: of the matrix products between embedding and scores. Weights and scores are float32.
         """
         self.noise, self.product_dtype = config["noise"], dtype
-        self.is_absorbing = config["graph"]["type"] == "absorb"
+        kind, _, suffix = config["graph"]["type"].partition("_")
+        self.is_absorbing, self.is_normalized = kind == "absorb", suffix == "normalized"
         self.vocab_size = config["tokens"]
         self.num_states = self.vocab_size + self.is_absorbing
         sizes = config["model"]
-        self.length, self.scale_by_sigma = sizes["length"], sizes["scale_by_sigma"]
+        self.length, self.scale_by_sigma = sizes["length"], not self.is_normalized and sizes["scale_by_sigma"]
         hidden, heads, cond = sizes["hidden_size"], sizes["n_heads"], sizes["cond_dim"]
         self.vocab_embed = Embedding(self.num_states, hidden)
         self.sigma_map = SigmaEmbedding(cond)
@@ -71,10 +72,15 @@ class Network(nn.Module):
         """Log scores [..., V] from features [..., D] at tokens [...]; sigma broadcasts over the tokens."""
         with torch.autocast(features.device.type, self.product_dtype, enabled=self.product_dtype != torch.float32):
             z = self.output_layer.linear(features)
-        z = z.float()
-        if self.scale_by_sigma:
-            z = z - (torch.log(torch.expm1(sigma)) + math.log(self.num_states - 1))[..., None]
-        return z.scatter(-1, tokens[..., None], 0.0)
+        z, tokens, log_noise = z.float(), tokens[..., None], torch.log(torch.expm1(sigma))[..., None]
+        if self.is_normalized and self.is_absorbing:  # The softmax, divided by e^sigma - 1, is the score.
+            z = z.scatter(-1, tokens, -math.inf).log_softmax(-1) - log_noise
+        elif self.is_normalized:  # Scores are ratios of 1 + N r / (e^sigma - 1) for the softmax r.
+            mixed = functional.softplus(z.log_softmax(-1) + math.log(self.num_states) - log_noise)
+            z = mixed - mixed.gather(-1, tokens)
+        elif self.scale_by_sigma:
+            z = z - (log_noise + math.log(self.num_states - 1))
+        return z.scatter(-1, tokens, 0.0)
 
     def sigma(self, t: Tensor) -> Tensor:
         """Total noise at times t in [0, 1]."""
