@@ -2,12 +2,14 @@
 
 import _thread
 import contextlib
+import functools
 import gc
+import importlib.machinery
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from sedd_jax.runtime import last_words
@@ -20,6 +22,8 @@ def keep() -> None:
     """Lets an interrupt come again that Python drops, as in a callback of its garbage collector. JAX has one there.
 
     Other exceptions that Python drops stay unsaid: threads of libraries would repeat what a command reports once.
+    An interrupt while a native module begins waits until it has begun. Its C++ would abort the process (SIGABRT), or
+    turn the interrupt into an ImportError.
     """
 
     def hook(unraisable: Any) -> None:
@@ -28,6 +32,18 @@ def keep() -> None:
             threading.Timer(_SECONDS, _thread.interrupt_main).start()
 
     sys.unraisablehook = hook
+    loader = importlib.machinery.ExtensionFileLoader
+    for name in ("create_module", "exec_module"):
+        setattr(loader, name, _whole(getattr(loader, name)))
+
+
+def _whole(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def loaded(*given: Any) -> Any:
+        with deferred():
+            return load(*given)
+
+    return loaded
 
 
 @contextlib.contextmanager

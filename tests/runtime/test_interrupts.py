@@ -1,6 +1,7 @@
 """Ctrl-C is never lost: not in a callback of the garbage collector, and not while a library runs an event loop."""
 
 import asyncio
+import importlib.machinery
 import signal
 import subprocess
 import sys
@@ -40,8 +41,42 @@ def test_an_interrupt_in_a_callback_of_the_garbage_collector_ends_a_command(atte
     assert (child.returncode, err) == (130, "sedd sample: interrupted\n")
 
 
+# A command that is interrupted inside C++, which makes enumerations while a module of JAX begins.
+LOADING = """
+import enum, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)
+from sedd_jax.cli import main as cli
+
+def work(argv):
+    import numpy
+    check = enum._is_sunder
+
+    def interrupted(name):
+        enum._is_sunder = check
+        print("inside", flush=True)
+        signal.raise_signal(signal.SIGINT)
+        return check(name)
+
+    enum._is_sunder = interrupted
+    from jaxlib.mlir._mlir_libs import _mlir
+    print("not interrupted")
+
+cli.COMMANDS["sample"] = work
+sys.argv = ["sedd", "sample"]
+cli.run()
+"""
+
+
+def test_an_interrupt_while_a_native_module_begins_ends_a_command():
+    """It aborted the process: an exception in C++ that nothing takes."""
+    done = subprocess.run([sys.executable, "-c", LOADING], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "inside\n", "sedd sample: interrupted\n")
+
+
 def test_other_exceptions_that_are_dropped_stay_unsaid(capfd, monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    for name in ("create_module", "exec_module"):
+        loader = importlib.machinery.ExtensionFileLoader
+        monkeypatch.setattr(loader, name, getattr(loader, name))
     interrupts.keep()
 
     class Late:
