@@ -12,6 +12,10 @@ def run() -> None:
     except KeyboardInterrupt:
         print("sedd: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        # After an interrupt in code that was made of text, as dataclasses make some, `python -m` would end by SIGINT,
+        # whatever the status. Python forgets it with the next such code.
+        exec("")
 
 
 if __name__ == "__main__":

@@ -147,6 +147,18 @@ def test_an_interrupt_while_the_program_is_loaded_is_one_line():
     assert (done.returncode, done.stderr) == (130, "sedd: interrupted\n")
 
 
+def test_an_interrupt_in_code_that_was_made_of_text_ends_with_the_same_status(tmp_path):
+    """The process ended by SIGINT after its line, if it was started by `python -m`."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys; from sedd_jax import __main__ as program; from sedd_jax.cli import main as cli\n"
+        "cli.COMMANDS['sample'] = lambda argv: exec('raise KeyboardInterrupt')\n"
+        "sys.argv = ['sedd', 'sample']; program.run()"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "sedd sample: interrupted\n")
+
+
 def test_processes_that_are_started_never_hear_of_it(default_handler):
     code = "import signal, time; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     with pytest.raises(KeyboardInterrupt), interrupts.kept_from_children():  # noqa: PT012
