@@ -10,7 +10,7 @@ import pytest
 
 from sedd_jax import config as configs
 from sedd_jax import runs
-from tests.support import forks, small_runs
+from tests.support import forks, hub_emulator, small_runs
 
 # Where tests run in the background SIGINT is ignored, and so it would be in what they start.
 LISTENS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -36,15 +36,14 @@ def _flags(code_run, place):
         "tune-grid": [f"--workdir={code_run}", "--num_steps=16", alone],
         "serve": [f"--workdir={code_run}", "--port=0"],
         "convert": [f"--from={code_run}", f"--to={place}/converted"],
+        "push": [f"--from={code_run}", "--to=ada/model", "--yes"],
         "bench": [*fields, "--repeats=1000"],
         "plan": [*fields, "--topology=v5e:2x2"],
         "doctor": fields,
     }  # fmt: skip
 
 
-COMMANDS = ("prepare", "train", "sample", "eval", "tune-grid", "serve", "convert", "bench", "plan", "doctor")
-# While PyTorch is loaded, an interrupt may abort the process: docs/log.md, 2026-11-28, Ctrl-C at random moments.
-CASES = [(name, moment) for name in COMMANDS for moment in MOMENTS if (name, moment) != ("convert", MOMENTS[0])]
+COMMANDS = ("prepare", "train", "sample", "eval", "tune-grid", "serve", "convert", "push", "bench", "plan", "doctor")
 
 
 @pytest.fixture
@@ -52,6 +51,13 @@ def arguments(code_run, tmp_path):
     """(command) -> its arguments."""
     (tmp_path / "long.txt").write_text("".join(f"line {number} of a long text\n" for number in range(1_000_000)))
     return lambda command: [command, *_flags(code_run, tmp_path)[command]]
+
+
+@pytest.fixture
+def slow_hub():
+    """A Hub that `sedd push` waits for."""
+    with hub_emulator.Server({"hf_x": {"ada"}}, before=lambda *_: time.sleep(30)) as server:
+        yield server
 
 
 def _interrupt(child, command, moment, place):
@@ -81,7 +87,9 @@ def test_ctrl_c_ends_a_command_that_is_being_loaded(arguments, tmp_path, command
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "moment"), CASES)
-def test_ctrl_c_ends_a_command_whenever_it_comes(arguments, tmp_path, command, moment):
-    child = forks.server().start(*arguments(command), env=small_runs.environment(), prelude=LISTENS)
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_ends_a_command_whenever_it_comes(arguments, slow_hub, tmp_path, command, moment):
+    variables = small_runs.environment() | slow_hub.environment(str(tmp_path / "home"))
+    child = forks.server().start(*arguments(command), env=variables, prelude=LISTENS)
     _interrupt(child, command, moment, tmp_path)
