@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,12 +61,18 @@ def use_huge_pages() -> None:
     """Restarts this process with huge pages in malloc, if the system gives them on request (madvise, glibc 2.35).
 
     Every step allocates new memory for its arrays. On a CPU, first access to it in small pages takes a fifth of the
-    step's time. If the user has set GLIBC_TUNABLES, nothing changes.
+    step's time. If the user has set GLIBC_TUNABLES, nothing changes. Ctrl-C waits until the program has begun again:
+    it would end Python's own start without a word, or with a traceback.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Where it has begun again.
     with contextlib.suppress(OSError):  # Not Linux.
         if "[madvise]" in HUGE_PAGES.read_text() and "GLIBC_TUNABLES" not in os.environ:
             os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-            os.execv(sys.executable, sys.orig_argv)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                os.execv(sys.executable, sys.orig_argv)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def revision() -> str | None:

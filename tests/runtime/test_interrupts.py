@@ -147,6 +147,22 @@ def test_an_interrupt_while_the_program_is_loaded_is_one_line():
     assert (done.returncode, done.stderr) == (130, "sedd: interrupted\n")
 
 
+def test_an_interrupt_while_the_program_restarts_itself_waits_until_it_has_begun(tmp_path):
+    """It ended Python's own start by SIGINT, or with a traceback."""
+    code = (
+        "import os, pathlib, signal, sys; from sedd_jax.runtime import hosts\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL); hosts.HUGE_PAGES = pathlib.Path(sys.argv[1])\n"
+        "os.environ.pop('GLIBC_TUNABLES', None); sys.orig_argv = [sys.executable, '-m', 'sedd_jax', '--version']\n"
+        "restart = os.execv\n"
+        "os.execv = lambda *given: (os.kill(os.getpid(), signal.SIGINT), restart(*given))\n"
+        "hosts.use_huge_pages()"
+    )
+    pages = tmp_path / "enabled"
+    pages.write_text("always [madvise] never")
+    done = subprocess.run([sys.executable, "-c", code, str(pages)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "sedd: interrupted\n")
+
+
 def test_an_interrupt_in_code_that_was_made_of_text_ends_with_the_same_status(tmp_path):
     """The process ended by SIGINT after its line, if it was started by `python -m`."""
     (tmp_path / "interrupted.py").write_text(
