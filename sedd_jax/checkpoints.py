@@ -145,7 +145,8 @@ class Checkpoints:
         abstract["progress"] = {"step": number("int32"), "checksums": {name: number("uint32") for name in _TREES}}
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(item) for name, item in abstract.items()})
         try:
-            items = dict(self._manager.restore(step, args=args).items())
+            with interrupts.deferred():
+                items = dict(self._manager.restore(step, args=args).items())
         except Exception as error:
             raise self._damaged(step, f"{type(error).__name__}: {error}") from error
         missing = [name for name in abstract if name not in items]

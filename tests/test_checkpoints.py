@@ -4,6 +4,7 @@ import contextlib
 import gc
 import re
 import shutil
+import signal
 import time
 
 import jax
@@ -184,6 +185,27 @@ def test_a_damaged_checkpoint_with_none_before_it(saved_twice, tmp_path):
         restore(directory, 2)
     with contextlib.closing(checkpoints.Checkpoints(directory)) as saved:
         assert_same(saved.restore_params(2, state(0).ema_params, "ema_params"), state(2).ema_params)
+
+
+def test_an_interrupt_while_a_checkpoint_is_read_is_no_damage(saved_twice, monkeypatch):
+    """The library that reads made another exception of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.closing(checkpoints.Checkpoints(saved_twice)) as saved:
+        read = saved._manager.restore
+
+        def interrupted(*given, **named):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt as interrupt:
+                raise ValueError("error while reading") from interrupt
+            return read(*given, **named)
+
+        monkeypatch.setattr(saved._manager, "restore", interrupted)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                saved.restore(1, state(0))
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def test_a_full_disk_is_told_and_loses_nothing(small_disk):
