@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import sedd_jax
 from sedd_jax.conversion import convert
 from tests.support import places
 
@@ -65,7 +66,7 @@ def test_gaps_are_filled_with_what_their_patterns_allow(code_run, capsys):
     main = runpy.run_path(str(EXAMPLES / "infill_patterns.py"))["main"]
     main(str(code_run), "a = {3:[12]{2}\n}{4}b", num_samples=4)
     printed = capsys.readouterr().out
-    assert len(re.findall(r"^a = [12]{2}$", printed, re.MULTILINE)) == 4
+    assert len(re.findall(r"^a = ([12]{2})\n.{4}b  \|  \1\n  .{4}\n", printed, re.MULTILINE | re.DOTALL)) == 4
 
 
 @pytest.mark.slow
@@ -78,8 +79,10 @@ def test_a_converted_checkpoint_is_measured_and_kept(code_run, tmp_path, capsys)
         main(str(published), str(run), f"text:{tmp_path}/mine.txt", num_times=1)
         printed = capsys.readouterr().out
         assert ("parameters in float32" in printed) != again
-        assert "cross_entropy: at most" in printed
-        assert printed.count("network evaluations") == 2
+        assert "<sedd_jax run " in printed
+        assert len(re.findall(r"^--- \d+ network evaluations\n(?!---).{10}", printed, re.MULTILINE | re.DOTALL)) == 2
+    bound = sedd_jax.open(run).bound(data=f"text:{tmp_path}/mine.txt", split="test", num_times=1)
+    assert f"cross_entropy: at most {bound.nats_per_token:.3f} ± {bound.nats_per_token_stderr:.3f} nats" in printed
 
 
 @pytest.mark.slow
