@@ -313,7 +313,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoi
     with contextlib.closing(checkpoints.Checkpoints(broken / "checkpoints", keep=3)) as saved:
         run = runs.load(broken)
         mesh = train.sharding.make_mesh(config.mesh)
-        optimizer = train.optimizers.make_optimizer(config.optimizer, config.training.num_steps)
+        optimizer = train.train_steps.make_optimizer(config)
         state, step, _ = train.initial_state(run, optimizer, mesh, saved)
         assert step == 2
         saved.save(3, state.replace(step=state.step + 1, params=jax.tree.map(lambda x: x * np.nan, state.params)))
@@ -609,7 +609,9 @@ def test_convert_carries_a_run_to_pytorch_and_back(trained, tmp_path):
     assert {path.name for path in published.iterdir()} == {
         "README.md",
         "config.json",
+        "loss.png",
         "model.safetensors",
+        "modeling_sedd.py",
         "sedd_tokenizer.json",
         "torch_model.py",
     }

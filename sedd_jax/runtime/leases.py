@@ -17,7 +17,6 @@ from collections.abc import Iterator
 
 from sedd_jax.runtime import locks, storage
 
-NAME = ".owner"
 RENEWED_SECONDS = 20.0
 # A file that does not change for so long has no owner.
 PATIENCE_SECONDS = 90.0
@@ -44,7 +43,7 @@ def owned(directory: storage.Directory, field: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         unlocked = stack.enter_context(locks.owned(storage.local_copy(directory), field))
         if storage.is_remote(directory):
-            stack.enter_context(_leased(directory / NAME, directory, field))
+            stack.enter_context(_leased(directory / locks.INSIDE, directory, field))
         elif unlocked is not None:
             stack.enter_context(_leased(unlocked, directory, field))
         yield

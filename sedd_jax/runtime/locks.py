@@ -12,7 +12,7 @@ from typing import TextIO
 
 from sedd_jax.runtime import errors
 
-INSIDE = ".lock"  # The file in a directory whose parent may not be written.
+INSIDE = ".lock"  # The file in a directory whose parent may not be written, and in a bucket.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 

@@ -43,8 +43,8 @@ def unlocked(request, tmp_path, monkeypatch):
         server = request.getfixturevalue("bucket")
         caches = iter(range(100))
         monkeypatch.setattr(storage, "local_copy", lambda place: tmp_path / f"machine-{next(caches)}" / "copy")
-        yield storage.directory("gs://bucket/runs/mine"), storage.directory("gs://bucket/runs/mine") / leases.NAME
-        assert not [name for name in server.blobs if name.endswith(leases.NAME)]
+        yield storage.directory("gs://bucket/runs/mine"), storage.directory("gs://bucket/runs/mine") / locks.INSIDE
+        assert not [name for name in server.blobs if name.endswith(locks.INSIDE)]
     else:
 
         def refuse(*_):
@@ -152,7 +152,7 @@ def test_a_bucket_out_of_reach_for_a_moment_is_no_end(bucket, tmp_path, monkeypa
 
     monkeypatch.setattr(storage, "put_text", fail_twice)
     with leases.owned(directory, "workdir"):
-        file = directory / leases.NAME
+        file = directory / locks.INSIDE
         deadline = time.monotonic() + 30
         while not storage.get_text(file).endswith("3\n"):
             assert time.monotonic() < deadline
@@ -173,3 +173,9 @@ def test_a_lock_is_all_that_a_local_directory_needs(tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == [".mine.lock"]
         with pytest.raises(errors.UserError, match="in use by process"), locks.owned(tmp_path / "mine", "out"):
             pass
+
+
+def test_the_owner_s_file_is_no_run_that_is_in_the_way(unlocked):
+    directory, _ = unlocked
+    with leases.owned(directory, "workdir"):
+        assert storage.is_free(directory)
