@@ -136,8 +136,8 @@ def test_sharded_equals_unsharded(case, shape):
 def test_three_products_instead_of_four(case):
     model, features, *inputs = case
     text = (
-        jax.jit(jax.grad(lambda model: score_losses.total(model, features, *inputs).score_entropy))
-        .lower(model)
+        jax.jit(jax.grad(lambda model, features: score_losses.total(model, features, *inputs).score_entropy, (0, 1)))
+        .lower(model, features)
         .as_text()
     )
     assert text.count("stablehlo.dot_general") == 3

@@ -109,15 +109,18 @@ def test_of_those_that_start_at_once_one_becomes_the_owner(unlocked, monkeypatch
     monkeypatch.setattr(storage, "get_text", read_together)
     monkeypatch.setattr(socket, "gethostname", lambda: next(names))
 
+    def note(what):
+        found.append(what)
+        if len(found) == 4:
+            end.set()
+
     def attempt():
         try:
             with leases.owned(directory, "workdir"):
-                found.append("owner")
+                note("owner")
                 end.wait(20)
         except errors.UserError as error:
-            found.append(str(error))
-        if len(found) == 4:
-            end.set()
+            note(str(error))
 
     threads = [threading.Thread(target=attempt) for _ in range(4)]
     for thread in threads:
