@@ -114,6 +114,8 @@ def _gpt2(description: dict[str, Any], file: pathlib.Path) -> Decode:
     lines = (line.split() for line in file.read_text(encoding="ascii").splitlines() if line)
     pieces = {int(rank): base64.b64decode(piece) for piece, rank in lines}
     pieces[len(pieces)] = b"<|endoftext|>"
+    for _ in range(description.get("num_unused", 0)):
+        pieces[len(pieces)] = f"<|unused{len(pieces)}|>".encode()
     return lambda row: b"".join(pieces[token] for token in row).decode("utf-8", "replace")
 
 

@@ -1,5 +1,6 @@
 """A written checkpoint in transformers: a process without this package loads it, scores, samples and saves it."""
 
+import dataclasses
 import json
 import os
 import re
@@ -170,8 +171,9 @@ def _gpt2(directory):
         lambda directory: subwords.learn_sentence_piece(270, ["ab abc né\n"] * 50),
         _wordpiece,
         _gpt2,
+        lambda directory: dataclasses.replace(_gpt2(directory), num_unused=2),
     ],
-    ids=["characters", "bytes", "ids", "sentencepiece", "wordpiece", "gpt2"],
+    ids=["characters", "bytes", "ids", "sentencepiece", "wordpiece", "gpt2", "gpt2 and unused ids"],
 )
 def test_text_is_what_our_tokenizer_gives(make, tmp_path, written):
     tokenizer = make(tmp_path)
