@@ -6,10 +6,8 @@ owner is dead. No clocks are compared. The owner of a file that another process 
 """
 
 import contextlib
-import datetime
 import os
 import pathlib
-import socket
 import sys
 import threading
 import time
@@ -51,8 +49,7 @@ def owned(directory: storage.Directory, field: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _leased(file: storage.Directory, directory: storage.Directory, field: str) -> Iterator[None]:
-    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    ours = f"process {os.getpid()} on {socket.gethostname()} since {now}\n{_machine()} {os.getpid()}\n"
+    ours = f"{locks.this_process()}\n{_machine()} {os.getpid()}\n"
     _wait_for_no_owner(file, directory, field)
     storage.put_text(file, f"{ours}0\n")
     time.sleep(SETTLED_SECONDS)

@@ -38,11 +38,16 @@ def owned(place: pathlib.Path, field: str) -> Iterator[pathlib.Path | None]:
         except OSError as error:
             yield _file_of(place) if error.errno in _NO_LOCKS else None
             return
-        now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
         with contextlib.suppress(OSError):  # A full disk: the lock holds without the note.
             os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
+            os.write(file.fileno(), this_process().encode())
         yield None
+
+
+def this_process() -> str:
+    """This process as an owner, in words: its number, its host, and the time."""
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    return f"process {os.getpid()} on {socket.gethostname()} since {now}"
 
 
 def in_use(owner: str, place: object, field: str) -> errors.UserError:

@@ -128,9 +128,7 @@ def get_text(file: Directory) -> str | None:
 def put_text(file: Directory, text: str) -> None:
     """Writes a small file, local or in a bucket, as a whole."""
     if isinstance(file, pathlib.Path):
-        partial = file.with_name(f".{file.name}-{uuid.uuid4().hex}{PARTIAL}")  # Others may write the same file.
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+        replace_text(file, text, mark=f"-{uuid.uuid4().hex}")  # Others may write the same file at the same time.
     else:
         with _bucket(file.parent) as bucket:
             bucket.pipe_file(str(file), text.encode())
@@ -178,9 +176,9 @@ def read_description(path: pathlib.Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a local file. Another of this name stays until the whole one takes its place."""
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+def replace_text(path: pathlib.Path, text: str, mark: str = "") -> None:
+    """Writes a local file. Another of this name stays until the whole one takes its place; `mark` is for its name."""
+    partial = path.with_name(f".{path.name}{mark}{PARTIAL}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
