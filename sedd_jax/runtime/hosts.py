@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from sedd_jax.runtime import errors
+from sedd_jax.runtime import errors, interrupts
 
 CPUINFO = pathlib.Path("/proc/cpuinfo")
 ACCELERATOR_FLAGS = pathlib.Path(__file__).with_name("accelerator_flags.txt")
@@ -68,11 +68,8 @@ def use_huge_pages() -> None:
     with contextlib.suppress(OSError):  # Not Linux.
         if "[madvise]" in HUGE_PAGES.read_text() and "GLIBC_TUNABLES" not in os.environ:
             os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
+            with interrupts.blocked():
                 os.execv(sys.executable, sys.orig_argv)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def revision() -> str | None:

@@ -65,12 +65,18 @@ def deferred() -> Iterator[None]:
 @contextlib.contextmanager
 def kept_from_children() -> Iterator[None]:
     """Ctrl-C inside waits until the end, as in `deferred`, and never reaches processes that are started inside."""
-    with deferred():
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with deferred(), blocked():
+        yield
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Ctrl-C inside waits in the system, also for a program that takes the place of this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end(status: int) -> NoReturn:
