@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 FAILED = 3  # exit status of a process that has said why it failed; Python ends with 1
 PROJECT = "sedd_jax"
+FILE = "tracker.json"  # in the run directory: the run's id at each tracker, and what that has
 _SECONDS_BETWEEN_LOOKS = 1.0
 _LONGEST = 300  # characters of what a library says
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
@@ -155,7 +156,7 @@ def _take_output() -> Callable[[str], None]:
 def _send(given: Mapping[str, Any], end: _End, say: Callable[[str], None]) -> None:
     """Writes to the tracker what the run directory holds and the tracker lacks, and whatever comes later."""
     name, directory = given["tracker"], pathlib.Path(given["directory"])
-    path = directory / "tracker.json"
+    path = directory / FILE
     records = json.loads(path.read_text(encoding="utf-8"))
     record = records[name]
     warnings.showwarning = lambda message, category, *_, **__: (
@@ -203,7 +204,7 @@ def _new_samples(directory: pathlib.Path, last: int) -> Iterator[tuple[int, str]
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file as a whole: a kill leaves the old one or the new one."""
+    """`storage.replace_text`, whose module imports JAX."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -18,7 +18,6 @@ from sedd_jax import runs
 from sedd_jax.runtime import errors
 from sedd_jax.training import tracker_process
 
-FILE = "tracker.json"  # in the run directory: the run's id at each tracker, and what that has
 _NEW = {"rows": 0, "samples": 0, "steps": {}}
 FINISH_SECONDS = 15  # which its process has once training has ended, or was killed
 _KILL_AFTER_SECONDS = 2  # more, if it cannot even end itself
@@ -52,7 +51,7 @@ class Follower:
 
     def __init__(self, run: runs.Run, say: Callable[[str], None]) -> None:
         self._name, self._say, self._is_ending = run.config.training.tracker, say, False
-        _identify(run.local / FILE, self._name)
+        _identify(run.local / tracker_process.FILE, self._name)
         description = {
             "tracker": self._name,
             "directory": str(run.local.absolute()),

@@ -19,10 +19,19 @@ from sedd_jax import config as configs
 from sedd_jax.data import batches
 from sedd_jax.model import train_state, work
 from sedd_jax.runtime import accelerators, errors, last_words, leases, processes, sharding, storage
-from sedd_jax.training import initial_weights, interim, loss_curves, metric_writers, profiles, trackers, train_steps
+from sedd_jax.training import (
+    initial_weights,
+    interim,
+    loss_curves,
+    metric_writers,
+    profiles,
+    tracker_process,
+    trackers,
+    train_steps,
+)
 
 # Files that training writes in addition to checkpoints.
-_WRITTEN = ("metrics.jsonl", "loss.png", "samples/*", "tensorboard/**/*", "profiles/**/*", trackers.FILE)
+_WRITTEN = ("metrics.jsonl", "loss.png", "samples/*", "tensorboard/**/*", "profiles/**/*", tracker_process.FILE)
 
 
 class NonFiniteLossError(errors.UserError):
