@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from sedd_jax import runs
-from sedd_jax.evaluation import generation_quality, judges, results, tables
+from sedd_jax.evaluation import generation_quality, judges, quality_curves, results, tables
 from sedd_jax.model import sampling_config
 from sedd_jax.runtime import errors, processes, storage
 
-_COLORS = ("#1f5fae", "#d9480f", "#2b8a3e", "#862e9c", "#5c940d", "#0b7285")
 _STYLES = {"temperature": ("solid", "o"), "top_p": ("dashed", "s")}
 
 
@@ -175,7 +174,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     picture = figure.Figure(figsize=(9, 6), dpi=150, layout="constrained")
     axes = picture.subplots()
     for number, of_run in enumerate(result["runs"]):
-        color = _COLORS[number % len(_COLORS)]
+        color = quality_curves.COLORS[number % len(quality_curves.COLORS)]
         for varied, (line, marker) in _STYLES.items():
             points = sorted(
                 (point for point in of_run["points"] if set(_varied(_settings(point))) <= {varied}),
@@ -205,13 +204,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         ylabel="the judge's cross-entropy, nats per token",
         title="Quality against entropy: right and below is better",
     )
-    axes.grid(color="#e4e7ec", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    picture.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    partial = path.with_suffix(".png.partial")
-    picture.savefig(partial, format="png")
-    partial.replace(path)
+    quality_curves.save(picture, path)
 
 
 def parse(text: str) -> Frontier:

@@ -22,7 +22,7 @@ from sedd_jax.sampling import generate
 _FIGURES = ("gen_ppl_per_sequence", "gen_ppl_per_sequence_stderr", "gen_ppl_pooled", "unigram_entropy", "distinct_2")
 # What the judge's own samples depend on, beside its settings. The figures of held-out text tell one judge from another.
 _OF_JUDGE = ("judge", "length", "data_sha256", "num_samples", "batch_size", "seed", "dtype", "held_out")
-_COLORS = ("#1f5fae", "#d9480f", "#2b8a3e", "#862e9c", "#5c940d", "#0b7285")
+COLORS = ("#1f5fae", "#d9480f", "#2b8a3e", "#862e9c", "#5c940d", "#0b7285")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         points = sorted(points, key=lambda point: point["nfe"])
         is_precise = draw == "precise"
         style = {
-            "color": _COLORS[names.index(sampler) % len(_COLORS)],
+            "color": COLORS[names.index(sampler) % len(COLORS)],
             "linestyle": "solid" if is_precise else "dashed",
             "marker": "o" if is_precise else "x",
             "linewidth": 1.8,
@@ -269,7 +269,12 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     for axes in (quality.xaxis, quality.yaxis):
         axes.set_major_formatter(ticker.FormatStrFormatter("%g"))
     quality.yaxis.set_minor_formatter(ticker.NullFormatter())
-    for axes in (quality, entropy):
+    save(picture, path)
+
+
+def save(picture: Any, path: pathlib.Path) -> None:
+    """Gives a Matplotlib figure its grids and legend, and writes it as a whole."""
+    for axes in picture.axes:
         axes.grid(color="#e4e7ec", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
