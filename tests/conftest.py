@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _shared = tempfile.TemporaryDirectory(prefix="sedd-tests-")
     compiled = os.path.join(_shared.name, "compiled")
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Each of these processes would compile the whole package anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Each process would compile the whole package to bytecode.
 
 import jax
 import jaxtyping

@@ -116,7 +116,7 @@ def test_finished_text_is_never_written_again(tmp_path, source, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told", slow.all_but([signal.SIGKILL], [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
-def test_what_is_interrupted_does_not_look_finished_and_begins_anew(tmp_path, told):
+def test_what_is_interrupted_does_not_look_finished_and_begins_again(tmp_path, told):
     (tmp_path / "train.txt").write_text("\f".join("some words to be cut " * 200 for _ in range(5000)))
     out = tmp_path / "out"
     arguments = ["prepare", f"--data=text:{tmp_path}/train.txt", "--tokenizer=bytes", f"--out={out}", "--num_workers=2"]

@@ -1,4 +1,4 @@
-"""Processes of `sedd` that do not import anew: a server imports the program once and forks a process for each command.
+"""Processes of `sedd` without the cost of importing: a server imports the program once and forks for each command.
 
 Each is a process like any other: it starts JAX by itself, gets signals, and ends as Python ends.
 """
@@ -87,7 +87,7 @@ class Server:
     """A process that has imported the program."""
 
     def __init__(self, variables: dict[str, str]) -> None:
-        # A command would begin anew, without what is imported, to get the pages that malloc has from this variable.
+        # Without it a command restarts itself to set it (`hosts.use_huge_pages`), and loses what is imported.
         self._variables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | variables
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", "tests.support.forks", str(theirs.fileno())]
