@@ -1,6 +1,7 @@
 """Ctrl-C ends a command at the first try, whenever it comes."""
 
 import _thread
+import atexit
 import contextlib
 import functools
 import gc
@@ -23,8 +24,10 @@ def keep() -> None:
 
     Other exceptions that Python drops stay unsaid: threads of libraries would repeat what a command reports once.
     An interrupt while a native module begins waits until it has begun. Its C++ would abort the process (SIGABRT), or
-    turn the interrupt into an ImportError.
+    turn the interrupt into an ImportError. Once the command is over and Python takes itself down, an interrupt comes
+    too late to end anything: it would only replace the command's status.
     """
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
     def hook(unraisable: Any) -> None:
         if unraisable.exc_type is KeyboardInterrupt:

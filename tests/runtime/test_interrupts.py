@@ -194,3 +194,25 @@ def test_an_interrupt_ends_a_process_whose_devices_still_compute():
         command = [sys.executable, "-c", code.format(status=status)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (status, said)
+
+
+# A command that is over; the signal comes while Python takes the modules down.
+OVER = """
+import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)
+from sedd_jax.cli import main as cli
+
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGINT):
+        print("over", flush=True)
+        kill(pid, number)
+
+last = Last()
+cli.COMMANDS["sample"] = lambda argv: 0
+sys.argv = ["sedd", "sample"]
+cli.run()
+"""
+
+
+def test_an_interrupt_after_the_end_leaves_the_status_as_it_is():
+    done = subprocess.run([sys.executable, "-c", OVER], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "over\n", "")
