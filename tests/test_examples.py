@@ -21,7 +21,7 @@ EXAMPLES = places.REPOSITORY / "examples"
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, capsys):
     content = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
-    # Fewer steps, and a text of fewer characters: the 997 of CPython's take twice the time.
+    # Fewer steps, and a text of fewer distinct characters, since large heads take long to compile.
     text = tmp_path / "text.txt"
     text.write_text(("".join(map(chr, range(32, 127))) + "\nThe name of the file.\n") * 100)
     replacements = {

@@ -45,11 +45,14 @@ class Jump(NamedTuple):
         stay: weight of xt.
         slope: factor of the score.
         offset: added to slope score_y; None if it is 0 everywhere.
+        is_clean: where the next state is a clean token of the uniform graph. There a state that is no possible clean
+            token has only the weight of a rounding error; draws under a pattern leave it out. None if nowhere.
     """
 
     stay: Float[Array, "B L"]
     slope: Float[Array, "B L"]
     offset: Float[Array, "B L"] | None = None
+    is_clean: Bool[Array, "B L"] | None = None
 
     def weights(self, score: Float[Array, "B L V"], xt: Int[Array, "B L"]) -> Float[Array, "B L V"]:
         """The whole array of weights, for vocabularies small enough to hold it."""
@@ -60,11 +63,12 @@ class Jump(NamedTuple):
 
 def where(rows: Bool[Array, "B"], one: Jump, other: Jump) -> Jump:
     """`one` for the sequences in `rows`, `other` for the others."""
-    if one.offset is not None or other.offset is not None:
-        one, other = (
-            jump._replace(offset=jnp.zeros_like(jump.stay) if jump.offset is None else jump.offset)
-            for jump in (one, other)
-        )
+    for name, dtype in (("offset", one.stay.dtype), ("is_clean", bool)):
+        if getattr(one, name) is not None or getattr(other, name) is not None:
+            one, other = (
+                jump._replace(**{name: jnp.zeros(jump.stay.shape, dtype)}) if getattr(jump, name) is None else jump
+                for jump in (one, other)
+            )
     return jax.tree.map(lambda x, y: jnp.where(rows[:, None], x, y), one, other)
 
 

@@ -110,7 +110,7 @@ class Uniform:
 
     def denoise_jump(self, total: Float[Array, "B L"], xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> scores.Jump:
         """The last Tweedie step, to sigma = 0 (theorem 4.1)."""
-        return self.tweedie_jump(total, xt, sigma)
+        return self.tweedie_jump(total, xt, sigma)._replace(is_clean=jnp.ones(xt.shape, bool))
 
     def score_entropy(
         self, summary: scores.ScoreSummary, sigma: Float[Array, "B"], xt: Int[Array, "B L"], x0: Int[Array, "B L"]

@@ -115,20 +115,41 @@ def choice(
     return score_draws.Choice(draw, (unguided, classes))
 
 
+class _Options(NamedTuple):
+    """What else the weights of a position depend on under control; each is None if there is none.
+
+    Attributes:
+        unguided: features for a sequence whose known tokens are noised.
+        classes: class that the clean token must have; -1 for any.
+        is_clean: where the next state must have this class, too.
+    """
+
+    unguided: Float[Array, "*p D"] | None
+    classes: Int[Array, "*p"] | None
+    is_clean: Bool[Array, "*p"] | None = None
+
+
 class Posterior(NamedTuple):
-    """Draws of the uniform graph under temperature and nucleus: changes r, then steps with the score that follows.
+    """Draws of the uniform graph under control: changes r, then steps with the score that follows.
 
     With alpha = e^-sigma, r_y = (s_y / sum s - (1 - alpha) / N) / alpha, clipped at 0 and normalised. The changed r
     gives the score (N alpha r_y + 1 - alpha) / (N alpha r_xt + 1 - alpha). The score itself is mostly noise: a nucleus
-    of it would cut tokens of the text first.
+    of it would cut tokens of the text first. Guidance changes the score before r follows from it, since its logarithm
+    is bounded (Nisonoff et al. 2024, section 3). A pattern leaves the tokens of one class in r.
 
     Attributes:
-        control: how r is changed; without guidance.
+        control: how r is changed.
         model: the network.
+        unguided: features for sequences whose known tokens are noised; None if there is no guidance.
+        class_of: class of every state; None if every token is allowed.
+        classes: class that the clean token of each position must have; -1 for any.
     """
 
     control: Control
     model: networks.Model
+    unguided: Float[Array, "B L D"] | None = None
+    class_of: Int[Array, "V"] | None = None
+    classes: Int[Array, "B L"] | None = None
 
     def draw(
         self,
@@ -142,7 +163,7 @@ class Posterior(NamedTuple):
         weights, noise = self._scores([evaluation], xt)
         jump = jump_fn(self._sum(weights, noise, is_movable))
         weights = weights._replace(slope=jump.slope[..., None], offset=jump.offset)
-        return self._draw(key, weights, noise, is_movable, jump.stay)
+        return self._draw(key, weights, noise, is_movable, jump.stay, jump.is_clean)
 
     def leap(
         self,
@@ -159,6 +180,27 @@ class Posterior(NamedTuple):
         weights = weights._replace(slope=share[..., None] * weights.slope)
         return self._draw(key, weights, noise, is_movable, jnp.exp(-total))
 
+    def class_log_weights(
+        self, evaluation: steps.Evaluation, xt: Int[Array, "B L"], is_needed: Bool[Array, "B L"], num_classes: int
+    ) -> Float[Array, "B L C"]:
+        """Log probability of each class of clean tokens given xt, in proportion to r_y p(xt | y).
+
+        Always finite; 0 where not `is_needed`. It reads `class_of`, but not `classes`.
+        """
+        assert self.class_of is not None
+        class_of = self.class_of
+
+        def of_rows(states: tiles.States, weights: score_draws.Weights, noise: Array, options: _Options) -> Array:
+            log_r = self._log_r(states, weights.features[:, 0], weights.xt, noise[:, :1], options)
+            own = jnp.where(states.equal_to(weights.xt), jnp.exp(noise[:, :1]), 0.0)
+            shares = jnp.matmul(
+                jnp.exp(log_r) * (1 + own), jax.nn.one_hot(class_of[states.ids], num_classes), precision="highest"
+            )
+            return jnp.log(jnp.maximum(shares / shares.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny))
+
+        zeros = jnp.zeros((*xt.shape, num_classes))
+        return self._visit(self._scores([evaluation], xt), _Options(self.unguided, None), is_needed, of_rows, zeros)
+
     def _scores(
         self, evaluations: Sequence[steps.Evaluation], xt: Int[Array, "B L"]
     ) -> tuple[score_draws.Weights, Float[Array, "B L E"]]:
@@ -167,15 +209,31 @@ class Posterior(NamedTuple):
         noise = jnp.stack([score_heads.log_noise(self.model.config, one.sigma, xt) for one in evaluations], axis=-1)
         return score_draws.Weights(features, xt, jnp.zeros_like(noise), jnp.ones_like(noise)), noise
 
+    def _visit(
+        self,
+        scored: tuple[score_draws.Weights, Float[Array, "B L E"]],
+        options: _Options,
+        is_needed: Bool[Array, "B L"],
+        of_rows: Callable[..., Any],
+        out: Any,
+        *arrays: Any,
+    ) -> Any:
+        """`out` with of_rows(all states, weights, noise, options, *arrays) written where `is_needed`."""
+
+        def over_rows(vocabulary: tiles.Vocabulary, weights: score_draws.Weights, *rest: Any) -> Any:
+            out, is_needed, *inputs = rest
+            size = score_draws.whole_rows(is_needed.size, len(vocabulary.bias))
+            return _visit_whole_rows(vocabulary, is_needed, (weights, *inputs), of_rows, out, size)
+
+        weights, noise = scored
+        return score_draws.over_head(self.model, over_rows, weights, out, is_needed, noise, options, *arrays)
+
     def _sum(
         self, weights: score_draws.Weights, noise: Float[Array, "B L E"], is_needed: Bool[Array, "B L"]
     ) -> Float[Array, "B L"]:
-        def over_rows(vocabulary: tiles.Vocabulary, weights: score_draws.Weights, noise: Array, is_needed: Array):
-            of_rows = lambda states, *inputs: self._of_rows(states, *inputs).sum(-1)
-            size = score_draws.whole_rows(is_needed.size, len(vocabulary.bias))
-            return _visit_whole_rows(vocabulary, is_needed, (weights, noise), of_rows, jnp.zeros(is_needed.shape), size)
-
-        return score_draws.over_head(self.model, over_rows, weights, noise, is_needed)
+        of_rows = lambda *inputs: self._of_rows(*inputs).sum(-1)
+        options = _Options(self.unguided, self.classes)
+        return self._visit((weights, noise), options, is_needed, of_rows, jnp.zeros(is_needed.shape))
 
     def _draw(
         self,
@@ -184,43 +242,76 @@ class Posterior(NamedTuple):
         noise: Float[Array, "B L E"],
         is_movable: Bool[Array, "B L"],
         stay: Float[Array, "B L"],
+        is_clean: Bool[Array, "B L"] | None = None,
     ) -> Int[Array, "B L"]:
-        def of_rows(states: tiles.States, row_keys: Array, weights: score_draws.Weights, noise: Array, stay: Array):
-            options = jnp.where(states.equal_to(weights.xt), stay[:, None], self._of_rows(states, weights, noise))
-            return states.ids[jax.vmap(categoricals.draw)(jax.random.wrap_key_data(row_keys), options)]
-
-        def over_rows(vocabulary: tiles.Vocabulary, weights: score_draws.Weights, keys: Array, *arrays: Array):
-            noise, stay, is_movable = arrays
-            size = score_draws.whole_rows(is_movable.size, len(vocabulary.bias))
-            inputs = keys, weights, noise, stay
-            return _visit_whole_rows(vocabulary, is_movable, inputs, of_rows, weights.xt, size)
+        def of_rows(
+            states: tiles.States, weights: score_draws.Weights, noise: Array, options: _Options, *rest: Array
+        ) -> Int[Array, " r"]:
+            row_keys, stay = rest
+            of_row = self._of_rows(states, weights, noise, options)
+            of_row = jnp.where(states.equal_to(weights.xt), stay[:, None], of_row)
+            if options.is_clean is not None and options.classes is not None:
+                of_row = jnp.where(self._is_allowed(states, options) | ~options.is_clean[:, None], of_row, 0.0)
+            return states.ids[jax.vmap(categoricals.draw)(jax.random.wrap_key_data(row_keys), of_row)]
 
         keys = jax.random.key_data(score_draws.position_keys(key, weights.xt))
-        return score_draws.over_head(self.model, over_rows, weights, keys, noise, stay, is_movable)
+        options = _Options(self.unguided, self.classes, is_clean)
+        return self._visit((weights, noise), options, is_movable, of_rows, weights.xt, keys, stay)
 
     def _of_rows(
-        self, states: tiles.States, weights: score_draws.Weights, noise: Float[Array, "r E"]
+        self, states: tiles.States, weights: score_draws.Weights, noise: Float[Array, "r E"], options: _Options
     ) -> Float[Array, "r v"]:
         """Weights of all states but xt, from the controlled scores."""
         others, current = states.other_than(weights.xt), states.equal_to(weights.xt)
         total = jnp.zeros(others.shape)
         for e in range(noise.shape[1]):
             log_noise = noise[:, e, None]
-            z = jnp.where(others | current, states.logits(weights.features[:, e]), -jnp.inf)
-            log_r = z
-            if not self.model.config.mixes_uniformly:
-                # Probabilities in proportion to the score, less those of noise, (1 - alpha) / N.
-                probs = jax.nn.softmax(jnp.where(current, 0.0, z), axis=-1)
-                of_noise = jax.nn.sigmoid(jnp.log(jnp.float32(self.model.config.num_states)) - log_noise)
-                r = probs - of_noise / self.model.config.num_states
-                log_r = jnp.where((r > 0) & (others | current), jnp.log(jnp.where(r > 0, r, 1.0)), -jnp.inf)
-            log_r = jax.nn.log_softmax(reweigh(self.control, log_r, log_r, None, others | current), axis=-1)
-            mixed = jax.nn.softplus(log_r + log_noise)
+            mixed = jax.nn.softplus(
+                self._log_r(states, weights.features[:, e], weights.xt, log_noise, options) + log_noise
+            )
             at_xt = jnp.where(current, mixed, 0.0).sum(-1, keepdims=True)
             total += weights.slope[:, e, None] * jnp.exp(mixed - at_xt)
         if weights.offset is not None:
             total += weights.offset[:, None]
         return jnp.where(others, jnp.maximum(total, 0.0), 0.0)
+
+    def _log_r(
+        self,
+        states: tiles.States,
+        features: Float[Array, "r D"],
+        xt: Int[Array, " r"],
+        log_noise: Float[Array, "r 1"],
+        options: _Options,
+    ) -> Float[Array, "r v"]:
+        """Log of the changed distribution of the clean token given all other positions."""
+        is_state, current = states.other_than(xt) | states.equal_to(xt), states.equal_to(xt)
+
+        def log_score(features: Float[Array, "r D"]) -> Float[Array, "r v"]:
+            """Up to a constant of each row."""
+            z = jnp.where(is_state, states.logits(features), -jnp.inf)
+            if self.model.config.mixes_uniformly:
+                return jax.nn.softplus(jax.nn.log_softmax(z, axis=-1) + log_noise)
+            return jnp.where(current, 0.0, z)
+
+        if options.unguided is None and self.model.config.mixes_uniformly:
+            log_r = logits = jnp.where(is_state, states.logits(features), -jnp.inf)
+        else:
+            logits = log_score(features)
+            if options.unguided is not None:
+                without = log_score(options.unguided)
+                logits = jnp.where(is_state, without + self.control.guidance * (logits - without), -jnp.inf)
+            # Probabilities in proportion to the score, less those of noise, (1 - alpha) / N.
+            of_noise = jax.nn.sigmoid(jnp.log(jnp.float32(self.model.config.num_states)) - log_noise)
+            r = jax.nn.softmax(logits, axis=-1) - of_noise / self.model.config.num_states
+            log_r = jnp.where((r > 0) & is_state, jnp.log(jnp.where(r > 0, r, 1.0)), -jnp.inf)
+        is_allowed = None if options.classes is None else self._is_allowed(states, options)
+        return jax.nn.log_softmax(reweigh(self.control, log_r, logits, None, is_state, is_allowed), axis=-1)
+
+    def _is_allowed(self, states: tiles.States, options: _Options) -> Bool[Array, "r v"]:
+        """Which states the class of each position allows."""
+        assert self.class_of is not None
+        assert options.classes is not None
+        return (self.class_of[states.ids][None] == options.classes[:, None]) | (options.classes < 0)[:, None]
 
 
 def class_log_weights(

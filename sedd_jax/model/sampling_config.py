@@ -39,8 +39,7 @@ class SamplingConfig:
             flatters perplexity.
         top_p: nucleus (top-p) sampling: only the likeliest tokens with this total probability are drawn; 1 draws all,
             and below 1 is annealing.
-        guidance: classifier-free guidance scale (absorbing graph only); 1 is none, and a larger one follows the given
-            text more closely.
+        guidance: classifier-free guidance scale; 1 is none, and a larger one follows the given text more closely.
     """
 
     sampler: str = dataclasses.field(
@@ -131,10 +130,10 @@ def validate(config: SamplingConfig, graph: str, *, has_mask: bool, is_diffusion
     if changed and config.draw != "precise":
         problem = f"is a control of precise draws, not of {errors.name('config.sampling.draw')}={config.draw}"
         raise refuse(changed[0], problem, f"set {errors.name('config.sampling.draw')}=precise")
-    if config.guidance != 1 and not (has_mask and is_diffusion and sampler.traits.takes_guidance):
+    if config.guidance != 1 and not (is_diffusion and sampler.traits.takes_guidance):
         raise refuse(
             "guidance",
-            "takes an absorbing run, where known tokens can be masked, and a sampler that supports guidance, not "
+            "takes a diffusion run, whose known tokens can be hidden, and a sampler that supports guidance, not "
             f"{errors.name('config.graph.name')}={graph} with "
             f"{errors.name('config.sampling.sampler')}={config.sampler}",
             "leave it at 1",

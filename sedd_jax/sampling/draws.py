@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sedd_jax.diffusion import graphs
 from sedd_jax.model import controls, networks, score_draws
@@ -55,7 +55,8 @@ class NetworkDraws(NamedTuple):
         if not self._is_controlled:
             return score_draws.DRAWS[self.draw](key, self.model, evaluation, xt, is_movable, jump_fn)
         if self.graph.mixes_uniformly:
-            return controls.Posterior(self.control, self.model).draw(key, evaluation, xt, is_movable, jump_fn)
+            key, posterior = self._posterior(key, evaluation, xt)
+            return posterior.draw(key, evaluation, xt, is_movable, jump_fn)
         key, key_classes = jax.random.split(key)
         choice = self._choice(key_classes, evaluation, xt)
         return score_draws.draw(key, self.model, evaluation, xt, is_movable, jump_fn, choice)
@@ -66,7 +67,8 @@ class NetworkDraws(NamedTuple):
         """A `steps.LeapFn`; the first of `rates` is that of an evaluation at xt."""
         choice = None
         if self._is_controlled and self.graph.mixes_uniformly:
-            return controls.Posterior(self.control, self.model).leap(key, rates, xt, is_movable)
+            key, posterior = self._posterior(key, rates[0].evaluation, xt)
+            return posterior.leap(key, rates, xt, is_movable)
         if self._is_controlled:
             key, key_classes = jax.random.split(key)
             choice = self._choice(key_classes, rates[0].evaluation, xt)
@@ -85,9 +87,8 @@ class NetworkDraws(NamedTuple):
             unguided = self._evaluate(without, evaluation.sigma).features
         if self.patterns is None:
             return controls.choice(self.control, unguided)
-        automaton, places = self.patterns
+        automaton = self.patterns.automaton
         class_of = jnp.asarray(automaton.class_of)
-        is_open = jnp.asarray(places.is_constrained) & self.given.is_movable(self.graph, xt)
         shares = controls.class_log_weights(
             self.control,
             self.model,
@@ -95,8 +96,42 @@ class NetworkDraws(NamedTuple):
             unguided,
             (class_of, automaton.num_classes),
             xt,
-            is_open,
+            self._is_open(xt),
         )
-        pinned = constraints.pin(shares, automaton, xt, ~is_open)
-        classes = constraints.choose_classes(key, pinned, automaton, places)
-        return controls.choice(self.control, unguided, class_of, classes)
+        return controls.choice(self.control, unguided, class_of, self._classes(key, shares, xt))
+
+    def _posterior(
+        self, key: Key[Array, ""], evaluation: steps.Evaluation, xt: Int[Array, "B L"]
+    ) -> tuple[Key[Array, ""], controls.Posterior]:
+        """The next key, and how tokens of the uniform graph are drawn under control.
+
+        Without the known text stands for a sequence in which the forward process has noised it up to now. The network
+        was trained on such sequences, and at the start nothing of the text is left.
+        """
+        posterior = controls.Posterior(self.control, self.model)
+        if self.control.guidance != 1:
+            key, key_noise = jax.random.split(key)
+            noised = self.graph.sample_transition(key_noise, self.given.tokens, evaluation.sigma)
+            without = jnp.where(self.given.is_given, noised, xt)
+            posterior = posterior._replace(unguided=self._evaluate(without, evaluation.sigma).features)
+        if self.patterns is not None:
+            key, key_classes = jax.random.split(key)
+            automaton = self.patterns.automaton
+            posterior = posterior._replace(class_of=jnp.asarray(automaton.class_of))
+            shares = posterior.class_log_weights(evaluation, xt, self._is_open(xt), automaton.num_classes)
+            posterior = posterior._replace(classes=self._classes(key_classes, shares, xt))
+        return key, posterior
+
+    def _is_open(self, xt: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+        """Positions of gaps with patterns that are still to be filled."""
+        assert self.patterns is not None
+        return jnp.asarray(self.patterns.places.is_constrained) & self.given.is_movable(self.graph, xt)
+
+    def _classes(
+        self, key: Key[Array, ""], log_weights: Float[Array, "B L C"], xt: Int[Array, "B L"]
+    ) -> Int[Array, "B L"]:
+        """Classes of the tokens in gaps with patterns, drawn jointly given that every gap matches."""
+        assert self.patterns is not None
+        automaton, places = self.patterns
+        pinned = constraints.pin(log_weights, automaton, xt, ~self._is_open(xt))
+        return constraints.choose_classes(key, pinned, automaton, places)

@@ -151,15 +151,15 @@ def compile_patterns(run: runs.Run, templates: Sequence[Template]) -> constraint
     """Compiles the patterns of a batch of templates; None if there are none.
 
     Raises:
-        errors.UserError: where a pattern is not a regular expression or cannot be matched, or the run has no masks to
-            fill (uniform graph, autoregressive baseline).
+        errors.UserError: where a pattern is not a regular expression or cannot be matched, or the run is an
+            autoregressive baseline.
     """
     gaps = [gap for template in templates for gap in template.gaps]
     if not gaps:
         return None
-    if run.is_autoregressive or not run.graph.has_mask:
+    if run.is_autoregressive:
         raise errors.UserError(
-            f"the gap {{{gaps[0].length}:{gaps[0].pattern}}} has a pattern, which takes the masks of an absorbing run, "
+            f"the gap {{{gaps[0].length}:{gaps[0].pattern}}} has a pattern, which takes a diffusion run, "
             f"not {errors.name('config.graph.name')}={run.config.graph.name}",
             remedy="leave the pattern out",
         )

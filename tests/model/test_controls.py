@@ -27,6 +27,7 @@ CONTROLS = {
     "nucleus": controls.Control(top_p=0.7),
     "both": controls.Control(temperature=0.8, top_p=0.5),
     "guided": controls.Control(guidance=2.5),
+    "guided and cold": controls.Control(guidance=1.5, temperature=0.8),
 }
 
 
@@ -195,9 +196,13 @@ def test_a_mesh_changes_nothing(monkeypatch):
     assert (alone != xt).any()
 
 
-def controlled_score(model, features, xt, sigma, control):
+def controlled_score(model, features, xt, sigma, control, unguided=None):
     """The score of the uniform graph from the changed distribution of the clean token given all others, [3, V]."""
-    score = np.exp(np.float64(score_heads.log_score(model, features[:1], xt[:1], sigma[:1])[0]))
+    score_of = lambda features: np.exp(np.float64(score_heads.log_score(model, features[:1], xt[:1], sigma[:1])[0]))
+    score = score_of(features)
+    if unguided is not None:
+        without = score_of(unguided)
+        score = without * (score / without) ** control.guidance
     stays, found = np.exp(-float(sigma[0])), np.zeros(score.shape)
     for i, p in enumerate(score / score.sum(-1, keepdims=True)):
         r = np.maximum((p - (1 - stays) / VOCAB) / stays, 0)
@@ -210,6 +215,7 @@ def controlled_score(model, features, xt, sigma, control):
 # Both controls together meet everything; each alone meets every other choice once.
 OF_CLEAN_TOKEN = [("both", normalize, how) for normalize in (False, True) for how in ("draw", "leap")]
 OF_CLEAN_TOKEN += [("cold", False, "draw"), ("nucleus", True, "leap")]
+OF_CLEAN_TOKEN += [("guided", False, "draw"), ("guided and cold", True, "draw")]
 
 
 @pytest.mark.parametrize(("name", "normalize", "how"), slow.all_but([("both", True, "draw")], OF_CLEAN_TOKEN))
@@ -219,7 +225,14 @@ def test_the_uniform_graph_changes_the_clean_token_and_mixes_the_noise_again(nam
     model = model.replace(config=dataclasses.replace(model.config, normalize=normalize))
     sigmas, control = (jnp.full(BATCH, 0.9), jnp.full(BATCH, 0.4)), CONTROLS[name]
     is_movable, posterior = jnp.ones(xt.shape, bool).at[:, 1].set(False), controls.Posterior(control, model)
-    scored = [controlled_score(model, f, xt, sigma, control) for f, sigma in zip((one, other), sigmas, strict=True)]
+    unguided = None
+    if control.guidance != 1:
+        # Near the features with the known text, as for a real network: otherwise guidance leaves a token or two.
+        unguided = one + other / 4
+        posterior = posterior._replace(unguided=unguided)
+    scored = [
+        controlled_score(model, f, xt, sigma, control, unguided) for f, sigma in zip((one, other), sigmas, strict=True)
+    ]
     evaluations = [steps.Evaluation(*pair) for pair in zip((one, other), sigmas, strict=True)]
     if how == "draw":
         jump_fn = lambda total: scores.Jump(stay=total / 2, slope=2 + 0 * total, offset=-0.1 + 0 * total)

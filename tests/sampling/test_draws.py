@@ -148,18 +148,16 @@ def test_what_cannot_be_asked_is_said(code_run, judge_run):
     ):
         with pytest.raises(ValueError, match=message):
             templates.compile_patterns(run, [templates.parse(run, template)])
-    with pytest.raises(
-        ValueError, match=r"has a pattern, which takes the masks of an absorbing run, not config\.graph\.name=auto"
-    ):
+    with pytest.raises(ValueError, match=r"has a pattern, which takes a diffusion run, not config\.graph\.name=auto"):
         templates.compile_patterns(runs.load(judge_run), [templates.parse(runs.load(judge_run), "a{3:1+}")])
     for wrong, message in (
         ({"temperature": 0.0}, r"config\.sampling\.temperature=0\.0 must be at least 1e-6"),
         ({"top_p": 1.5}, r"config\.sampling\.top_p=1\.5 must be from 1e-6 to 1"),
         ({"guidance": 0.0}, r"config\.sampling\.guidance=0\.0 must be above 0"),
         ({"top_p": 0.5, "draw": "published"}, r"config\.sampling\.top_p=0\.5 is a control of precise draws"),
-        ({"guidance": 2.0, "sampler": "theta_trapezoidal"}, r"takes an absorbing run.*sampler=theta_trapezoidal"),
+        ({"guidance": 2.0, "sampler": "theta_trapezoidal"}, r"takes a diffusion run.*sampler=theta_trapezoidal"),
     ):
         with pytest.raises(ValueError, match=message):
             run.sampling(**wrong)
-    with pytest.raises(ValueError, match=r"config\.sampling\.guidance=2\.0 takes an absorbing run"):
+    with pytest.raises(ValueError, match=r"config\.sampling\.guidance=2\.0 takes a diffusion run"):
         runs.load(judge_run).sampling(guidance=2.0)
