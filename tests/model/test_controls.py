@@ -257,6 +257,20 @@ def test_the_uniform_graph_changes_the_clean_token_and_mixes_the_noise_again(nam
         assert oracles.chi_square_p(np.bincount(tokens[:, position], minlength=VOCAB), distribution) > 1e-4
 
 
+def test_a_clean_token_has_its_class_whatever_rounding_adds_to_other_weights():
+    """A token outside the class would stay with the weight of a rounding error, here of much more."""
+    _, model, features, _, xt = problem("uniform")
+    class_of, classes = jnp.arange(VOCAB) % 3, jnp.tile(jnp.array([[1, 0, -1]]), (BATCH, 1))
+    posterior = controls.Posterior(controls.Control(), model, class_of=class_of, classes=classes)
+    is_clean = jnp.tile(jnp.arange(BATCH)[:, None] % 2 == 0, (1, 3))
+    jump_fn = lambda total: scores.Jump(stay=1e4 * total, slope=1 + 0 * total, is_clean=is_clean)
+    evaluation, is_movable = steps.Evaluation(features, jnp.full(BATCH, 0.7)), jnp.ones(xt.shape, bool)
+    drawn = jax.jit(lambda key: posterior.draw(key, evaluation, xt, is_movable, jump_fn))(jax.random.key(0))
+    assert (class_of[xt[:, :2]] != jnp.array([[1, 0]])).all()
+    assert (class_of[drawn[::2, :2]] == jnp.array([[1, 0]])).all()
+    assert (np.asarray(drawn)[1::2] == np.asarray(xt)[1::2]).mean() > 0.99
+
+
 def test_without_control_the_uniform_graph_mixes_to_the_score_itself():
     """Exact scores: less noise and noise again are nothing."""
     sigma, xs = 0.8, oracles.states(graphs.Uniform(vocab_size=4), 2)
