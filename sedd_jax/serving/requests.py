@@ -15,7 +15,7 @@ from jaxtyping import Array
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.model import autoregression, sampling_config, score_draws
-from sedd_jax.reverse import samplers, time_grids
+from sedd_jax.reverse import correctors, samplers, time_grids
 from sedd_jax.runtime import errors, storage
 from sedd_jax.sampling import generate, templates
 from sedd_jax.serving import pieces, queue
@@ -52,11 +52,12 @@ SETTINGS = (
     Setting(name="draw", label="Noise", choices=tuple(score_draws.DRAWS)),
     Setting(name="grid", label="Time grid", choices=time_grids.NAMES),
     Setting(name="corrector_steps", label="Corrections", choices=(0, 1, 2, 4)),
+    Setting(name="corrector", label="Corrector", choices=(correctors.FORWARD_BACKWARD, "gibbs", "gibbs:margin:4")),
     Setting(name="temperature", label="Temperature", choices=(0.7, 0.8, 0.9, 1.0)),
     Setting(name="top_p", label="Top-p", choices=(0.8, 0.9, 0.95, 1.0)),
     Setting(name="num_samples", label="Samples", choices=(1, 2, 4, 8), is_shared=True),
 )
-_OF_DIFFUSION = ("sampler", "num_steps", "grid", "corrector_steps")
+_OF_DIFFUSION = ("sampler", "num_steps", "grid", "corrector_steps", "corrector")
 _TYPES: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(configs.SamplingConfig)}
 
 
@@ -109,7 +110,8 @@ def open_run(workdir: storage.Directory, step: int | None) -> Opened:
 def settings_of(run: runs.Run) -> list[Setting]:
     """The settings of a run, each with the choices that the run takes; a baseline has neither sampler nor steps.
 
-    The run's own values are among the choices. Values that do not go together are refused once they are requested.
+    A setting of one choice is left out, such as the corrector of an absorbing run. The run's own values are among the
+    choices. Values that do not go together are refused once they are requested.
     """
     own = defaults(run)
 
@@ -117,11 +119,12 @@ def settings_of(run: runs.Run) -> list[Setting]:
         taken = [value for value in setting.choices if _takes(run, setting, value)]
         return tuple(dict.fromkeys([*taken, getattr(own, setting.name)])) if taken else ()
 
-    return [
+    of_run = [
         dataclasses.replace(setting, choices=choices(setting))
         for setting in SETTINGS
         if not (run.is_autoregressive and setting.name in _OF_DIFFUSION)
     ]
+    return [setting for setting in of_run if len(setting.choices) != 1]
 
 
 def defaults(run: runs.Run) -> configs.SamplingConfig:
@@ -252,7 +255,7 @@ def draw(opened: Opened, request: Request, emit: queue.Emit) -> None:
 
 def _takes(run: runs.Run, setting: Setting, value: Any) -> bool:
     """Whether a run takes a value of a setting, all others at their defaults."""
-    usual = configs.SamplingConfig()
+    usual = configs.SamplingConfig(corrector_steps=int(setting.name == "corrector"))
     try:
         run.sampling(**{other.name: getattr(usual, other.name) for other in SETTINGS} | {setting.name: value})
     except errors.UserError:

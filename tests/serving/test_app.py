@@ -213,6 +213,15 @@ def test_the_runs_own_settings_are_offered_and_hide_no_others(opened):
     assert found == usual
 
 
+def test_a_corrector_is_offered_where_there_is_a_choice(opened, uniform):
+    assert "corrector" not in _choices(opened.checkpoint.run)
+    assert _choices(uniform.checkpoint.run)["corrector"] == ("forward_backward", "gibbs", "gibbs:margin:4")
+    assert (
+        _choices(uniform.checkpoint.run, corrector="gibbs:margin:9", corrector_steps=1)["corrector"][-1]
+        == "gibbs:margin:9"
+    )
+
+
 @pytest.mark.slow
 def test_uniform_states_show_what_changes(uniform):
     assert "first_hitting" not in requests.settings_of(uniform.checkpoint.run)[0].choices
@@ -226,6 +235,11 @@ def test_uniform_states_show_what_changes(uniform):
             assert marked.startswith("gggg")
             assert [mark == "n" for mark in marked] == [one != other for one, other in zip(before, after, strict=True)]
         assert texts[-1] == _drawn(uniform, "a = {20}", 0, num_steps=8) == events[-1][1]["texts"][0]
+        corrected = {"num_steps": 4, "corrector_steps": 1, "corrector": "gibbs"}
+        template = "a = {4:[0-9]+}{2}"
+        drawn = _ask(url, template=template, **corrected)[-1][1]["texts"][0]
+        assert drawn == _drawn(uniform, template, 0, **corrected)
+        assert re.fullmatch("a = [0-9]{4}..", drawn, re.DOTALL)
         first, *_, last = _ask(url, template="{{{2}}}")[-1][1]["texts"][0]
         assert (first, last) == ("{", "}")
         code, message, _ = _refusal(f"{url}/api/draw?sampler=first_hitting")
