@@ -143,6 +143,37 @@ def test_an_autoregressive_checkpoint_predicts_the_same(tmp_path, config):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        foreign.mdlm_config(),
+        foreign.mdlm_config(diffusion="uniform", parameterization="d3pm", time_conditioning=True),
+        foreign.duo_config("sedd"),
+        foreign.duo_config("duo"),
+        foreign.bd3lm_config("mdlm", block_size=24),
+    ],
+    ids=["mdlm", "udlm", "sedd", "duo", "bd3lm"],
+)
+def test_a_checkpoint_goes_through_a_run_to_pytorch(tmp_path, model, config):
+    """The scores in PyTorch are those that its own program's output stands for; every conversion proves itself."""
+    source = foreign.write_lightning(tmp_path / "x.ckpt", model, config)
+    convert.convert(source, convert.Target(directory=tmp_path / "run"), weights="raw")
+    convert.convert(tmp_path / "run", convert.Target(directory=tmp_path / "out"))
+    run, ours = to_run(source, "raw")
+    xt, sigma = jnp.asarray(TOKENS, jnp.int32).at[:, ::3].set(run.graph.mask_id or 0), jnp.array([1e-3, 1.0, 6.0])
+    is_conditioned = read(source, "raw").is_conditioned
+    told = sigma if is_conditioned else jnp.zeros(3)
+    expected = score_heads.log_score(ours, networks.apply(ours, xt, told), xt, sigma)
+    theirs = torch_model.SEDD.from_pretrained(tmp_path / "out")
+    with torch.inference_mode():
+        found = theirs(torch.from_numpy(np.array(xt)).long(), torch.from_numpy(np.array(sigma)))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    for name, parameter in model.named_parameters():
+        if is_conditioned or not name.startswith("sigma_map"):
+            np.testing.assert_array_equal(theirs.state_dict()[name], parameter.detach(), name)
+
+
+@pytest.mark.slow
 def test_an_autoregressive_checkpoint_becomes_a_verified_run(tmp_path):
     source = foreign.write_lightning(tmp_path / "x.ckpt", foreign.Plain(is_causal=True), foreign.duo_config("ar"))
     result = convert.convert(source, convert.Target(directory=tmp_path / "run"), weights="raw")
