@@ -70,6 +70,22 @@ def test_fine_tuning_on_own_text_lowers_its_bound(code_run, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_known_words_are_counted(code_run, tmp_path, capsys):
+    (tmp_path / "train.txt").write_text("alpha beta gamma of\n" * 200)
+    (tmp_path / "valid.txt").write_text("alpha beta delta of\n" * 200)
+    config = json.loads((code_run / "config.json").read_text())
+    config["data"]["source"] = f"text:{tmp_path}/{{split}}.txt"
+    (tmp_path / "test.txt").write_text("alpha\n" * 200)
+    sedd_jax.train(config, tmp_path / "run")
+    shares = runpy.run_path(str(EXAMPLES / "known_words.py"))["main"](str(tmp_path / "run"), num_samples=2, num_steps=2)
+    assert shares["samples"] < 0.2
+    assert shares["held-out text"] == pytest.approx(2 / 3, abs=0.05)
+    assert re.search(
+        r"^held-out text: 0\.[67]\d+ of \d+ words occur in the training text$", capsys.readouterr().out, re.M
+    )
+
+
+@pytest.mark.slow
 def test_gaps_are_filled_with_what_their_patterns_allow(code_run, capsys):
     main = runpy.run_path(str(EXAMPLES / "infill_patterns.py"))["main"]
     main(str(code_run), "a = {3:[12]{2}\n}{4}b", num_samples=4)
