@@ -49,25 +49,37 @@ def main(argv: list[str]) -> int:
             print(versions.table())
             return 0
         return COMMANDS[name](rest) or 0
-    except flags.Error as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, KeyboardInterrupt) or interrupts.has_come():
+            interrupts.arrived()
+            return _interrupted(name, rest, error)
+        return _failed(name, argv, error)
+
+
+def _interrupted(name: str, flags_given: list[str], error: BaseException) -> int:
+    """Says that Ctrl-C ended the command. C++ of JAX turns some interrupts into other errors."""
+    has = lambda flag: any(argument.startswith(flag) for argument in flags_given)
+    can_resume = name == "eval" or (name == "train" and not has("--step")) or has("--prompts")
+    known = str(error) if isinstance(error, KeyboardInterrupt) else ""
+    known = known or ("the same command goes on from what is finished" if can_resume else "")
+    return _fail(f"sedd {name}", f"interrupted: {known}" if known else "interrupted", interrupts.STATUS)
+
+
+def _failed(name: str, argv: list[str], error: Exception) -> int:
+    """Says why the command failed; raises what is a bug of this program."""
+    if isinstance(error, flags.Error):
         return _fail(f"sedd {name}", f"{error}; see `sedd {name} --help`", 2)
-    except errors.UserError as error:
+    if isinstance(error, errors.UserError):
         return _fail(f"sedd {name}", error.worded(functools.partial(_spelled, name)), 1)
-    except KeyboardInterrupt as interrupt:
-        has = lambda flag: any(argument.startswith(flag) for argument in rest)
-        can_resume = name == "eval" or (name == "train" and not has("--step")) or has("--prompts")
-        known = str(interrupt) or ("the same command goes on from what is finished" if can_resume else "")
-        return _fail(f"sedd {name}", f"interrupted: {known}" if known else "interrupted", 130)
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and output.reader_is_gone():
-            return 0
-        if isinstance(error, OSError) and error.errno is not None:
-            # The operating system refused: the disk is full, or a file may not be read.
-            return _fail(f"sedd {name}", errors.refused(error), 1)
-        if (explained := device_failures.explained(error, name)) is not None:
-            return _fail(f"sedd {name}", explained.worded(functools.partial(_spelled, name)), 1)
-        error.add_note(versions.request_for_report(argv))
-        raise
+    if isinstance(error, BrokenPipeError) and output.reader_is_gone():
+        return 0
+    if isinstance(error, OSError) and error.errno is not None:
+        # The operating system refused: the disk is full, or a file may not be read.
+        return _fail(f"sedd {name}", errors.refused(error), 1)
+    if (explained := device_failures.explained(error, name)) is not None:
+        return _fail(f"sedd {name}", explained.worded(functools.partial(_spelled, name)), 1)
+    error.add_note(versions.request_for_report(argv))
+    raise error
 
 
 def usage() -> str:

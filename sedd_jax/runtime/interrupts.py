@@ -1,6 +1,5 @@
 """Ctrl-C ends a command at the first try, whenever it comes."""
 
-import _thread
 import atexit
 import contextlib
 import functools
@@ -17,27 +16,82 @@ from sedd_jax.runtime import last_words
 
 STATUS = 130  # of a command that Ctrl-C ended
 _SECONDS = 0.05  # until an interrupt that was dropped comes again
+_PATIENCE = 1.0  # seconds that an interrupt has to arrive
+
+
+class _Ctrl:
+    """What became of the interrupts of this process.
+
+    Attributes:
+        has_come: whether there was one.
+        has_arrived: whether the command has ended for it.
+        is_repeated: whether the next one is a repetition.
+    """
+
+    has_come = has_arrived = is_repeated = False
 
 
 def keep() -> None:
-    """Lets an interrupt come again that Python drops, as in a callback of its garbage collector. JAX has one there.
+    """Lets an interrupt come again that is dropped, until `arrived` is called.
+
+    Python drops those in a callback of its garbage collector; JAX has one there. C++ that calls Python, as JAX does to
+    compare keys, drops some or turns them into other errors. A repetition spares code that is cleaning up.
 
     Other exceptions that Python drops stay unsaid: threads of libraries would repeat what a command reports once.
     An interrupt while a native module begins waits until it has begun. Its C++ would abort the process (SIGABRT), or
     turn the interrupt into an ImportError. Once the command is over and Python takes itself down, an interrupt comes
     too late to end anything: it would only replace the command's status.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
     def hook(unraisable: Any) -> None:
         if unraisable.exc_type is KeyboardInterrupt:
             gc.callbacks.clear()  # Where it would be dropped again. The command ends.
-            threading.Timer(_SECONDS, _thread.interrupt_main).start()
+            threading.Timer(_SECONDS, _repeat).start()
 
     sys.unraisablehook = hook
     loader = importlib.machinery.ExtensionFileLoader
     for name in ("create_module", "exec_module"):
         setattr(loader, name, _whole(getattr(loader, name)))
+
+
+def _interrupt(*_: Any) -> None:
+    is_repeated, _Ctrl.is_repeated = _Ctrl.is_repeated, False
+    if is_repeated and _Ctrl.has_arrived:
+        return
+    _Ctrl.has_come = True
+    again = threading.Timer(_PATIENCE, _repeat)
+    again.daemon = True
+    again.start()
+    if not (is_repeated and _is_cleaning_up()):
+        raise KeyboardInterrupt
+
+
+def _repeat() -> None:
+    if not _Ctrl.has_arrived:
+        _Ctrl.is_repeated = True
+        # A signal, since it ends a system call that waits, too.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def _is_cleaning_up() -> bool:
+    """Whether an interrupt is being handled, as in a `finally`."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+def has_come() -> bool:
+    """Whether Ctrl-C was pressed. What fails afterwards may fail for that."""
+    return _Ctrl.has_come
+
+
+def arrived() -> None:
+    """Says that the command ends: an interrupt comes no more by itself."""
+    _Ctrl.has_arrived = True
 
 
 def _whole(load: Callable[..., Any]) -> Callable[..., Any]:

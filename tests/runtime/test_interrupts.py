@@ -216,3 +216,42 @@ cli.run()
 def test_an_interrupt_after_the_end_leaves_the_status_as_it_is():
     done = subprocess.run([sys.executable, "-c", OVER], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "over\n", "")
+
+
+# C++ that calls Python may drop an interrupt, or turn it into another error. `finally` takes longer than a repetition.
+DROPPED = """
+import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)
+from sedd_jax.cli import main as cli
+
+def work(argv):
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        {then}
+    try:
+        time.sleep(60)
+    finally:
+        time.sleep(2.5)
+        print("cleaned up", flush=True)
+
+cli.COMMANDS["sample"] = work
+sys.argv = ["sedd", "sample"]
+cli.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "printed"),
+    [("pass", "cleaned up\n"), ("raise RuntimeError", ""), ("raise cli.errors.UserError('no', remedy='')", "")],
+)
+def test_an_interrupt_that_others_drop_comes_again_and_spares_what_cleans_up(then, printed):
+    command = [sys.executable, "-c", DROPPED.format(then=then)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "begun\n"
+    child.send_signal(signal.SIGINT)
+    try:
+        out, err = child.communicate(timeout=30)
+    finally:
+        child.kill()
+    assert (child.returncode, out, err) == (130, printed, "sedd sample: interrupted\n")
