@@ -19,7 +19,7 @@ _SECONDS = 0.05  # until an interrupt that was dropped comes again
 _PATIENCE = 1.0  # seconds that an interrupt has to arrive
 
 
-class _Ctrl:
+class _State:
     """What became of the interrupts of this process.
 
     Attributes:
@@ -58,10 +58,10 @@ def keep() -> None:
 
 
 def _interrupt(*_: Any) -> None:
-    is_repeated, _Ctrl.is_repeated = _Ctrl.is_repeated, False
-    if is_repeated and _Ctrl.has_arrived:
+    is_repeated, _State.is_repeated = _State.is_repeated, False
+    if is_repeated and _State.has_arrived:
         return
-    _Ctrl.has_come = True
+    _State.has_come = True
     again = threading.Timer(_PATIENCE, _repeat)
     again.daemon = True
     again.start()
@@ -70,8 +70,8 @@ def _interrupt(*_: Any) -> None:
 
 
 def _repeat() -> None:
-    if not _Ctrl.has_arrived:
-        _Ctrl.is_repeated = True
+    if not _State.has_arrived:
+        _State.is_repeated = True
         # A signal, since it ends a system call that waits, too.
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
@@ -86,12 +86,12 @@ def _is_cleaning_up() -> bool:
 
 def has_come() -> bool:
     """Whether Ctrl-C was pressed. What fails afterwards may fail for that."""
-    return _Ctrl.has_come
+    return _State.has_come
 
 
 def arrived() -> None:
     """Says that the command ends: an interrupt comes no more by itself."""
-    _Ctrl.has_arrived = True
+    _State.has_arrived = True
 
 
 def _whole(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from sedd_jax.data import alphabets
 from sedd_jax.diffusion import graphs
 from sedd_jax.model import controls, networks, score_heads
 from sedd_jax.reverse import samplers, steps
-from sedd_jax.sampling import constraints, draws, generate, patterns, templates, trajectories
+from sedd_jax.sampling import constraints, draws, generate, patterns, refill, templates, trajectories
 from tests.support import oracles, slow
 
 LENGTH, DRAWS, SIGMA = 3, 8000, 0.7
@@ -119,6 +119,21 @@ def test_gaps_match_their_patterns(opened, sampler):
     for one in drawn:
         assert re.fullmatch(r"a = (1|2)\n[ab]  = (=|2).{3}", one.text, re.DOTALL)
     assert len({one.text for one in drawn}) > 1
+
+
+@pytest.mark.slow
+def test_gaps_match_where_slots_are_refilled(opened):
+    """Sequences are at steps of their own, and their last evaluations come in the middle of others."""
+    written = [r"a = {4:(1|2)\n[ab] }", "{3:[12]+}{2}", "b{20}", r"a{6:( = 1\n)|( = 2)\n*}"] * 2
+    sampling = opened.run.sampling(num_steps=3, num_samples=3, guidance=1.5)
+    parsed = [templates.parse(opened.run, text) for text in written]
+    drawn = {
+        one.index: opened.run.tokenizer.decode(one.tokens) for one in refill.draw(opened, parsed, sampling, seed=0)
+    }
+    patterns_of = [r"a = (1|2)\n[ab] ", "[12]{3}..", "b.{20}", r"a(?=.{6}$)(( = 1\n)|( = 2)\n*)"] * 2
+    assert len(drawn) == len(written)
+    for index, text in drawn.items():
+        assert re.fullmatch(patterns_of[index], text, re.DOTALL), text
 
 
 @pytest.mark.slow
