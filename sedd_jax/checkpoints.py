@@ -15,7 +15,7 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers
 
 from sedd_jax.model import networks, train_state
-from sedd_jax.runtime import errors, interrupts, storage
+from sedd_jax.runtime import device_failures, errors, interrupts, storage
 
 # Saved as separate items, so that evaluation and sampling can read the moving average alone.
 _TREES = ("params", "ema_params", "opt_state")
@@ -148,6 +148,7 @@ class Checkpoints:
             with interrupts.deferred():
                 items = dict(self._manager.restore(step, args=args).items())
         except Exception as error:
+            _raise_what_devices_refused(error)
             raise self._damaged(step, f"{type(error).__name__}: {error}") from error
         missing = [name for name in abstract if name not in items]
         if missing:
@@ -173,9 +174,19 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            _raise_what_devices_refused(error)
             why = " ".join(str(error).partition("[tensorstore_spec")[0].split())
             message = f"a checkpoint could not be written to {self._directory} ({why[-120:]})"
             raise OSError(errno.EIO, message) from error
+
+
+def _raise_what_devices_refused(error: BaseException) -> None:
+    """Raises what a device or a process that died refused during a save or a restore. The files are not at fault."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if device_failures.explained(cause, "train") is not None:
+            raise cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -187,6 +187,31 @@ def test_a_damaged_checkpoint_with_none_before_it(saved_twice, tmp_path):
         assert_same(saved.restore_params(2, state(0).ema_params, "ema_params"), state(2).ema_params)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "INTERNAL: AllGather failed: [external/gloo/transport/tcp/pair.cc:538] Read error: Connection reset by peer",
+        "RESOURCE_EXHAUSTED: Out of memory allocating 4096 bytes",
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_devices_and_other_processes_refuse_is_no_fault_of_the_files(saved_twice, monkeypatch, message, wrapped):
+    refusal = jax.errors.JaxRuntimeError(message)
+
+    def refuse(*_, **__):
+        if wrapped:
+            raise ValueError("a worker failed") from refusal
+        raise refusal
+
+    with contextlib.closing(checkpoints.Checkpoints(saved_twice)) as saved, monkeypatch.context() as patch:
+        for name in ("save", "restore", "wait_until_finished"):
+            patch.setattr(saved._manager, name, refuse)
+        patch.setattr(jax, "process_count", lambda: 2)
+        for act in (lambda: saved.save(3, state(3)), saved.wait, lambda: saved.restore(2, state(0))):
+            with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(message)):
+                act()
+
+
 def test_an_interrupt_while_a_checkpoint_is_read_is_no_damage(saved_twice, monkeypatch):
     """The library that reads made another exception of it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
