@@ -193,10 +193,7 @@ class Posterior(NamedTuple):
         def of_rows(states: tiles.States, weights: score_draws.Weights, noise: Array, options: _Options) -> Array:
             log_r = self._log_r(states, weights.features[:, 0], weights.xt, noise[:, :1], options)
             own = jnp.where(states.equal_to(weights.xt), jnp.exp(noise[:, :1]), 0.0)
-            shares = jnp.matmul(
-                jnp.exp(log_r) * (1 + own), jax.nn.one_hot(class_of[states.ids], num_classes), precision="highest"
-            )
-            return jnp.log(jnp.maximum(shares / shares.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny))
+            return _log_shares(jnp.exp(log_r) * (1 + own), class_of[states.ids], num_classes)
 
         zeros = jnp.zeros((*xt.shape, num_classes))
         return self._visit(self._scores([evaluation], xt), _Options(self.unguided, None), is_needed, of_rows, zeros)
@@ -250,8 +247,9 @@ class Posterior(NamedTuple):
             row_keys, stay = rest
             of_row = self._of_rows(states, weights, noise, options)
             of_row = jnp.where(states.equal_to(weights.xt), stay[:, None], of_row)
-            if options.is_clean is not None and options.classes is not None:
-                of_row = jnp.where(self._is_allowed(states, options) | ~options.is_clean[:, None], of_row, 0.0)
+            is_allowed = _allowed(self.class_of, states, options.classes)
+            if options.is_clean is not None and is_allowed is not None:
+                of_row = jnp.where(is_allowed | ~options.is_clean[:, None], of_row, 0.0)
             return states.ids[jax.vmap(categoricals.draw)(jax.random.wrap_key_data(row_keys), of_row)]
 
         keys = jax.random.key_data(score_draws.position_keys(key, weights.xt))
@@ -304,14 +302,8 @@ class Posterior(NamedTuple):
             of_noise = jax.nn.sigmoid(jnp.log(jnp.float32(self.model.config.num_states)) - log_noise)
             r = jax.nn.softmax(logits, axis=-1) - of_noise / self.model.config.num_states
             log_r = jnp.where((r > 0) & is_state, jnp.log(jnp.where(r > 0, r, 1.0)), -jnp.inf)
-        is_allowed = None if options.classes is None else self._is_allowed(states, options)
+        is_allowed = _allowed(self.class_of, states, options.classes)
         return jax.nn.log_softmax(reweigh(self.control, log_r, logits, None, is_state, is_allowed), axis=-1)
-
-    def _is_allowed(self, states: tiles.States, options: _Options) -> Bool[Array, "r v"]:
-        """Which states the class of each position allows."""
-        assert self.class_of is not None
-        assert options.classes is not None
-        return (self.class_of[states.ids][None] == options.classes[:, None]) | (options.classes < 0)[:, None]
 
 
 def class_log_weights(
@@ -338,8 +330,7 @@ def class_log_weights(
 
     def of_rows(states: tiles.States, *inputs: Any) -> Float[Array, "r C"]:
         of_row = jnp.exp(_of_rows(control, None, states, *inputs, classes=None))
-        shares = jnp.matmul(of_row, jax.nn.one_hot(class_of[states.ids], num_classes), precision="highest")
-        return jnp.log(jnp.maximum(shares / of_row.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny))
+        return _log_shares(of_row, class_of[states.ids], num_classes)
 
     def over_rows(
         vocabulary: tiles.Vocabulary, weights: score_draws.Weights, is_needed: Array, unguided: Array | None
@@ -352,6 +343,21 @@ def class_log_weights(
     return score_draws.over_head(model, over_rows, weights, is_needed, unguided)
 
 
+def _log_shares(weights: Float[Array, "r v"], class_of: Int[Array, " v"], num_classes: int) -> Float[Array, "r C"]:
+    """Log of the share of each class in the weights of its states; always finite."""
+    shares = jnp.matmul(weights, jax.nn.one_hot(class_of, num_classes), precision="highest")
+    return jnp.log(jnp.maximum(shares / weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny))
+
+
+def _allowed(
+    class_of: Int[Array, "V"] | None, states: tiles.States, classes: Int[Array, " r"] | None
+) -> Bool[Array, "r v"] | None:
+    """Which states the class of each row allows; None if all."""
+    if class_of is None or classes is None:
+        return None
+    return (class_of[states.ids][None] == classes[:, None]) | (classes < 0)[:, None]
+
+
 def _of_rows(
     control: Control,
     class_of: Int[Array, "V"] | None,
@@ -362,9 +368,7 @@ def _of_rows(
 ) -> Float[Array, "r v"]:
     """`reweigh` applied to the weights of a step, for r positions and the v states of a block."""
     found = weights.of(states)
-    is_allowed = None
-    if class_of is not None and classes is not None:
-        is_allowed = (class_of[states.ids][None] == classes[:, None]) | (classes < 0)[:, None]
+    is_allowed = _allowed(class_of, states, classes)
     of_step = jnp.where(found > 0, jnp.log(jnp.where(found > 0, found, 1.0)), -jnp.inf)
     without = None if unguided is None else states.logits(unguided)
     logits = states.logits(weights.features[:, 0])
