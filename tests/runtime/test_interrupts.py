@@ -29,16 +29,21 @@ cli.run()
 """
 
 
-@pytest.mark.parametrize("attempt", range(3))
-def test_an_interrupt_in_a_callback_of_the_garbage_collector_ends_a_command(attempt):
-    child = subprocess.Popen([sys.executable, "-c", COMMAND], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "begun\n"
-    child.send_signal(signal.SIGINT)
+def interrupt_once_begun(code):
+    """Status, standard output and standard error of a process that gets SIGINT once it says that it has begun."""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        _, err = child.communicate(timeout=60)
+        assert child.stdout.readline() == "begun\n"
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
     finally:
         child.kill()
-    assert (child.returncode, err) == (130, "sedd sample: interrupted\n")
+    return child.returncode, out, err
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_an_interrupt_in_a_callback_of_the_garbage_collector_ends_a_command(attempt):
+    assert interrupt_once_begun(COMMAND) == (130, "", "sedd sample: interrupted\n")
 
 
 # A command that is interrupted inside C++, which makes enumerations while a module of JAX begins.
@@ -246,12 +251,5 @@ cli.run()
     [("pass", "cleaned up\n"), ("raise RuntimeError", ""), ("raise cli.errors.UserError('no', remedy='')", "")],
 )
 def test_an_interrupt_that_others_drop_comes_again_and_spares_what_cleans_up(then, printed):
-    command = [sys.executable, "-c", DROPPED.format(then=then)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "begun\n"
-    child.send_signal(signal.SIGINT)
-    try:
-        out, err = child.communicate(timeout=30)
-    finally:
-        child.kill()
-    assert (child.returncode, out, err) == (130, printed, "sedd sample: interrupted\n")
+    found = interrupt_once_begun(DROPPED.format(then=then))
+    assert found == (130, printed, "sedd sample: interrupted\n")
