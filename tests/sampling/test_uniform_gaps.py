@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.data import alphabets
 from sedd_jax.diffusion import graphs
 from sedd_jax.model import controls, networks, score_heads
 from sedd_jax.reverse import samplers, steps
 from sedd_jax.sampling import constraints, draws, generate, patterns, refill, templates, trajectories
-from tests.support import oracles, slow
+from tests.support import oracles, slow, small_runs
 
 LENGTH, DRAWS, SIGMA = 3, 8000, 0.7
 PATTERN = "a+b|(b|c){2}a*|cab.*"
@@ -96,16 +95,9 @@ def test_a_step_has_the_distribution_given_that_the_clean_text_matches(normalize
 @pytest.fixture(scope="module")
 def opened(code_run):
     """A run on the uniform graph that nobody trained, over the characters of `code_run`."""
-    trained = runs.load(code_run)
-    config = dataclasses.replace(
-        trained.config,
-        graph=configs.GraphConfig(name="uniform"),
-        network=dataclasses.replace(trained.config.network, scale_by_sigma=False),
-    )
-    run = dataclasses.replace(trained, config=config)
-    params = networks.init(jax.random.key(0), run.network)
-    params |= {"head_kernel": jax.random.normal(jax.random.key(1), params["head_kernel"].shape) / 4}
-    return dataclasses.replace(trained.restore(), run=run, step=0, model=networks.Model(run.network, params))
+    made = small_runs.on_uniform_graph(runs.load(code_run).restore())
+    kernel = jax.random.normal(jax.random.key(1), made.model.params["head_kernel"].shape) / 4
+    return dataclasses.replace(made, model=made.model.replace(params=made.model.params | {"head_kernel": kernel}))
 
 
 @pytest.mark.slow

@@ -27,11 +27,9 @@ import numpy as np
 import pytest
 
 import sedd_jax.serving
-from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.data import alphabets
-from sedd_jax.model import networks
 from sedd_jax.sampling import generate, templates
 from sedd_jax.serving import pieces, queue, requests
 from tests.support import places, slow, small_runs
@@ -139,15 +137,8 @@ def _drawn(opened, template, seed, **settings):
 @pytest.fixture(scope="module")
 def uniform(opened):
     """A run on the uniform graph that nobody trained, of all printable characters."""
-    trained = opened.checkpoint.run
-    config = dataclasses.replace(
-        trained.config,
-        graph=configs.GraphConfig(name="uniform"),
-        network=dataclasses.replace(trained.config.network, scale_by_sigma=False),
-    )
-    run = dataclasses.replace(trained, config=config, tokenizer=alphabets.Characters(alphabet=string.printable))
-    model = networks.Model(run.network, networks.init(jax.random.key(0), run.network))
-    return requests.Opened(checkpoint=dataclasses.replace(opened.checkpoint, run=run, step=0, model=model))
+    tokenizer = alphabets.Characters(alphabet=string.printable)
+    return requests.Opened(checkpoint=small_runs.on_uniform_graph(opened.checkpoint, tokenizer=tokenizer))
 
 
 # What is drawn

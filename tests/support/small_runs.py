@@ -1,5 +1,6 @@
 """Runs of a moment, in processes of their own: text, surroundings, and what is compared."""
 
+import dataclasses
 import json
 import os
 
@@ -30,3 +31,18 @@ def without_speed(metrics):
 
 def logged(workdir):
     return without_speed((workdir / "metrics.jsonl").read_text())
+
+
+def on_uniform_graph(trained, **changed):
+    """An open run like `trained`, but on the uniform graph, with a network that nobody trained."""
+    import jax
+
+    from sedd_jax import config as configs
+    from sedd_jax.model import networks
+
+    config = trained.run.config
+    network = dataclasses.replace(config.network, scale_by_sigma=False)
+    config = dataclasses.replace(config, graph=configs.GraphConfig(name="uniform"), network=network)
+    run = dataclasses.replace(trained.run, config=config, **changed)
+    model = networks.Model(run.network, networks.init(jax.random.key(0), run.network))
+    return dataclasses.replace(trained, run=run, step=0, model=model)
