@@ -181,19 +181,25 @@ def test_an_autoregressive_checkpoint_becomes_a_verified_run(tmp_path):
     assert runs.load(tmp_path / "run").is_autoregressive
 
 
-@pytest.mark.parametrize("layout", ["hub", "raw", "ema"])
-def test_a_network_of_radd_predicts_the_same_at_every_noise_level(tmp_path, layout):
-    theirs, root = foreign.Plain(is_biased=True), tmp_path / "radd"
-    (root / ".hydra").mkdir(parents=True)
-    (root / "checkpoints-meta").mkdir()
-    if layout == "hub":
-        (root / ".hydra").rmdir()
-        (root / "config.json").write_text(json.dumps(foreign.radd_config()))
-        torch.save(theirs.state_dict(), root / "pytorch_model.bin")
-    else:
+def write_radd(root, theirs, *, is_run):
+    """A directory as RADD's program writes it."""
+    if is_run:
+        (root / ".hydra").mkdir(parents=True)
+        (root / "checkpoints-meta").mkdir()
         (root / ".hydra" / "config.yaml").write_text(yaml.safe_dump(foreign.radd_config()))
         saved = {"model": theirs.state_dict(), "ema": scaled(theirs), "step": 7}
         torch.save(saved, root / "checkpoints-meta" / "checkpoint.pth")
+    else:
+        root.mkdir()
+        (root / "config.json").write_text(json.dumps(foreign.radd_config()))
+        torch.save(theirs.state_dict(), root / "pytorch_model.bin")
+    return root
+
+
+@pytest.mark.parametrize("layout", ["hub", "raw", "ema"])
+def test_a_network_of_radd_predicts_the_same_at_every_noise_level(tmp_path, layout):
+    theirs = foreign.Plain(is_biased=True)
+    root = write_radd(tmp_path / "radd", theirs, is_run=layout != "hub")
     run, ours = to_run(root, "raw" if layout == "raw" else "ema")
     assert (run.config.graph.name, run.network.scale_by_sigma, run.network.normalize) == ("absorb", True, True)
     with torch.inference_mode():
@@ -203,6 +209,22 @@ def test_a_network_of_radd_predicts_the_same_at_every_noise_level(tmp_path, layo
     features = networks.apply(ours, jnp.asarray(TOKENS), jnp.array([1e-3, 1.0, 6.0]))
     found = score_heads.logits(ours, features)[..., :27]
     np.testing.assert_allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_run", [True, False])
+def test_a_network_of_radd_goes_through_a_run_to_pytorch(tmp_path, is_run):
+    """The scores out of the mask in PyTorch are RADD's: its distribution of clean tokens over e^sigma - 1."""
+    theirs = foreign.Plain(is_biased=True)
+    root = write_radd(tmp_path / "radd", theirs, is_run=is_run)
+    convert.convert(root, convert.Target(directory=tmp_path / "run"), weights="raw" if is_run else "ema")
+    convert.convert(tmp_path / "run", convert.Target(directory=tmp_path / "out"))
+    xt, sigma = torch.from_numpy(TOKENS).clone(), torch.tensor([1e-3, 1.0, 6.0])
+    xt[:, ::3] = 26
+    with torch.inference_mode():
+        found = torch_model.SEDD.from_pretrained(tmp_path / "out")(xt, sigma)[:, ::3, :26]
+        expected = theirs(xt)[:, ::3, :26].log_softmax(-1) - sigma.expm1().log()[:, None, None]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
