@@ -191,7 +191,7 @@ class Terminates(io.StringIO):
 
     def write(self, text):
         if f"step {self.step}/" in text:
-            os.kill(os.getpid(), self.sign)
+            signal.raise_signal(self.sign)  # In this thread, before another line: JAX drops some that come later.
         if self.checkpoint_dir is not None and self.checkpoint_dir.exists():
             self.saved = os.listdir(self.checkpoint_dir)
         return super().write(text)
