@@ -1,6 +1,7 @@
 """The absorbing graph: every token turns into the mask and stays there (Lou et al. 2023, equation 16)."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -75,11 +76,11 @@ class Absorbing:
 
     def leap_time(self, sigma: Float[Array, "*B"]) -> Float[Array, "*B"]:
         """The time scale on which the reverse process leaves each mask at rate 1: log of the probability of a mask."""
-        return jnp.log(-jnp.expm1(-sigma))
+        return _log_complement(sigma)
 
     def sigma_at(self, leap_time: Float[Array, "*B"]) -> Float[Array, "*B"]:
         """The noise at a `leap_time`."""
-        return -jnp.log1p(-jnp.exp(leap_time))
+        return -_log_complement(-leap_time)
 
     def leap_rate(self, xt: Int[Array, "B L"], sigma: Float[Array, "B"]) -> Float[Array, "B L"]:
         """Factor of score_y in the rate from xt to y != xt, per unit of `leap_time`: e^sigma - 1 from the mask."""
@@ -170,3 +171,10 @@ class Absorbing:
 
     def _one_hot(self, x: Int[Array, "B L"]) -> Float[Array, "B L V"]:
         return jax.nn.one_hot(x, self.num_states)
+
+
+def _log_complement(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """log(1 - e^-x), precise for small and for large x > 0, where 1 - e^-x is 1 in float32."""
+    is_large = x > math.log(2)
+    small, large = jnp.where(is_large, 1.0, x), jnp.where(is_large, x, 1.0)
+    return jnp.where(is_large, jnp.log1p(-jnp.exp(-large)), jnp.log(-jnp.expm1(-small)))

@@ -90,9 +90,10 @@ def _fill(
     """Fills the masks of `again`; where a sequence has none, those that one of `num_left` evaluations may fill."""
     graph, noise = process.graph, process.noise
     is_mask = batch.given.is_movable(graph, xt)
-    start = -jnp.expm1(-noise.sigma(jnp.float32(1.0)))
+    least, most = noise.sigma(jnp.float32(time_grids.T_END)), noise.sigma(jnp.float32(1.0))
     share = is_mask.sum(1) / jnp.maximum(batch.plan, 1)
-    sigma = jnp.maximum(-jnp.log1p(-start * share), noise.sigma(jnp.float32(time_grids.T_END)))
+    # If almost all is noise at t = 1, the probability of a mask there is 1 in float32.
+    sigma = jnp.clip(-jnp.log1p(jnp.expm1(-most) * share), least, most)
     evaluation = draws.evaluate_fn(xt, sigma)
     is_next = within_bound(draws.entropy_fn(evaluation, xt, is_mask), is_mask, num_left)
     is_next = jnp.where(again.any(1, keepdims=True), again, is_next)

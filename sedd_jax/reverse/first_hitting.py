@@ -68,7 +68,9 @@ class FirstHitting:
         log_decay = jnp.where(count <= num_gaps[:, None], -jax.random.exponential(key_clock, shape) / count, 0.0)
         start = jnp.log(-jnp.expm1(-noise.sigma(jnp.float32(1.0))))
         log_mask_prob = start + jnp.cumsum(log_decay[:, ::-1], axis=1)[:, ::-1]
-        sigma = jnp.maximum(-jnp.log1p(-jnp.exp(log_mask_prob)), noise.sigma(jnp.float32(time_grids.T_END)))
+        least, most = noise.sigma(jnp.float32(time_grids.T_END)), noise.sigma(jnp.float32(1.0))
+        # If almost all is noise at t = 1, the probability of a mask may be 1 in float32.
+        sigma = jnp.clip(-jnp.log1p(-jnp.exp(log_mask_prob)), least, most)
         return Plan(num_gaps, rank, sigma)
 
     def take(

@@ -85,6 +85,14 @@ def test_infilling_follows_the_conditional_distribution_and_keeps_what_is_given(
     )
 
 
+def test_noise_is_that_of_the_schedule_where_the_first_mask_is_filled_at_once(monkeypatch):
+    """Where sigma is 20, the probability of a mask is 1 in float32, and so it is a moment later."""
+    monkeypatch.setattr(jax.random, "exponential", lambda key, shape: jnp.zeros(shape))
+    process = forward.Process(GRAPH, NOISES["geometric"])
+    plan = SAMPLER.begin(jax.random.key(0), process, steps.nothing_given((2, 3)))
+    np.testing.assert_allclose(plan.sigma, 20, rtol=1e-5)
+
+
 @pytest.mark.parametrize("num_given", [0, 1])
 @pytest.mark.parametrize("noise", slow.all_but(["loglinear"], sorted(NOISES)))
 def test_every_sequence_has_a_clock_of_the_known_distribution(noise, num_given):

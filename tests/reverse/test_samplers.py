@@ -343,6 +343,40 @@ def test_the_network_always_sees_given_tokens_clean(kind, name):
         np.testing.assert_array_equal(xt[given.is_given], tokens[given.is_given])
 
 
+@pytest.mark.parametrize("name", ["theta_trapezoidal", "entropy_bound"])
+def test_noise_is_that_of_the_schedule_where_almost_all_is_masked_at_first(name):
+    """Where sigma is 20, the probability of a mask is 1 in float32; noise must not follow from it alone."""
+    graph, noise, sampler = PROCESSES["absorb"].graph, noise_schedules.Geometric(), samplers.SAMPLERS[name]
+    seen, slopes = [], []
+    even = lambda xt, sigma: jnp.where(xt[..., None] == jnp.arange(graph.num_states)[None, None], 1.0, 0.2)
+    own = oracles.dense_draws(even, graph)
+
+    def evaluate(xt, sigma):
+        jax.debug.callback(lambda sigma: seen.append(np.asarray(sigma)), sigma)
+        return own.evaluate_fn(xt, sigma)
+
+    def leap(key, rates, xt, is_movable):
+        jax.debug.callback(lambda *x: slopes.append(np.stack(x)), *(one.slope for one in rates))
+        return own.leap_fn(key, rates, xt, is_movable)
+
+    draws, process = own._replace(evaluate_fn=evaluate, leap_fn=leap), forward.Process(graph, noise)
+    given = steps.nothing_given((64, 4))
+    num_steps = sampler.num_steps(128, 4)
+    jax.jit(lambda key: oracles.sample(key, sampler, draws, process, given, num_steps))(jax.random.key(0))
+    jax.effects_barrier()
+    assert np.isfinite(seen).all()
+    assert np.max(seen) <= 20.001
+    assert all(np.isfinite(slope).all() for slope in slopes)
+
+
+def test_leap_time_is_that_of_its_definition_at_any_noise():
+    graph, sigma = PROCESSES["absorb"].graph, np.geomspace(1e-5, 80, 200)
+    found = graph.leap_time(jnp.asarray(sigma, jnp.float32))
+    exact = np.where(sigma > 1, np.log1p(-np.exp(-sigma)), np.log(-np.expm1(-sigma)))
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+    np.testing.assert_allclose(graph.sigma_at(found), sigma, rtol=1e-4)
+
+
 @pytest.mark.parametrize("sampler", slow.all_but(["tweedie", "first_hitting"], sorted(samplers.SAMPLERS)))
 def test_infilling_with_the_exact_score_follows_the_conditional_distribution(sampler):
     """One gap: its token has the same distribution whenever it is drawn."""
