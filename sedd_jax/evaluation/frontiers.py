@@ -98,7 +98,9 @@ def _of_run(
 ) -> dict[str, Any]:
     """The points of one run; those that are done are read from `home`."""
     wanted = frontier.points()
-    samplings = [run.sampling(**{**settings, **_varied(point), "num_samples": samples.batch_size}) for point in wanted]
+    # A point has its own temperature and nucleus, whatever the run's config says.
+    fixed = {"draw": "precise", **settings, "num_samples": samples.batch_size}
+    samplings = [run.sampling(**fixed, **point) for point in wanted]
     opened = run.restore(step)
     real, sha256 = generation_quality.held_out(run, samples.num_samples, samples.seed)
     common = {
@@ -127,7 +129,7 @@ def _is_of(part: dict[str, Any], point: dict[str, float]) -> bool:
 
 
 def _varied(point: dict[str, float]) -> dict[str, float]:
-    """The settings of a point that are not 1: a sampler that takes none may still have the plain point."""
+    """The settings of a point that are not 1."""
     return {name: value for name, value in point.items() if value != sampling_config.REFINEMENTS[name]}
 
 

@@ -64,6 +64,22 @@ def test_the_divergence_is_cross_entropy_minus_entropy_with_the_error_of_the_dif
     assert found["divergence_stderr"] == pytest.approx(entropies.std(ddof=1) / 3**0.5)
 
 
+@pytest.mark.parametrize("changed", [{"temperature": 0.7}, {"draw": "published"}], ids=str)
+def test_a_point_has_its_own_settings_whatever_the_config_says(run, monkeypatch, changed):
+    config = runs.read_json(run / "config.json")
+    runs.write_json(run / "config.json", config | {"sampling": config["sampling"] | changed})
+    drawn = []
+
+    def draw(opened, sampling, num_samples, seed):
+        drawn.append((sampling.temperature, sampling.top_p, sampling.draw))
+        return np.zeros((num_samples, 32), np.int32)
+
+    monkeypatch.setattr(generation_quality, "draw", draw)
+    monkeypatch.setattr(judges, "open_judge", lambda _: Even())
+    frontiers.measure(run, "even", frontiers.parse("temperature:0.5/top_p:0.9"), samples=SAMPLES)
+    assert drawn == [(0.5, 1, "precise"), (1, 0.9, "precise"), (1, 1, "precise")]
+
+
 @pytest.mark.slow
 def test_two_runs_on_one_picture_point_for_point_as_measured_alone(run, judge_run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run, tmp_path / "other")
