@@ -22,10 +22,11 @@ from sedd_jax.reverse import time_grids
 from sedd_jax.runtime import errors, processes, sharding, storage, terminals
 
 _CANDIDATES = 64  # candidate times, at least
-# (key, x0, time of each sequence, times at which steps end) -> loss of the step to each end, in nats per token.
+# (key, x0, time of each sequence, times at which steps end) -> loss of each sequence in the step to each end, in nats
+# per token.
 _LossFn = Callable[
     [Key[Array, ""], Int[np.ndarray, "B L"], Float[np.ndarray, "B"], Float[np.ndarray, "n"]],
-    Float[Array, "n"],
+    Float[Array, "n B"],
 ]
 
 
@@ -156,9 +157,9 @@ def _make_loss_fn(opened: runs.OpenRun) -> _LossFn:
         xt = graph.sample_transition(key, x0, sigma)
         summary = objectives.summary_fn(model, process)(xt, x0, sigma)
 
-        def loss(end: Float[Array, ""]) -> Float[Array, ""]:
+        def loss(end: Float[Array, ""]) -> Float[Array, "B"]:
             after = jnp.broadcast_to(noise.sigma(end), sigma.shape)
-            return graph.step_bound(summary, sigma, after, xt, x0).mean()
+            return graph.step_bound(summary, sigma, after, xt, x0).mean(-1)
 
         return sharding.replicate(jax.lax.map(loss, ends))
 
@@ -185,5 +186,7 @@ def _losses(
         rows = np.arange(at, at + size) % len(sequences)
         key = jax.random.fold_in(jax.random.key(seed), at)
         t = np.full(size, start, np.float32)
-        found.append(np.float64(loss_fn(key, sequences[rows], t, padded)))
-    return np.mean(found, axis=0)[: len(ends)]
+        # The last batch is filled up with other sequences, which do not count.
+        losses = np.asarray(loss_fn(key, sequences[rows], t, padded), np.float64)
+        found.append(losses[: len(ends), : len(sequences) - at])
+    return np.concatenate(found, axis=1).mean(axis=1)

@@ -24,6 +24,14 @@ def test_the_best_path_is_the_best_of_all():
         assert cost(found) == pytest.approx(min(map(cost, paths)))
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 32])
+def test_every_sequence_counts_once_in_a_loss(batch_size):
+    loss_fn = lambda key, x0, t, ends: np.tile(x0.mean(1), (len(ends), 1))
+    sequences, ends = np.repeat(np.arange(10)[:, None], 3, axis=1).astype(np.int32), np.array([0.5, 0.1])
+    found = tune_grid._losses(loss_fn, 4, sequences, 1.0, ends, batch_size=batch_size, seed=0)
+    np.testing.assert_allclose(found, [4.5, 4.5])
+
+
 @pytest.fixture(scope="module")
 def tuned(code_run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("tuned") / "run"
