@@ -99,6 +99,8 @@ def draw(
     Raises:
         errors.UserError: where the tokenizer has no end of text to stop at, or a pattern cannot be matched.
     """
+    if not asked:
+        return
     run = opened.run
     eos_id = eos_id_of(run) if ends.stop_at_eos else None
     patterns = templates.compile_patterns(run, asked)

@@ -182,6 +182,11 @@ def test_an_autoregressive_run_takes_batches(judge_run):
     assert len({texts[i] for i in range(1, 15, 3)}) == 5
 
 
+def test_an_empty_list_has_no_texts(opened, judge_run):
+    for one in (opened, runs.load(judge_run).restore()):
+        assert draw(one, []) == ([], {})
+
+
 def test_watching_tells_of_all_steps_and_changes_nothing(opened):
     shown = []
     asked = ["a = {3}", "b{20}", "{9}"] * 4
