@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import pathlib
 
 import pytest
 
@@ -153,6 +154,12 @@ def test_a_seed_is_no_negative_number(code_run):
     assert (status, out) == (2, "")
     assert "--seed=-1" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_results_may_go_where_nothing_is_kept(keep):
+    """As to /dev/stdout, whose reading end may be a pipe that never ends."""
+    assert prompts._finished(pathlib.Path("/dev/null"), [], keep=keep) == {}
 
 
 @pytest.mark.slow
