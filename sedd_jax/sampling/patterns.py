@@ -134,7 +134,7 @@ def place(
     """Positions of the gaps of one sequence with L = `length` tokens, as arrays [L]."""
     start = np.full(length, -1, np.int32)
     is_last, is_constrained = np.zeros(length, bool), np.zeros(length, bool)
-    for gap in gaps:
+    for gap in (gap for gap in gaps if gap.length):
         start[gap.start] = _starts_in(gap, initial)
         is_last[gap.start + gap.length - 1] = True
         is_constrained[gap.start : gap.start + gap.length] = True
@@ -153,6 +153,8 @@ def check(gap: Gap, automaton: constraints.Automaton, initial: dict[str, Starts]
         errors.UserError: names the nearest lengths at which a text matches, where none of this length does.
     """
     reached = np.array([_starts_in(gap, initial)])
+    if not gap.length and automaton.is_accepting[reached].all():
+        return
     seen = np.zeros(len(automaton.next_state), bool)
     shorter, longer = [], []
     number = 0

@@ -243,6 +243,18 @@ def test_gaps_that_no_text_fills_name_the_nearest_that_one_does(pattern, length,
         patterns.check(patterns.Gap(0, length, pattern), automaton, initial)
 
 
+def test_a_gap_without_tokens_matches_a_pattern_of_nothing(tmp_path):
+    tokenizer = _characters(tmp_path)
+    automaton, initial = patterns.compile(["a*", "a+"], tokenizer, _graph(tokenizer))
+    for start in (0, 4, 9):
+        patterns.check(patterns.Gap(start, 0, "a*"), automaton, initial)
+        places = patterns.place([patterns.Gap(start, 0, "a*")], 9, automaton, initial)
+        assert not (places.is_constrained | places.is_last).any()
+        assert (places.start == -1).all()
+        with pytest.raises(ValueError, match="no text of 0 tokens matches, texts of 1 do"):
+            patterns.check(patterns.Gap(start, 0, "a+"), automaton, initial)
+
+
 def test_lengths_count_tokens_not_characters(tmp_path):
     tokenizer = _byte_pairs(tmp_path)
     automaton, initial = patterns.compile(["abb abb"], tokenizer, _graph(tokenizer))
