@@ -112,8 +112,8 @@ def table(result: dict[str, Any]) -> tables.Table:
 
 
 def cell(found: dict[str, Any], name: str) -> str:
-    """One figure of `read`, with its standard error if it has one."""
-    return tables.estimate(found[name], found.get(f"{name}_stderr"))
+    """One figure of `read`, with its standard error if it has one. There may be no figure."""
+    return "no figure" if found[name] is None else tables.estimate(found[name], found.get(f"{name}_stderr"))
 
 
 def annealing(samples: dict[str, Any], real: dict[str, Any]) -> list[str]:
@@ -213,8 +213,9 @@ def read(run: runs.Run, judge: judges.Judge, tokens: Int[np.ndarray, "S L"], num
     Returns:
         `gen_ppl_per_sequence`, the mean of the sequences' perplexities, as published; `gen_ppl_pooled`, the perplexity
         over all tokens; `unigram_entropy` of a sequence's tokens in nats; `distinct_1` to `distinct_3`, the share of
-        n-grams that are distinct; `cross_entropy` under the judge in nats per token of the run; `divergence`, which is
-        `cross_entropy` minus `unigram_entropy`. Means over sequences have a standard error with the suffix `_stderr`.
+        n-grams that are distinct, None where sequences are shorter; `cross_entropy` under the judge in nats per token
+        of the run; `divergence`, which is `cross_entropy` minus `unigram_entropy`. Means over sequences have a standard
+        error with the suffix `_stderr`.
     """
     log_likelihoods = judge.log_likelihoods(judge.tokens(run, tokens))
     cross_entropies = np.array([-values.sum() for values in log_likelihoods]) / tokens.shape[1]
@@ -249,6 +250,9 @@ def _entropies(tokens: Int[np.ndarray, "S L"]) -> Float[np.ndarray, " S"]:
 def _diversity(tokens: Int[np.ndarray, "S L"]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for n in (1, 2, 3):
+        if n > tokens.shape[1]:
+            found[f"distinct_{n}"] = None
+            continue
         grams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1).reshape(-1, n)
         found[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / len(grams)
     return found

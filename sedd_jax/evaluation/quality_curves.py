@@ -198,7 +198,7 @@ def table(result: dict[str, Any]) -> tables.Table:
         tables.estimate(found["gen_ppl_per_sequence"], found["gen_ppl_per_sequence_stderr"], 2),
         f"{found['gen_ppl_pooled']:.2f}",
         tables.estimate(found["unigram_entropy"], found["unigram_entropy_stderr"]),
-        f"{found['distinct_2']:.3f}",
+        generation_quality.cell(found, "distinct_2"),
     )
     for point in result["points"]:
         name = generation_quality.named(point["sampler"])

@@ -78,3 +78,9 @@ def test_what_is_given_of_each_sequence_is_kept(code_run):
     filled = generation_quality.fill(opened, sampling, tokens, is_given, seed=0)
     assert (filled == tokens)[is_given].all()
     assert (filled != tokens)[~is_given].any()
+
+
+def test_what_is_too_short_for_pairs_or_triples_has_no_figure_of_them():
+    found = generation_quality._diversity(np.array([[0, 1], [0, 1]]))
+    assert found == {"distinct_1": 0.5, "distinct_2": 0.5, "distinct_3": None}
+    assert [generation_quality.cell(found, name) for name in found] == ["0.500", "0.500", "no figure"]
