@@ -39,9 +39,9 @@ def measure(
 
     Returns:
         `tokens_matched`, the share of missing tokens that are filled as in the text; `tokens_matched_by_chance`, the
-        share that another window has in the same place; `windows_matched`, the share of windows that match as a whole.
-        With a judge, also the figures of `generation_quality.read` for `refilled` and `held_out` windows, and `mauve`,
-        or in `without_mauve` the reason why there is none.
+        share that another window has in the same place, None if there is no other; `windows_matched`, the share of
+        windows that match as a whole. With a judge, also the figures of `generation_quality.read` for `refilled` and
+        `held_out` windows, and `mauve`, or in `without_mauve` the reason why there is none.
 
     Raises:
         errors.UserError: where the pattern is not one, or is longer than the run's sequences.
@@ -85,7 +85,8 @@ def measure(
     matched = np.stack([(filled == real)[:, ~is_given] for filled in draws])
     # Draws of the same window are not independent, so standard errors count each window once.
     result |= _share("tokens_matched", matched.mean(axis=(0, 2)))
-    result["tokens_matched_by_chance"] = float((real == np.roll(real, 1, axis=0))[:, ~is_given].mean())
+    by_chance = (real == np.roll(real, 1, axis=0))[:, ~is_given].mean()
+    result["tokens_matched_by_chance"] = float(by_chance) if len(real) > 1 else None
     result |= _share("windows_matched", matched.all(axis=2).mean(axis=0))
     if reader is not None:
         result["refilled"] = generation_quality.read(run, reader, np.concatenate(draws), num_draws)

@@ -83,6 +83,13 @@ def test_the_command_prints_and_keeps_what_it_found(code_run, judge_run, capsys)
     assert "--infill=paper takes 100 tokens, the run's sequences have 32" in capsys.readouterr().err
 
 
+def test_a_single_window_matches_no_other_by_chance(code_run, monkeypatch):
+    monkeypatch.setattr(generation_quality, "fill", lambda opened, sampling, tokens, is_given, seed: tokens)
+    result = refilling.measure(code_run, "1{1}", samples=generation_quality.Samples(num_samples=1))
+    assert result["tokens_matched_by_chance"] is None
+    assert "no figure" in str(refilling.table(result))
+
+
 @pytest.mark.slow
 def test_a_baseline_continues_a_prompt_and_fills_nothing_else(judge_run):
     samples = generation_quality.Samples(num_samples=4)
