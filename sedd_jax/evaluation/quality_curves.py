@@ -160,7 +160,7 @@ def _steps_of(run: runs.Run, sampler: str, nfe: int, settings: dict[str, Any]) -
             value=f"nfe:{nfe}",
             remedy="give more",
         )
-    return 1 + (nfe - first) // each
+    return 1 + (nfe - first) // each if each else 1  # More steps than tokens take no more evaluations.
 
 
 def _of_judge(

@@ -1,6 +1,7 @@
 """Curves have a point for every sampler, draw and number of steps, and go on after a stop."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -132,3 +133,12 @@ def test_wrong_curves_are_refused(code_run, judge_run, capsys):
         assert error.count("\n") == 1
     with pytest.raises(errors.UserError, match="is autoregressive, which takes a step for every token"):
         quality_curves.measure(judge_run, str(judge_run), quality_curves.Curve(samplers=["tweedie"], num_steps=[2]))
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_evaluations_beyond_the_tokens_are_one_step(code_run, length):
+    run = runs.load(code_run)
+    data = dataclasses.replace(run.config.data, length=length)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+    assert quality_curves._steps_of(run, "first_hitting", 9, {}) == 1
+    assert quality_curves._steps_of(run, "tweedie", 9, {}) == 8
