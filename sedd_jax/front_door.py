@@ -120,7 +120,7 @@ class OpenRun:
         """
         run = self._opened.run
         asked = [templates.parse(run, text) for text in ([texts] if isinstance(texts, str) else texts)]
-        changed = run.sampling(**{"num_samples": min(len(asked), run.config.sampling.num_samples), **settings})
+        changed = run.sampling(**{"num_samples": min(max(1, len(asked)), run.config.sampling.num_samples), **settings})
         ends = refill.Ends(fit=fit, stop_at_eos=stop_at_eos)
         found = {}
         with self._opened.on_devices():

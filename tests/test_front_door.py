@@ -145,3 +145,7 @@ def test_what_is_wrong_is_said_as_python_spells_it(opened, call, message):
         call(opened)
     assert "--" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_fill_is_filled(opened):
+    assert opened.infill([]) == []
