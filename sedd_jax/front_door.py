@@ -153,7 +153,8 @@ class OpenRun:
             if data is not None or split is not None:
                 given = errors.name("data" if data is not None else "split")
                 raise errors.UserError(f"goes without {given}", field="text", remedy=f"give a text, or {given}")
-            return text_bounds.bound_text(self._opened, text, num_times=num_times or 128, seed=seed)
+            num_times = 128 if num_times is None else num_times
+            return text_bounds.bound_text(self._opened, text, num_times=num_times, seed=seed)
         settings = perplexity.Settings(num_times=num_times, seed=seed)
         with terminals.shown(verbose):
             result = perplexity.evaluate(self.workdir, data=data, split=split, step=self.step, settings=settings)

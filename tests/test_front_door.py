@@ -14,6 +14,7 @@ from sedd_jax.cli import main as cli
 from sedd_jax.diffusion import forward
 from sedd_jax.evaluation import perplexity
 from sedd_jax.model import autoregression, networks
+from sedd_jax.runtime import errors
 from tests.support import places
 
 
@@ -149,3 +150,9 @@ def test_what_is_wrong_is_said_as_python_spells_it(opened, call, message):
 
 def test_nothing_to_fill_is_filled(opened):
     assert opened.infill([]) == []
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_bound_without_draws_is_refused(opened, number):
+    with pytest.raises(errors.UserError, match=f"num_times={number} must be at least 1"):
+        opened.bound("a = 1", num_times=number)

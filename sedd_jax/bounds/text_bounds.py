@@ -66,8 +66,10 @@ def bound_text(opened: runs.OpenRun, text: str, *, num_times: int = 128, seed: i
         seed: seed of times and noise.
 
     Raises:
-        errors.UserError: where the text is empty, or has characters that the tokenizer does not know.
+        errors.UserError: where there are no draws, the text is empty, or has characters that the tokenizer does not
+            know.
     """
+    likelihoods.check(num_times, 1.0, _COPIES)
     run, length = opened.run, opened.run.config.data.length
     tokens = run.tokenizer.encode(text)
     if not len(tokens):
