@@ -111,8 +111,8 @@ def validate(config: SamplingConfig, graph: str, *, has_mask: bool, is_diffusion
         raise refuse(
             "grid",
             "is no grid",
-            f"name one of {', '.join(time_grids.NAMES)}, tuned (made by `sedd tune-grid`), or give times that go down "
-            "from 1 to 0, such as 1,0.8,0.3,0",
+            f"name one of {', '.join(time_grids.NAMES)}, give times that go down from 1 to 0, such as 1,0.8,0.3,0, or "
+            "let `sedd tune-grid` make them for --grid=tuned",
         ) from error
     if not sampler.traits.takes_grid and config.grid != REFINEMENTS["grid"]:
         problem = f"has no meaning for {config.sampler}, which chooses its own times"

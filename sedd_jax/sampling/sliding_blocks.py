@@ -55,7 +55,8 @@ def check(run: runs.Run, template: templates.Template, num_tokens: int, block: i
             value=num_tokens,
             remedy="leave it out",
         )
-    if block is not None and not 0 < block < length:
+    block = length // 2 if block is None else block
+    if not 0 < block < length:
         raise errors.UserError(f"must be at least 1 and below the model's length {length}", field="block", value=block)
     if template.length < length:
         raise errors.UserError(

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from sedd_jax import runs
+from sedd_jax import config, runs
 from sedd_jax.cli import main as cli
+from sedd_jax.runtime import errors
 from sedd_jax.sampling import generate, sliding_blocks, templates
 
 LENGTH = 32
@@ -69,3 +70,10 @@ def test_the_command_line_draws_long_texts(code_run, judge_run, capsys):
 def test_what_is_no_long_text_is_said(code_run, capsys, flags, status, message):
     assert cli.main(["sample", f"--workdir={code_run}", "--num_processes=1", *flags]) == status
     assert message in capsys.readouterr().err
+
+
+def test_sequences_of_one_token_leave_no_room_for_what_came_before():
+    run = runs.unsaved(config.parse({"data.length": 1}), 5)
+    template = templates.Template(np.zeros(1, np.int32), np.zeros(1, bool), 1)
+    with pytest.raises(errors.UserError, match="block"):
+        sliding_blocks.check(run, template, 4, None)
