@@ -73,11 +73,24 @@ count_try() {
   [[ $tries -le $MAX_TRIES ]] || fail "gave up after MAX_TRIES=$MAX_TRIES: WORKDIR=$WORKDIR holds what was saved"
 }
 
+# The state of the slice: NONE if there is none, UNKNOWN if gcloud cannot tell, as while the network is away.
+state_of_slice() {
+  local said
+  said=$(mktemp)
+  if ! describe 2>"$said"; then
+    if grep -q NOT_FOUND "$said"; then echo NONE; else
+      cat "$said" >&2
+      echo UNKNOWN
+    fi
+  fi
+  rm -f "$said"
+}
+
 # Waits for the slice. Requests one if there is none, or if the last one failed or was preempted.
 wait_until_active() {
   local state
   while true; do
-    state=$(describe) || state=NONE
+    state=$(state_of_slice)
     echo "$(date +%FT%T) $NAME: $state" >&2
     case $state in
       ACTIVE) return ;;
@@ -86,6 +99,10 @@ wait_until_active() {
         create
         ;;
       FAILED | SUSPENDED) delete ;;
+      UNKNOWN)
+        count_try
+        sleep "$POLL_SECONDS"
+        ;;
       *) sleep "$POLL_SECONDS" ;;
     esac
   done

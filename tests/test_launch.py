@@ -44,7 +44,7 @@ for word, left in answers.items():
     if word in argv and left:
         text, status = left.pop(0)
         (place / "answers").write_text(json.dumps(answers))
-        print(text)
+        print(text, file=sys.stderr if status else sys.stdout)
         sys.exit(status)
 """
 
@@ -138,7 +138,7 @@ def test_shellcheck_finds_nothing(place):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_dry_run_runs_nothing_and_prints_what_a_run_does(place, script):
     # The slice is active at once, and the SLURM job is stopped.
-    answers = {"describe": [["", 1], ["ACTIVE", 0]], "train": [["", 75 if script == "slurm.sbatch" else 0]]}
+    answers = {"describe": [["NOT_FOUND: Resource", 1], ["ACTIVE", 0]], "train": [["", 75 if script == "slurm.sbatch" else 0]]}
     status, out, err, calls = place.launch(script, ODD, DRY_RUN="1", **SCRIPTS[script])
     assert (status, err, calls) == (0, "", [])
     status, _, err, calls = place.launch(script, ODD, answers=answers, **SCRIPTS[script])
@@ -298,6 +298,9 @@ def steps(calls):
         (["ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE"], [1, 0], "ssh sleep delete create ssh delete", 0),
         # The run fails on a healthy slice: no retry, and the slice stays.
         (["ACTIVE", "ACTIVE"], [1], "ssh sleep", 1),
+        # gcloud cannot tell for a while, which is no reason to ask for another slice.
+        (["no network", "ACTIVE", "ACTIVE"], [0], "sleep ssh delete", 0),
+        (["ACTIVE", "no network", "no network", "ACTIVE"], [1, 0], "ssh sleep sleep ssh delete", 0),
         # Every request fails.
         (
             ["FAILED", "", "FAILED", "", "FAILED", "", "FAILED", ""],
@@ -308,7 +311,8 @@ def steps(calls):
     ],
 )
 def test_a_slice_is_asked_for_until_the_run_is_done(place, states, statuses, done, status):
-    answers = {"describe": [[state, 0 if state else 1] for state in states], "ssh": [["", each] for each in statuses]}
+    described = [[state or "NOT_FOUND: Resource", 0 if re.fullmatch("[A-Z_]+", state) else 1] for state in states]
+    answers = {"describe": described, "ssh": [["", each] for each in statuses]}
     ended, _, err, calls = place.launch("tpu_queued_resource.sh", answers=answers, MAX_TRIES="3", **CLOUD)
     assert (steps(calls), ended) == (done.split(), status)
     last = err.splitlines()[-1]

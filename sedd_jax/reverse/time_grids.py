@@ -75,8 +75,8 @@ def parse(spec: str) -> Float[np.ndarray, "n"]:
         times = np.zeros(0)
     if len(times) < 2 or times[0] != 1 or not 0 <= times[-1] <= T_END or not (np.diff(times) < 0).all():
         raise ValueError(
-            f"config.sampling.grid={spec!r} is no grid: name one of {', '.join(NAMES)}, or give times that go down from "
-            "1 to 0, such as 1,0.8,0.3,0"
+            f"config.sampling.grid={spec!r} is no grid: name one of {', '.join(NAMES)}, or give times that go down "
+            "from 1 to 0, such as 1,0.8,0.3,0"
         )
     return times
 

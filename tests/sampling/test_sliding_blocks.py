@@ -73,7 +73,7 @@ def test_what_is_no_long_text_is_said(code_run, capsys, flags, status, message):
 
 
 def test_sequences_of_one_token_leave_no_room_for_what_came_before():
-    run = runs.unsaved(config.parse({"data.length": 1}), 5)
-    template = templates.Template(np.zeros(1, np.int32), np.zeros(1, bool), 1)
+    run = runs.unsaved(config.parse(config.merge({"data": {"length": 1}})), 5)
+    template = templates.Template(tokens=np.zeros(1, np.int32), is_given=np.zeros(1, bool), length=1)
     with pytest.raises(errors.UserError, match="block"):
         sliding_blocks.check(run, template, 4, None)
