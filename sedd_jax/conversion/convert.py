@@ -112,10 +112,7 @@ def convert(
             raise errors.UserError(
                 "is unknown", field=field, value=value, remedy=f"choose one of {', '.join(filter(None, known))}"
             )
-    if not storage.is_free(directory):
-        raise errors.UserError(
-            "exists and is not empty", field="to", value=directory, remedy=f"use another {errors.name('to')}"
-        )
+    _check_free(directory)
     has_torch = importlib.util.find_spec("torch") is not None
     if verify and not has_torch:
         raise errors.UserError(
@@ -143,11 +140,13 @@ def convert(
             remedy="leave it out",
         )
     compares = has_torch if verify is None else verify
-    with leases.owned(directory, "to"), storage.new_directory(directory) as partial:
-        if to_format == "jax":
-            compared = _write_run(partial, model, compares)
-        else:
-            compared = _write_torch(partial, model, dtype, compares, with_stablehlo=to_format == "stablehlo")
+    with leases.owned(directory, "to"):
+        _check_free(directory)  # Another process may have made it while the source was read.
+        with storage.new_directory(directory) as partial:
+            if to_format == "jax":
+                compared = _write_run(partial, model, compares)
+            else:
+                compared = _write_torch(partial, model, dtype, compares, with_stablehlo=to_format == "stablehlo")
     facts = {"to": str(directory), "to_format": to_format, "dtype": dtype, "num_parameters": model.num_parameters}
     found = compared._asdict() if compared else dict.fromkeys(verification.Comparison._fields)
     return model.origin | facts | found
@@ -170,6 +169,13 @@ def describe(result: dict[str, Any]) -> str:
             f"logit is {result['largest_logit']:.4g}"
         )
     return "\n".join(lines)
+
+
+def _check_free(directory: pathlib.Path) -> None:
+    if not storage.is_free(directory):
+        raise errors.UserError(
+            "exists and is not empty", field="to", value=directory, remedy=f"use another {errors.name('to')}"
+        )
 
 
 def _read(source: pathlib.Path, weights: str, step: int | None, spec: str) -> tuple[Model, str]:

@@ -25,16 +25,9 @@ def prepare(source: str, tokenizer_spec: str, directory: storage.Directory, *, n
     """
     if num_workers is not None and num_workers < 1:
         raise errors.UserError("must be at least 1", field="num_workers", value=num_workers)
-    if shards.is_packed(directory):
-        raise errors.UserError(
-            "already holds prepared text", field="out", value=directory, remedy="use it, or choose another directory"
-        )
-    if not storage.is_remote(directory) and not storage.is_free(directory):
-        raise errors.UserError(
-            "exists and is not empty", field="out", value=directory, remedy="choose another directory"
-        )
     local = storage.local_copy(directory)
     with leases.owned(directory, "out"):
+        _check_new(directory)  # Only its owner can tell: another process may have prepared it just now.
         corpus = corpora.find(source)
         tokenizer = tokenizers.build(tokenizer_spec, corpus.texts)
         storage.clear(directory)
@@ -50,6 +43,17 @@ def prepare(source: str, tokenizer_spec: str, directory: storage.Directory, *, n
             )
         storage.upload(directory)
         storage.clear(directory)
+
+
+def _check_new(directory: storage.Directory) -> None:
+    if shards.is_packed(directory):
+        raise errors.UserError(
+            "already holds prepared text", field="out", value=directory, remedy="use it, or choose another directory"
+        )
+    if not storage.is_remote(directory) and not storage.is_free(directory):
+        raise errors.UserError(
+            "exists and is not empty", field="out", value=directory, remedy="choose another directory"
+        )
 
 
 def read_tokenizer(

@@ -440,6 +440,21 @@ def test_impossible_arguments_are_refused(tmp_path, given, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_another_process_has_written_meanwhile_stays(published, tmp_path, monkeypatch):
+    config, read, written = tmp_path / "run" / "config.json", convert._read, []
+
+    def slow_read(*given):
+        monkeypatch.setattr(convert, "_read", read)
+        run_convert(published, tmp_path / "run", verify=False)
+        written.append(config.stat())
+        return read(*given)
+
+    monkeypatch.setattr(convert, "_read", slow_read)
+    with pytest.raises(errors.UserError, match="exists and is not empty: use another to"):
+        run_convert(published, tmp_path / "run", verify=False)
+    assert written == [config.stat()]
+
+
 @pytest.mark.parametrize("path", ["../outside.tiktoken", "/etc/passwd", "other.tiktoken", None])
 def test_a_tokenizer_cannot_leave_the_directory(published, tmp_path, path):
     (tmp_path / "outside.tiktoken").write_text("")

@@ -1,6 +1,7 @@
 """Tests of `sedd prepare`: it leaves finished text or none, describes it, and a run notices when it changes."""
 
 import base64
+import contextlib
 import json
 import lzma
 import math
@@ -21,7 +22,7 @@ from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.data import detokenizers, prepare, shards
-from sedd_jax.runtime import errors, storage
+from sedd_jax.runtime import errors, leases, storage
 from tests.support import gcs_emulator, places, slow
 
 SHARED = places.SHARED
@@ -112,6 +113,23 @@ def test_finished_text_is_never_written_again(tmp_path, source, capsys):
     assert cli.main(arguments) == 1
     assert "already holds prepared text: use it" in capsys.readouterr().err
     assert (tmp_path / "out" / "header.json").stat() == before
+
+
+def test_text_that_was_finished_while_this_process_waited_is_never_written_again(tmp_path, source, monkeypatch):
+    """Of two processes that begin at once, the later owner finds what the other one has finished."""
+    out, owned = tmp_path / "out", leases.owned
+
+    @contextlib.contextmanager
+    def owned_later(directory, field):
+        monkeypatch.setattr(leases, "owned", owned)
+        prepare.prepare(source, "characters", out, num_workers=1)
+        with owned(directory, field):
+            yield
+
+    monkeypatch.setattr(leases, "owned", owned_later)
+    with pytest.raises(errors.UserError, match="already holds prepared text: use it"):
+        prepare.prepare(source, "bytes", out, num_workers=1)
+    assert shards.read_header(out)["tokenizer_spec"] == "characters"
 
 
 @pytest.mark.slow
