@@ -17,7 +17,8 @@ from sedd_jax.diffusion import time_laws
 def _optimizer_meanings() -> dict[str, str]:
     return {
         "adamw": "as published",
-        "muon": "orthogonal updates of the matrices in blocks, of the size of Adam's, and AdamW for all other arrays",
+        "muon": "orthogonal updates of the matrices in blocks, of the size of Adam's, and AdamW with Nesterov momentum "
+        "for all other arrays",
     }
 
 
