@@ -246,14 +246,18 @@ def validate(config: Config) -> None:
         at_least = 0 if re.search(_MAY_BE_ZERO, name) else 1
         if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("mesh.") and value < at_least:
             raise refuse(name, f"must be at least {at_least}")
+        if isinstance(value, int) and value >= 2**31 and name != "seed":
+            raise refuse(name, "must be below 2**31")
         if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
             raise refuse(name, "must be a finite number, at least 0")
+        if name in ("network.dropout", "optimizer.beta1", "optimizer.beta2") and value >= 1:
+            raise refuse(name, "must be below 1")
+        if name == "optimizer.eps" and value == 0:
+            raise refuse(name, "must be above 0, since gradients may be 0")
     network, training, noise = config.network, config.training, config.noise
     if network.hidden_size % (2 * network.num_heads):
         needed = f"must be divisible by twice {errors.name('config.network.num_heads')}={network.num_heads}"
         raise refuse("network.hidden_size", f"{needed}, since rotary positions pair features")
-    if not network.dropout < 1:
-        raise refuse("network.dropout", "must be below 1")
     if config.optimizer.decay_share > 1:
         raise refuse("optimizer.decay_share", "must be at most 1, all of the steps")
     if network.scale_by_sigma and not (is_diffusion(config) and graph_class(config.graph).scales_by_sigma):

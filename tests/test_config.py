@@ -86,6 +86,10 @@ def test_issue_configs_exist():
         ({"optimizer": {"learning_rate": float("nan")}}, "must be a finite number"),
         ({"noise": {"eps": 1.0}}, "config.noise.eps=1.0 must be between 0 and 1"),
         ({"network": {"dropout": 1.0}}, "config.network.dropout=1.0 must be below 1"),
+        ({"optimizer": {"beta1": 1.0}}, "config.optimizer.beta1=1.0 must be below 1"),
+        ({"optimizer": {"beta2": 1.5}}, "config.optimizer.beta2=1.5 must be below 1"),
+        ({"optimizer": {"eps": 0.0}}, "config.optimizer.eps=0.0 must be above 0, since gradients may be 0"),
+        ({"training": {"num_steps": 10**10}}, "config.training.num_steps=10000000000 must be below 2**31"),
         ({"network": {"dtype": "float16"}}, "choose one of float32, bfloat16"),
         *(
             ({"training": {"profile": text}}, f"config.training.profile={text} is not START:STEPS: give 1000:3")

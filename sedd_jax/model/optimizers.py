@@ -44,7 +44,7 @@ class OptimizerConfig:
         beta2: Adam's decay of the squared gradient average.
         eps: Adam's epsilon, added to the root of the second moment.
         weight_decay: decoupled weight decay (AdamW).
-        clip_norm: largest global norm of the gradients; larger gradients are scaled down to it.
+        clip_norm: largest global norm of the gradients; larger gradients are scaled down to it. 0 clips nothing.
         ema_decay: decay of the exponential moving average (EMA) of the parameters; smaller in the first steps.
     """
 
@@ -120,11 +120,13 @@ def _matrices(params: Any) -> Any:
 
 
 def clip(grads: Any, max_norm: float) -> Any:
-    """Gradients scaled down to a global norm of at most max_norm.
+    """Gradients scaled down to a global norm of at most max_norm, or as they are if that is 0.
 
     Scaling is one product with a scalar, which XLA fuses into the update. optax's own clipping divides, and XLA then
     keeps a second copy of all gradients.
     """
+    if max_norm == 0:
+        return grads
     scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(grads) + 1e-6))
     return jax.tree.map(lambda grad: grad * scale, grads)
 

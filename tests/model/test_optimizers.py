@@ -160,3 +160,10 @@ def test_muon_leaves_all_other_arrays_to_adamw(muon):
 
     assert sorted(others(updates)["blocks"]) == ["attention_norm", "mlp_norm", "modulation"]
     jax.tree.map(np.testing.assert_array_equal, others(updates), others(expected))
+
+
+def test_a_norm_of_0_clips_nothing():
+    """Other programs write 0 for no clipping. Gradients of norm 0 would train nothing, without a word."""
+    gradients = {"w": jnp.array([3.0, 4.0])}
+    np.testing.assert_array_equal(optimizers.clip(gradients, 0.0)["w"], gradients["w"])
+    np.testing.assert_allclose(optimizers.clip(gradients, 1.0)["w"], [0.6, 0.8], rtol=1e-6)
