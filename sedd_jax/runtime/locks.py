@@ -68,13 +68,21 @@ def _locked(path: pathlib.Path) -> Iterator[TextIO]:
                 file.seek(0)
                 raise BlockingIOError(file.read()) from None
             # An owner removes its file at its end. Who has opened that one begins again.
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            if not _is_at(path, file):
                 continue
             try:
                 yield file
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def _is_at(path: pathlib.Path, file: TextIO) -> bool:
+    """Whether an open file still has this path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _file_of(place: pathlib.Path) -> pathlib.Path:

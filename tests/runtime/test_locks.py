@@ -103,3 +103,20 @@ def test_a_file_system_without_locks_has_no_owners(tmp_path, monkeypatch, error)
     with locks.owned(tmp_path / "mine", "out"):
         _owns(tmp_path / "mine")
     assert re.fullmatch(r"(\.mine\.lock)?", "".join(path.name for path in tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_file_that_goes_away_while_it_is_looked_at_is_no_lock(tmp_path, monkeypatch, call):
+    """Another owner, of a file that was made since this one was opened, ends."""
+    path, stat, calls = tmp_path / ".mine.lock", pathlib.Path.stat, []
+
+    def late(self, **options):
+        if self == path:
+            calls.append(self)
+            if len(calls) == call:
+                path.unlink()
+        return stat(self, **options)
+
+    monkeypatch.setattr(pathlib.Path, "stat", late)
+    with locks.owned(tmp_path / "mine", "out"):
+        assert f"process {os.getpid()} on" in path.read_text()
