@@ -1,5 +1,6 @@
 """Requests of the page of `sedd serve`: reads and checks them, and draws the trajectories that they ask for."""
 
+import collections
 import dataclasses
 import math
 import pathlib
@@ -270,8 +271,8 @@ def _parameters(query: str) -> dict[str, str]:
         raise RefusedError(400, "the request is not UTF-8: encode it as browsers do") from error
     except ValueError as error:
         raise RefusedError(400, f"the request cannot be read, {error}: give NAME=VALUE with & between") from error
-    names = [name for name, _ in pairs]
-    if repeated := [name for name in names if names.count(name) > 1]:
+    names = collections.Counter(name for name, _ in pairs)
+    if repeated := [name for name, count in names.items() if count > 1]:
         raise RefusedError(400, f"{repeated[0]} is given twice: give it once")
     return dict(pairs)
 

@@ -440,6 +440,15 @@ def test_a_wrong_request_is_told_why(server, query, code, message):
     assert found[1].startswith(message)
 
 
+def test_many_parameters_take_no_time():
+    """They are counted, not compared with each other, while nobody else is answered."""
+    for query in ("&".join(f"{number:x}=" for number in range(11_000)), "&".join(["a="] * 21_000)):
+        begun = time.process_time()
+        with contextlib.suppress(requests.RefusedError):
+            requests._parameters(query)
+        assert time.process_time() - begun < 0.5
+
+
 def test_what_no_server_reads_is_a_4xx(server):
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(server[1]).netloc, timeout=60)
     with contextlib.closing(connection):
