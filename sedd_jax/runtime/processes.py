@@ -1,6 +1,8 @@
 """Runs of several processes, each with devices of its own: how they connect, wait for each other and stop."""
 
+import collections
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -22,6 +24,9 @@ _SHUTDOWN_SECONDS = 60
 _MEETING_SECONDS = 300  # Processes of one run may start minutes apart, as where each host loads a container.
 _SAID_AFTER_SECONDS = 5  # Processes that start together meet sooner.
 _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # Variables that say how many processes a cluster has started.
+
+# Numbers of the calls of `first_then_all` by their name: a key is set only once.
+_numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -73,7 +78,7 @@ def first_then_all(name: str, fn: Callable[[], object]) -> None:
     """Runs fn in the first process while the others wait for it to finish. If fn fails, all processes fail.
 
     Args:
-        name: a name for the work, different in every call.
+        name: a name for the work. All processes do the work of a name equally often.
         fn: the work.
 
     Raises:
@@ -82,7 +87,7 @@ def first_then_all(name: str, fn: Callable[[], object]) -> None:
     if jax.process_count() == 1:
         fn()
         return
-    client = distributed.global_state.client
+    client, key = distributed.global_state.client, f"sedd_jax/{name}/{next(_numbers[name])}"
     assert client is not None
     if is_first():
         outcome = "failed"
@@ -95,9 +100,9 @@ def first_then_all(name: str, fn: Callable[[], object]) -> None:
             outcome = said or outcome
             raise
         finally:
-            client.key_value_set(f"sedd_jax/{name}", f"outcome: {outcome}")
+            client.key_value_set(key, f"outcome: {outcome}")
     else:
-        told = client.blocking_key_value_get(f"sedd_jax/{name}", _PREPARATION_MS)
+        told = client.blocking_key_value_get(key, _PREPARATION_MS)
         if outcome := str(told).removeprefix("outcome: "):
             raise errors.UserError(f"process 0 says: {outcome}")
 

@@ -366,3 +366,22 @@ def test_a_run_under_nohup_goes_on(hangup_is_default):
         signal.raise_signal(signal.SIGHUP)
         assert not told(1)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_work_that_is_done_again_is_waited_for_again(monkeypatch):
+    """A key of the processes' store is set only once."""
+    store: dict[str, str] = {}
+
+    class Client:
+        def key_value_set(self, key, value):
+            if key in store:
+                raise RuntimeError(f"ALREADY_EXISTS: {key}")
+            store[key] = value
+
+    monkeypatch.setattr(processes.distributed.global_state, "client", Client())
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    done = []
+    for number in range(2):
+        processes.first_then_all("test", lambda number=number: done.append(number))
+    assert done == [0, 1]
+    assert len(store) == 2
