@@ -102,13 +102,7 @@ class Bytes:
         Raises:
             errors.UserError: if the text holds half a surrogate pair, which UTF-8 cannot write.
         """
-        try:
-            content = text.encode()
-        except UnicodeEncodeError as error:
-            raise errors.UserError(
-                f"{text[error.start]!r} at position {error.start} is half a surrogate pair", remedy="remove it"
-            ) from error
-        return np.frombuffer(content, np.uint8).astype(np.int32)
+        return np.frombuffer(writable(text).encode(), np.uint8).astype(np.int32)
 
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
         """Text of `ids`, which must lie in [0, 256). Bytes that are not valid UTF-8 become U+FFFD."""
@@ -184,6 +178,17 @@ def check_ids(ids: Integer[np.ndarray, " L"], stop: int) -> None:
         raise ValueError(
             f"id {ids[position]} at position {position} is outside [0, {stop}): decode unmasked tokens only"
         )
+
+
+def writable(text: str) -> str:
+    """The text; raises errors.UserError if it holds half a surrogate pair, which UTF-8 cannot write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise errors.UserError(
+            f"{text[error.start]!r} at position {error.start} is half a surrogate pair", remedy="remove it"
+        ) from error
+    return text
 
 
 def content(path: str) -> bytes:

@@ -87,7 +87,7 @@ class GPT2:
         """Token ids (int32) of `text`. If it contains <|endoftext|>, these are ordinary characters."""
         ids: list[int] = []
         done = 0
-        for found in re.finditer(rf"{_BLANKS}{{{_LONGEST_BLANKS},}}", text):
+        for found in re.finditer(rf"{_BLANKS}{{{_LONGEST_BLANKS},}}", alphabets.writable(text)):
             # GPT-2's pattern takes all white space but the last character, which may belong to a word, as one piece.
             stop = found.end() - (found.end() < len(text))
             ids += self._encoding.encode_ordinary(text[done : found.start()])
@@ -196,7 +196,7 @@ class WordPiece:
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
         """Token ids (int32) of `text`, without the [CLS] and [SEP] that BERT puts around it."""
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(self._model.encode(alphabets.writable(text), add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
         """Text of `ids`, in lower case and with the spaces that WordPiece implies."""
@@ -271,7 +271,7 @@ class SentencePiece:
 
     def encode(self, text: str) -> Int[np.ndarray, " L"]:
         """Token ids (int32) of `text`."""
-        first, *rest = (self._processor.encode(part) for part in text.split(_BLOCK))
+        first, *rest = (self._processor.encode(part) for part in alphabets.writable(text).split(_BLOCK))
         return np.array(first + [id_ for part in rest for id_ in (*self._block_ids, *part)], np.int32)
 
     def decode(self, ids: Integer[np.ndarray, " L"]) -> str:
@@ -333,7 +333,7 @@ def learn_sentence_piece(vocab_size: int, documents: Iterable[str]) -> SentenceP
             pad_id=-1,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise errors.UserError(
             f"SentencePiece cannot make {vocab_size} pieces of this text ({reason})",

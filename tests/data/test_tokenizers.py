@@ -322,6 +322,16 @@ def test_bytes_are_utf8():
         tokenizer.encode("a\ud800")
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "wordpiece", "sentencepiece"])
+def test_half_a_surrogate_pair_is_no_text_for_subwords(kind, ranks_file, vocabulary_file, pieces):
+    """It comes from arguments that are not UTF-8, and from escapes in JSON."""
+    files = {"gpt2": ranks_file, "wordpiece": vocabulary_file}
+    tokenizer = _build(f"{kind}:{files[kind]}") if kind in files else pieces
+    for text in ("to\udcff", "to\ud800 to"):
+        with pytest.raises(errors.UserError, match=r"'\\ud.*' at position 2 is half a surrogate pair: remove it"):
+            tokenizer.encode(text)
+
+
 def test_learned_pieces_give_every_text_back(pieces):
     assert (pieces.vocab_size, pieces.mask_id, pieces.eos_id, pieces.unk_id) == (300, None, 1, 0)
     assert len(pieces.encode("    return x")) < len("    return x")
@@ -400,8 +410,9 @@ def test_rare_characters_take_no_piece_but_come_back():
 
 
 def test_pieces_that_a_text_has_not_are_an_error():
-    with pytest.raises(ValueError, match=r"SentencePiece cannot make 5000 pieces of this text .*give more text"):
-        _build("sentencepiece:5000", "a little text")
+    for number in (5000, 99_999_999_999):
+        with pytest.raises(errors.UserError, match=rf"cannot make {number} pieces of this text .*give more text"):
+            _build(f"sentencepiece:{number}", "a little text")
 
 
 def test_only_some_tokenizers_depend_on_the_text():
