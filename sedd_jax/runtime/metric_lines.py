@@ -23,7 +23,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             try:
                 record = json.loads(line)
                 records.append(record | {"step": int(record["step"])})
-            except (ValueError, RecursionError, TypeError, KeyError) as error:
+            except (ValueError, OverflowError, RecursionError, TypeError, KeyError) as error:
                 raise errors.UserError(
                     f"{path} line {number} holds no metrics of a step ({line[:60]!r})", remedy="delete that line"
                 ) from error

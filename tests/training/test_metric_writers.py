@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sedd_jax.runtime import metric_lines
+from sedd_jax.runtime import errors, metric_lines
 from sedd_jax.training import loss_curves, metric_writers
 
 TRAIN = {"train/loss": 3.21, "train/bits_per_character": 2.9}
@@ -95,9 +95,10 @@ def test_a_torn_last_line_is_dropped(tmp_path):
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"line 2 holds no metrics of a step .*delete that line"):
-        metric_lines.read(path)
+    for broken in ('{"st', '{"step": 1e999}', '{"step": Infinity}', "3"):
+        path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
+        with pytest.raises(errors.UserError, match=r"line 2 holds no metrics of a step .*delete that line"):
+            metric_lines.read(path)
 
 
 def test_non_finite_values_stay_valid_json(tmp_path):
