@@ -225,8 +225,7 @@ def make_held_out(run: runs.Run) -> Callable[[networks.Params], dict[str, float]
     The text is a fixed subset of the valid split, spread evenly over it.
     """
     data = run.split("valid")
-    every = -(-data.num_sequences // run.config.training.eval_sequences)
-    sequences = data.sequences()[::every]
+    sequences = data.spread(run.config.training.eval_sequences)
     values_fn = make_values_fn(run)
     per_unit = data.characters_per_token if run.tokenizer.unit == "character" else 1.0
 

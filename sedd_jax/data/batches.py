@@ -12,6 +12,7 @@ from jaxtyping import Int, Integer
 from sedd_jax.data import shards, tokenizers
 from sedd_jax.runtime import errors, storage
 
+MEASURED_TOKENS = 2**24  # enough for the entropies, whose pairs then take half a gigabyte with GPT-2's tokens
 _DENSE_PAIRS = 2**22  # up to this many pairs, a full table is smaller and faster than sorting the pairs that occur
 
 
@@ -55,6 +56,11 @@ class PackedSplit:
     def sequences(self) -> Integer[np.ndarray, "S L"]:
         """All sequences in the order of the text, without the last tokens that do not fill a sequence."""
         return self._checked(self.tokens.read(0, self.num_sequences * self.length).reshape(-1, self.length))
+
+    def spread(self, most: int) -> Int[np.ndarray, "S L"]:
+        """At most so many of `sequences`, at equal distances (int32). Nothing else is read."""
+        every = -(-self.num_sequences // most)
+        return self._checked(self.tokens.gather(np.arange(0, self.num_sequences, every) * self.length, self.length))
 
     def batch(self, step: int, *, batch_size: int, seed: int, rows: slice = slice(None)) -> Int[np.ndarray, "rows L"]:
         """Rows `rows` of the training batch at `step` (int32).

@@ -6,7 +6,6 @@ from typing import Any
 from sedd_jax.data import batches, corpora, shards, tokenizers
 from sedd_jax.runtime import errors, hosts, leases, storage, terminals
 
-_MEASURED_TOKENS = 2**24  # enough for the entropies, whose pairs then take half a gigabyte with GPT-2's tokens
 _SHOWN_TOKENS = 200
 
 
@@ -133,7 +132,7 @@ def describe(directory: storage.Directory, tokenizer_spec: str | None = None) ->
     splits: dict[str, Any] = {}
     for name in header["splits"]:
         counts, tokens = shards.open_split(directory, name)
-        measured = tokens.read(0, min(len(tokens), _MEASURED_TOKENS))
+        measured = tokens.read(0, min(len(tokens), batches.MEASURED_TOKENS))
         entropies = batches.entropies(measured, num_ids)
         splits[name] = {
             **{key: value for key, value in counts.items() if key != "shards"},

@@ -276,10 +276,11 @@ def _train_metrics(run: runs.Run, data: batches.PackedSplit, metrics: train_step
 
 def _reference_entropies(run: runs.Run) -> dict[str, float]:
     """Unigram and bigram entropy of the held-out text in bits, to compare the losses of a character model with."""
-    if run.tokenizer.unit != "character":
+    if run.tokenizer.unit != "character" or not processes.is_first():
         return {}
     valid = run.split("valid")
-    known = batches.entropies(valid.tokens.read(0, valid.num_tokens), run.graph.num_states)
+    measured = valid.tokens.read(0, min(valid.num_tokens, batches.MEASURED_TOKENS))
+    known = batches.entropies(measured, run.graph.num_states)
     return {"unigram entropy": known.unigram, "bigram entropy": known.bigram}
 
 

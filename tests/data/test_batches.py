@@ -23,6 +23,16 @@ def test_sequences_are_the_text_in_order_without_the_tail():
     assert np.array_equal(split.sequences(), np.arange(20).reshape(4, 5))
 
 
+@pytest.mark.parametrize("most", [1, 3, 4, 5, 100])
+def test_spread_sequences_are_some_of_them_and_alone_are_read(most, monkeypatch):
+    split = _split(233, 5, shard_tokens=17)
+    monkeypatch.setattr(shards.Tokens, "read", None)
+    found = split.spread(most)
+    every = -(-46 // most)
+    assert np.array_equal(found, np.arange(230).reshape(46, 5)[::every])
+    assert 0 < len(found) <= most
+
+
 def test_a_batch_depends_on_seed_and_step_alone():
     split = _split(1003, 10)
     first = split.batch(7, batch_size=8, seed=1)

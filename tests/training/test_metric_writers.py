@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import re
 import select
 import struct
@@ -15,8 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sedd_jax import config as configs
+from sedd_jax import runs
+from sedd_jax.data import alphabets, batches, shards
 from sedd_jax.runtime import errors, metric_lines
-from sedd_jax.training import loss_curves, metric_writers
+from sedd_jax.training import loss_curves, metric_writers, train
 
 TRAIN = {"train/loss": 3.21, "train/bits_per_character": 2.9}
 
@@ -427,3 +431,14 @@ def test_tensorboard_files_do_not_load_pytorch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_reference_entropies_are_of_as_much_text_as_fits_in_memory(monkeypatch):
+    monkeypatch.setattr(batches, "MEASURED_TOKENS", 100)
+    tokens = np.random.default_rng(0).integers(4, size=1000).astype("<u2")
+    packed = shards.Tokens(parts=[tokens], dtype="<u2", shard_tokens=1000, count=1000)
+    split = batches.PackedSplit(tokens=packed, length=10, num_characters=1000, num_words=1, sha256="")
+    monkeypatch.setattr(runs.Run, "split", lambda *_: split)
+    run = runs.Run(workdir=pathlib.Path(), config=configs.Config(), tokenizer=alphabets.Characters(alphabet="abcd"))
+    known = batches.entropies(tokens[:100], 5)
+    assert train._reference_entropies(run) == {"unigram entropy": known.unigram, "bigram entropy": known.bigram}
