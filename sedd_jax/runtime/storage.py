@@ -77,6 +77,9 @@ def download(place: Directory, *names: str) -> None:
     """Makes files and directories of the local copy what they are in the bucket, where they may be missing.
 
     A directory of packed text is skipped if the local copy has the same header.json.
+
+    Raises:
+        errors.UserError: if an object has a name that leads out of the copy.
     """
     if not is_remote(place):
         return
@@ -87,7 +90,7 @@ def download(place: Directory, *names: str) -> None:
             if header.exists() and header.read_bytes() == (place / name / "header.json").read_bytes():
                 continue
             there = sorted(bucket.find(f"{place}/{name}"), key=_is_last)
-            files = {found: local / found.removeprefix(f"{place}/".removeprefix("gs://")) for found in there}
+            files = {found: local / _below(place, found) for found in there}
             _drop(local / name, set(files.values()))
             for found, file in files.items():
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -235,13 +238,23 @@ def _drop(name: pathlib.Path, kept: set[pathlib.Path]) -> None:
 
 @contextlib.contextmanager
 def _bucket(place: Directory) -> Iterator[Any]:
-    """The file system of buckets. Any failure becomes an OSError that names the directory."""
+    """The file system of buckets. Any failure of it becomes an OSError that names the directory."""
     import fsspec
 
     try:
         yield fsspec.filesystem("gcs")
+    except errors.UserError:
+        raise
     except Exception as error:
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(place)) from error
+
+
+def _below(place: Directory, found: str) -> str:
+    """The name of an object within a directory. Unlike that of a file it may have any text between its slashes."""
+    name = found.removeprefix(f"{place}/".removeprefix("gs://"))
+    if name.startswith("/") or ".." in name.split("/"):
+        raise errors.UserError(f"{place} holds {name!r}, which is no name of a file in it", remedy="remove that object")
+    return name
 
 
 def _is_last(path: str) -> tuple[bool, ...]:

@@ -5,11 +5,12 @@ import json
 import pathlib
 import shutil
 
+import fsspec
 import pytest
 
 from sedd_jax import runs
 from sedd_jax.evaluation import results
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 from tests.support import gcs_emulator
 
 
@@ -37,6 +38,18 @@ def test_keeping_a_result_brings_nothing_else_into_the_bucket(code_run, bucket):
     assert kept == {"evaluations/parts-1.jsonl", "evaluations/other-1.json"}
     assert json.loads((place / "evaluations" / "other-1.json").read_text())["kept"]
     assert {(place / name).read_text() for name in ("metrics.jsonl", "data/header.json")} == {"newer"}
+
+
+def test_no_object_of_a_bucket_is_written_outside_the_copy(bucket, tmp_path):
+    """Names of objects may hold .. between slashes."""
+    place = storage.directory("gs://bucket/run")
+    for name in ("data/header.json", "data/../../../../mine.txt"):
+        fsspec.filesystem("gcs").pipe_file(f"bucket/run/{name}", b"theirs")
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(errors.UserError, match=r"gs://bucket/run holds .*mine.txt.*, which is no name of a file in it"):
+        storage.download(place, "data")
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert not storage.local_copy(place).exists()
 
 
 def test_a_download_that_was_stopped_begins_again(bucket, monkeypatch):
