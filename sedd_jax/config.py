@@ -279,8 +279,8 @@ def validate(config: Config) -> None:
             raise refuse("training.batch_size", f"must be even in each micro-batch where {paired}=True")
     if training.profile and not re.fullmatch(r"[0-9]+:0*[1-9][0-9]*", training.profile):
         raise refuse("training.profile", "is not START:STEPS", "give 1000:3, say, for steps 1001 to 1003")
-    if not 0 < noise.eps < 1:
-        raise refuse("noise.eps", "must be between 0 and 1")
+    if not 1e-7 <= noise.eps < 1:  # Below, 1 - eps is 1 in float32, and the noise at t = 1 infinite.
+        raise refuse("noise.eps", "must be between 0 and 1, and at least 1e-7")
     if not 0 < noise.sigma_min < noise.sigma_max:
         largest = f"{errors.name('config.noise.sigma_max')}={noise.sigma_max}"
         raise refuse("noise.sigma_min", f"must be above 0 and below {largest}")

@@ -84,6 +84,7 @@ def test_issue_configs_exist():
         ({"training": {"num_micro_batches": 3}}, "config.training.batch_size=512 must be divisible by"),
         ({"optimizer": {"learning_rate": -1.0}}, "config.optimizer.learning_rate=-1.0 must be a finite number"),
         ({"optimizer": {"learning_rate": float("nan")}}, "must be a finite number"),
+        ({"noise": {"eps": 1e-8}}, "config.noise.eps=1e-08 must be between 0 and 1, and at least 1e-7"),
         ({"noise": {"eps": 1.0}}, "config.noise.eps=1.0 must be between 0 and 1"),
         ({"network": {"dropout": 1.0}}, "config.network.dropout=1.0 must be below 1"),
         ({"optimizer": {"beta1": 1.0}}, "config.optimizer.beta1=1.0 must be below 1"),
