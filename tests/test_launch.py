@@ -138,7 +138,8 @@ def test_shellcheck_finds_nothing(place):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_dry_run_runs_nothing_and_prints_what_a_run_does(place, script):
     # The slice is active at once, and the SLURM job is stopped.
-    answers = {"describe": [["NOT_FOUND: Resource", 1], ["ACTIVE", 0]], "train": [["", 75 if script == "slurm.sbatch" else 0]]}
+    stopped = 75 if script == "slurm.sbatch" else 0
+    answers = {"describe": [["NOT_FOUND: Resource", 1], ["ACTIVE", 0]], "train": [["", stopped]]}
     status, out, err, calls = place.launch(script, ODD, DRY_RUN="1", **SCRIPTS[script])
     assert (status, err, calls) == (0, "", [])
     status, _, err, calls = place.launch(script, ODD, answers=answers, **SCRIPTS[script])
