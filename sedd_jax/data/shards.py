@@ -241,11 +241,12 @@ def read_header(directory: storage.Directory) -> dict[str, Any]:
         errors.UserError: if there is no header, or it is damaged or has another format version.
     """
     if not is_packed(directory):
-        raise errors.UserError(
-            f"{directory} holds no finished {HEADER}",
-            remedy=f"{'remove it, and ' if directory.exists() else ''}run `sedd prepare --data=SOURCE --tokenizer=KIND "
-            f"--out={directory}`",
-        )
+        remedy = f"run `sedd prepare --data=SOURCE --tokenizer=KIND --out={directory}`"
+        if directory.exists():
+            # What is not ours is not to be removed.
+            is_ours = directory.is_dir() and any(directory.glob("*-00000.bin"))
+            remedy = f"remove it, and {remedy}" if is_ours else "name a directory that `sedd prepare` has made"
+        raise errors.UserError(f"{directory} holds no finished {HEADER}", remedy=remedy)
     try:
         header = json.loads((directory / HEADER).read_text())
         version = header["format_version"]

@@ -223,6 +223,13 @@ def test_a_damaged_or_foreign_header_is_named(packed):
         shards.read_header(packed / "none")
 
 
+def test_what_is_no_prepared_text_is_not_to_be_removed(tmp_path):
+    (tmp_path / "novel.txt").write_text("mine")
+    for place in (tmp_path, tmp_path / "novel.txt"):
+        with pytest.raises(errors.UserError, match=r"header.json: name a directory that `sedd prepare` has made$"):
+            shards.read_header(place)
+
+
 def test_opening_says_what_does_not_fit(packed):
     with pytest.raises(ValueError, match=r"test split in .* has 2 tokens, which length=3 does not fit: choose"):
         batches.open_split(packed, "test", 3)
