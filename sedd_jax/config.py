@@ -162,6 +162,10 @@ def merge(partial: Nested) -> ml_collections.ConfigDict:
 def check_field(name: str, config: ml_collections.ConfigDict) -> None:
     """Raises errors.UserError, with the nearest field's name, if `name` is not a field of the config."""
     fields = flatten(config)
+    if name in config and name not in fields:
+        inside = next(field for field in fields if field.startswith(f"{name}."))
+        hint = f"set one, as in {errors.name(f'config.{inside}')}"
+        raise errors.UserError("holds fields of its own", field=f"config.{name}", remedy=hint)
     if name not in fields:
         nearest = difflib.get_close_matches(name, [*fields, *config], n=1, cutoff=0.5)
         hint = f"did you mean {errors.name(f'config.{nearest[0]}')}?" if nearest else _LISTED

@@ -44,6 +44,12 @@ def test_every_config_file_is_valid_and_opens_with_its_command(path):
     assert f"sedd train --config=configs/{path.name} --workdir=" in path.read_text(encoding="utf-8")
 
 
+def test_a_section_is_no_field():
+    message = r"^config.mesh holds fields of its own: set one, as in config.mesh.data$"
+    with pytest.raises(errors.UserError, match=message):
+        configs.check_field("mesh", configs.default())
+
+
 def test_issue_configs_exist():
     names = {path.stem for path in CONFIGS}
     assert names >= {"quickstart", "text8", "owt_small", "owt_medium", "owt_small_uniform", "lm1b"}
