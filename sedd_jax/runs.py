@@ -287,8 +287,8 @@ def unsaved(config: configs.Config, vocab_size: int) -> Run:
     return Run(workdir=pathlib.Path(), config=config, tokenizer=alphabets.Ids(vocab_size=vocab_size))
 
 
-def load(workdir: storage.Directory | str) -> Run:
-    """Opens a run directory.
+def load(workdir: storage.Directory | str, *, field: str = "workdir") -> Run:
+    """Opens a run directory. Errors call it by the name of the input, `field`.
 
     Raises:
         errors.UserError: where `workdir` is not a run directory, or its files are damaged.
@@ -297,7 +297,7 @@ def load(workdir: storage.Directory | str) -> Run:
     if not storage.holds(workdir, "config.json"):
         raise errors.UserError(
             "is not a run directory, it has no config.json",
-            field="workdir",
+            field=field,
             value=workdir,
             remedy="give that of a training run",
         )

@@ -42,7 +42,7 @@ def measure(
         errors.UserError: where the runs do not read the same tokens.
     """
     settings = settings or perplexity.Settings()
-    run, other = runs.load(workdir), runs.load(storage.directory(against))
+    run, other = runs.load(workdir), runs.load(storage.directory(against), field="against")
     _check(run, other)
     split = split or ("valid" if data is None else "test")
     with tempfile.TemporaryDirectory() as scratch:

@@ -68,7 +68,7 @@ def measure(
         errors.UserError: where a point is impossible.
     """
     reader, home = judges.open_judge(judge), runs.load(workdir)
-    every = [home, *(runs.load(other) for other in beside)]
+    every = [home, *(runs.load(other, field="beside") for other in beside)]
     found = [_of_run(each, home, reader, frontier, samples, step if each is home else None, settings) for each in every]
     of_home = next(of_run for of_run in found if of_run["workdir"] == str(home.workdir))
     result = {

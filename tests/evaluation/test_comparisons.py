@@ -54,6 +54,11 @@ def test_the_command_goes_on_until_the_difference_is_known_and_says_how_well(run
     assert "Likelihood against another run" in (run / "report.html").read_text()
 
 
+def test_the_other_run_is_named_by_its_own_flag(run, capsys):
+    assert cli.main(["eval", f"--workdir={run}", "--against=none", "--num_processes=1"]) == 1
+    assert "eval: --against=none is not a run directory" in capsys.readouterr().err
+
+
 def test_runs_that_read_other_tokens_are_not_compared(run, earlier, capsys):
     for field, value, message in (
         ("length", 16, "has sequences of 16 tokens, and this run 32, so the two do not read the same tokens: compare"),
