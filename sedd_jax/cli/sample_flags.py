@@ -11,6 +11,7 @@ from sedd_jax.cli import arguments
 from sedd_jax.runtime import errors, hosts
 
 _SETTINGS = ("num_steps", "num_samples", "sampler", "draw")
+_LONGEST_LINE = 2**26  # bytes of a sample in a file of samples
 
 
 def define(values: flags.FlagValues) -> None:
@@ -29,7 +30,7 @@ def define(values: flags.FlagValues) -> None:
     )
     text(
         "prompts",
-        "",
+        None,
         'file with a prompt on each line, {"template": ...} or {"prefix": ..., "suffix": ...}; num_samples run at once',
     )
     number("num_tokens", None, "length of a text longer than the model's, drawn block by block")
@@ -37,7 +38,7 @@ def define(values: flags.FlagValues) -> None:
     choice("fit", False, "end each sequence with its template, not at the model's length")
     choice("stop_at_eos", False, "cut each text at the first end-of-text token that is drawn")
     choice("watch", False, "show the text while it is denoised")
-    text("out", "", "also write text, tokens, seed, nfe and sampler to this .jsonl file")
+    text("out", None, "also write text, tokens, seed, nfe and sampler to this .jsonl file")
     choice("json", False, "end with one line of JSON")
     arguments.define_processes(values)
 
@@ -98,6 +99,8 @@ def _check(given: dict[str, Any]) -> None:
         )
     if given["out"]:
         _check_out(hosts.local_path(given["out"]).absolute())
+        if not given["prompts"]:  # With a list of prompts every line is compared with what it asks for.
+            _check_replaced(hosts.local_path(given["out"]).absolute())
 
 
 def _check_out(path: pathlib.Path) -> None:
@@ -114,3 +117,18 @@ def _check_out(path: pathlib.Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise refuse(f"cannot be written ({error.strerror})", "name a file in another directory") from error
+
+
+def _check_replaced(path: pathlib.Path) -> None:
+    """Raises errors.UserError if a file holds anything else than samples, which new ones may replace."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        line = file.readline(_LONGEST_LINE)
+    try:
+        is_sample = {"text", "tokens", "sampler"} <= set(json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        is_sample = False
+    if not is_sample:
+        problem = "exists and holds no samples"
+        raise errors.UserError(problem, field="out", value=path, remedy="name another file, or remove this one")

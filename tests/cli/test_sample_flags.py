@@ -68,3 +68,19 @@ def test_a_file_is_replaced_by_a_whole_one_only(tmp_path, monkeypatch):
     assert path.read_text() == "mine"
     generate.write_jsonl([SAMPLE], path)
     assert path.read_text() == generate.to_line(SAMPLE)
+
+
+@pytest.mark.parametrize("content", ["mine", '{"template": "a {4}"}\n', "[1]\n", "3\n"])
+def test_a_file_of_something_else_is_not_replaced(capsys, tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    message = f"--out={path} exists and holds no samples: name another file, or remove this one"
+    assert message in _refused(capsys, path)
+    assert path.read_text() == content
+
+
+def test_earlier_samples_may_be_replaced(capsys, tmp_path):
+    path = tmp_path / "a.jsonl"
+    for content in ("", generate.to_line(SAMPLE)):
+        path.write_text(content)
+        assert "--workdir=none" in _refused(capsys, path)

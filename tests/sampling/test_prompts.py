@@ -165,7 +165,7 @@ def test_results_may_go_where_nothing_is_kept(keep):
 @pytest.mark.slow
 def test_a_single_template_may_be_fitted(code_run, tmp_path):
     out = tmp_path / "out.jsonl"
-    out.write_text("from before\n")
+    out.write_text('{"text": "from before", "tokens": [0], "sampler": "euler"}\n')  # Samples are replaced.
     argv = ("sample", f"--workdir={code_run}", "--template=a = {3}", "--fit", "--num_samples=3", f"--out={out}")
     status, printed, err = call(*argv, "--sampler=first_hitting", "--num_steps=40", "--json")
     assert status == 0, err
