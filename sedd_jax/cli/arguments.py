@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 _CONFIG_HELP = "--config=FILE  a file of Python, or one of {}; the defaults below if not given"
 
+# How Python begins to say that a text is no value of a type, and what was expected.
+_EXPECTED = {
+    "invalid literal for int": "a whole number",
+    "could not convert string to float": "a number",
+    "('Non-boolean argument": "true or false",
+}
+
 Command = Callable[[list[str]], int | None]  # Takes arguments, returns an exit status (None: success).
 Define = Callable[..., object]  # Defines a flag from its name, default and help, and for numbers the limits.
 
@@ -111,15 +118,32 @@ def parse(values: flags.FlagValues, argv: list[str], *directories: str) -> dict[
     """Values of all flags by name. The flags in `directories` must be given; their values become paths."""
     from sedd_jax.runtime import storage
 
-    remaining = values(["sedd", *argv])
+    try:
+        remaining = values(["sedd", *argv])
+    except flags.IllegalFlagValueError as error:
+        raise flags.IllegalFlagValueError(_plain(str(error))) from error
     if len(remaining) > 1:
-        raise flags.UnrecognizedFlagError(remaining[1])
+        raise flags.IllegalFlagValueError(
+            f"{remaining[1]!r} belongs to no flag: write --NAME=VALUE, in quotes where it holds spaces"
+        )
     given: dict[str, Any] = {name: values[name].value for name in values}
+    for name in (name for name in values if values[name].default is None and name not in directories):
+        if given[name] == "":
+            raise flags.IllegalFlagValueError(f"--{name}= is empty: give a value, or leave the flag out")
     for name in directories:
         if not given[name]:
             raise flags.IllegalFlagValueError(f"--{name}=DIR must be given")
         given[name] = storage.directory(given[name])
     return given
+
+
+def _plain(message: str) -> str:
+    """What absl says of a wrong value, in words that need no knowledge of Python."""
+    shown, _, why = message.partition(": ")
+    for start, expected in _EXPECTED.items():
+        if why.startswith(start):
+            return f"{shown.removeprefix('flag ')} is not {expected}"
+    return message
 
 
 def asks_for_help(argv: list[str]) -> bool:

@@ -81,6 +81,30 @@ def test_wrong_flags_have_their_own_status(fails):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "--workdir=a", "--num_times=many"], "--num_times=many is not a whole number"),
+        (["eval", "--workdir=a", "--num_times=1.5"], "--num_times=1.5 is not a whole number"),
+        (["eval", "--workdir=a", "--target_stderr=small"], "--target_stderr=small is not a number"),
+        (["sample", "--workdir=a", "--json=maybe"], "--json=maybe is not true or false"),
+        (["train", "--workdir=a", "--config.seed=x"], "--config.seed=x is not a whole number"),
+        (
+            ["sample", "--workdir=a", "Hi"],
+            "'Hi' belongs to no flag: write --NAME=VALUE, in quotes where it holds spaces",
+        ),
+        # A variable of the shell that is not set: nothing else is measured or drawn instead.
+        (["eval", "--workdir=a", "--conditional="], "--conditional= is empty: give a value, or leave the flag out"),
+        (["sample", "--workdir=a", "--prompts="], "--prompts= is empty: give a value, or leave the flag out"),
+        (["sample", "--workdir=a", "--out="], "--out= is empty: give a value, or leave the flag out"),
+        (["prepare", "--describe="], "--describe= is empty: give a value, or leave the flag out"),
+    ],
+)
+def test_wrong_values_are_named_in_plain_words(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"sedd {arguments[0]}: {message}; see `sedd {arguments[0]} --help`\n"
+
+
+@pytest.mark.parametrize(
     ("command", "arguments", "resumes"),
     [
         ("train", ["--workdir=a"], True),
