@@ -58,9 +58,11 @@ def make_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
         # libtpu warns of everything that only a TPU host has.
         with hosts.silenced():
             slices = topologies.get_topology_desc(topology, "tpu", num_slices=num_slices, **options)
-    except jax.errors.JaxRuntimeError as error:
-        if "libtpu" in str(error) or "No jax plugin" in str(error):
+    except RuntimeError as error:  # JAX's JaxRuntimeError is one.
+        if any(sign in str(error) for sign in ("libtpu", "No jax plugin", "TPU support not installed")):
             raise errors.UserError("plan needs libtpu", remedy="pip install 'sedd_jax[tpu-plan]'") from error
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            raise
         why = str(error).partition(": ")[2] or str(error)
         raise errors.UserError(f"is refused by libtpu ({why})", field="topology", value=topology) from error
     return list(slices.devices)
