@@ -46,23 +46,6 @@ class GraphConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NoiseConfig:
-    """The noise schedule.
-
-    Attributes:
-        name: noise schedule: loglinear or geometric.
-        eps: for loglinear: share of tokens that are still unmasked at t = 1.
-        sigma_min: for geometric: total noise sigma at t = 0.
-        sigma_max: for geometric: total noise sigma at t = 1.
-    """
-
-    name: str = "loglinear"
-    eps: float = 1e-3
-    sigma_min: float = 1e-4
-    sigma_max: float = 20.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """The training loop.
 
@@ -117,7 +100,7 @@ class Config:
     init_from: str = ""
     data: DataConfig = DataConfig()
     graph: GraphConfig = GraphConfig()
-    noise: NoiseConfig = NoiseConfig()
+    noise: noise_schedules.NoiseConfig = noise_schedules.NoiseConfig()
     # The tokenizer decides the number of states: 0 until it is known.
     network: networks.NetworkConfig = networks.NetworkConfig(num_states=0)
     optimizer: optimizers.OptimizerConfig = optimizers.OptimizerConfig()
@@ -139,6 +122,8 @@ MAY_CHANGE = (
 )
 DERIVED = {"network.num_states": 0, "network.causal": False}  # They follow from the tokenizer and the graph.
 _MAY_BE_ZERO = r"eval_every|sample_every|seed|warmup|keep_checkpoints_every|corrector_steps"
+# For sigma_max: e^sigma overflows float32 above.
+_BELOW = {"network.dropout": 1, "optimizer.beta1": 1, "optimizer.beta2": 1, "noise.eps": 1, "noise.sigma_max": 88}
 AUTOREGRESSIVE = "autoregressive"
 _LISTED = "`sedd train --help` lists the fields"
 
@@ -163,9 +148,8 @@ def check_field(name: str, config: ml_collections.ConfigDict) -> None:
     """Raises errors.UserError, with the nearest field's name, if `name` is not a field of the config."""
     fields = flatten(config)
     if name in config and name not in fields:
-        inside = next(field for field in fields if field.startswith(f"{name}."))
-        hint = f"set one, as in {errors.name(f'config.{inside}')}"
-        raise errors.UserError("holds fields of its own", field=f"config.{name}", remedy=hint)
+        inside = errors.name("config." + next(field for field in fields if field.startswith(f"{name}.")))
+        raise errors.UserError("holds fields of its own", field=f"config.{name}", remedy=f"set one, as in {inside}")
     if name not in fields:
         nearest = difflib.get_close_matches(name, [*fields, *config], n=1, cutoff=0.5)
         hint = f"did you mean {errors.name(f'config.{nearest[0]}')}?" if nearest else _LISTED
@@ -254,8 +238,8 @@ def validate(config: Config) -> None:
             raise refuse(name, "must be below 2**31")
         if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
             raise refuse(name, "must be a finite number, at least 0")
-        if name in ("network.dropout", "optimizer.beta1", "optimizer.beta2") and value >= 1:
-            raise refuse(name, "must be below 1")
+        if name in _BELOW and value >= _BELOW[name]:
+            raise refuse(name, f"must be below {_BELOW[name]}")
         if name == "optimizer.eps" and value == 0:
             raise refuse(name, "must be above 0, since gradients may be 0")
     network, training, noise = config.network, config.training, config.noise
@@ -283,8 +267,8 @@ def validate(config: Config) -> None:
             raise refuse("training.batch_size", f"must be even in each micro-batch where {paired}=True")
     if training.profile and not re.fullmatch(r"[0-9]+:0*[1-9][0-9]*", training.profile):
         raise refuse("training.profile", "is not START:STEPS", "give 1000:3, say, for steps 1001 to 1003")
-    if not 1e-7 <= noise.eps < 1:  # Below, 1 - eps is 1 in float32, and the noise at t = 1 infinite.
-        raise refuse("noise.eps", "must be between 0 and 1, and at least 1e-7")
+    if noise.eps < 1e-7:  # 1 - eps is 1 in float32, and the noise at t = 1 infinite.
+        raise refuse("noise.eps", "must be at least 1e-7")
     if not 0 < noise.sigma_min < noise.sigma_max:
         largest = f"{errors.name('config.noise.sigma_max')}={noise.sigma_max}"
         raise refuse("noise.sigma_min", f"must be above 0 and below {largest}")

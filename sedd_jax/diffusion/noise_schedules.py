@@ -56,3 +56,20 @@ class Geometric:
 
 NoiseSchedule = LogLinear | Geometric
 SCHEDULES = {"loglinear": LogLinear, "geometric": Geometric}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """The noise schedule.
+
+    Attributes:
+        name: noise schedule: loglinear or geometric.
+        eps: for loglinear: share of tokens that are still unmasked at t = 1.
+        sigma_min: for geometric: total noise sigma at t = 0.
+        sigma_max: for geometric: total noise sigma at t = 1.
+    """
+
+    name: str = "loglinear"
+    eps: float = 1e-3
+    sigma_min: float = 1e-4
+    sigma_max: float = 20.0
