@@ -260,6 +260,7 @@ def _follow(link: pathlib.Path, before: str, now: str) -> None:
 def _fill(directory: pathlib.Path, config: configs.DataConfig) -> tokenizers.Tokenizer:
     """Packs a run's text into a directory, or links to prepared text; returns its tokenizer."""
     if not config.source.startswith(_PREPARED):
+        tokenizers.check(config.tokenizer)
         corpus = corpora.find(config.source)
         tokenizer = tokenizers.build(config.tokenizer, corpus.texts)
         directory.mkdir(parents=True)

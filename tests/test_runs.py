@@ -1,6 +1,7 @@
 """A small run on a source of known entropy: training, resuming, evaluation, sampling, conversion, and wrong input."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import pytest
 from sedd_jax import checkpoints, runs
 from sedd_jax import config as configs
 from sedd_jax.cli import main as cli
+from sedd_jax.data import corpora, prepare
 from sedd_jax.evaluation import perplexity
 from sedd_jax.model import networks
 from sedd_jax.runtime import errors, last_words, processes, terminals
@@ -494,6 +496,21 @@ def test_a_run_does_not_go_on_with_text_that_changed(trained, source, tmp_path):
     status, _, err = call("train", f"--workdir={damaged}", *argv)
     assert status == 1
     assert "train-00000.bin is damaged" in err
+
+
+def test_what_is_wrong_is_said_before_the_text_is_read(tmp_path, monkeypatch):
+    """Reading and tokenizing may take minutes. Nothing is left behind."""
+    monkeypatch.setattr(corpora, "find", lambda source: pytest.fail("the text was read"))
+    config = one_device_config(settings("python:docs"))
+    with pytest.raises(errors.UserError, match=r"step=7 goes with a run that has checkpoints; .* is not one yet"):
+        train.train(config, tmp_path / "run", from_step=7)
+    for tokenizer in ("", "gpt3", "sentencepiece"):
+        changed = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+        with pytest.raises(errors.UserError, match=f"the tokenizer '{tokenizer}' "):
+            train.train(changed, tmp_path / "run")
+        with pytest.raises(errors.UserError, match=f"the tokenizer '{tokenizer}' "):
+            prepare.prepare("python:docs", tokenizer, tmp_path / "text")
+    assert not list(tmp_path.iterdir())
 
 
 def test_empty_text_is_refused(tmp_path):

@@ -24,6 +24,7 @@ def prepare(source: str, tokenizer_spec: str, directory: storage.Directory, *, n
     """
     if num_workers is not None and num_workers < 1:
         raise errors.UserError("must be at least 1", field="num_workers", value=num_workers)
+    tokenizers.check(tokenizer_spec)
     local = storage.local_copy(directory)
     with leases.owned(directory, "out"):
         _check_new(directory)  # Only its owner can tell: another process may have prepared it just now.

@@ -60,6 +60,11 @@ def build(spec: str, documents: Documents) -> Tokenizer:
     return _BUILDERS[kind](argument, documents)
 
 
+def check(spec: str) -> None:
+    """Raises errors.UserError if a spec is malformed. Takes no time, unlike reading the documents for `build`."""
+    _parse(spec)
+
+
 def is_learned(spec: str) -> bool:
     """Whether a spec names a tokenizer that is learned from the documents."""
     kind, argument = _parse(spec)

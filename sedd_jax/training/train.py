@@ -89,8 +89,12 @@ def train(
     """
     mesh = sharding.make_mesh(config.mesh)
     train_steps.check_batch(config, mesh)
-    if config.init_from and not storage.holds(workdir, "config.json"):
-        initial_weights.check(config)
+    if not storage.holds(workdir, "config.json"):
+        if from_step is not None:
+            problem = f"goes with a run that has checkpoints; {workdir} is not one yet"
+            raise errors.UserError(problem, field="step", value=from_step, remedy="leave it out")
+        if config.init_from:
+            initial_weights.check(config)
     with contextlib.ExitStack() as owner:
         processes.first_then_all("start", lambda: _start(owner, workdir, config))
         if not storage.holds(workdir, "config.json"):
