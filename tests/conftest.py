@@ -4,11 +4,15 @@ import fcntl
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import tempfile
 
 from tests.support import checking, compiling
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has started the tests in the background. The processes that they interrupt would ignore it, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # Workers, and the processes that tests start, share what they compile until the last test has ended.
