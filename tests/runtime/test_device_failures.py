@@ -41,7 +41,8 @@ def test_no_memory_is_one_line_with_what_helps(code_run, monkeypatch, capsys, co
     if command == "train":
         config = runs.load(code_run).config
         flags = [f"--config.data.source={config.data.source}", "--config.data.tokenizer=characters"]
-        flags += ["--config.training.num_steps=4", "--config.training.batch_size=8"]
+        flags += ["--config.training.num_steps=4", "--config.training.batch_size=8", "--config.data.length=32"]
+        flags += [f"--config.network.{field}" for field in ("hidden_size=32", "num_layers=1", "num_heads=2")]
     workdir = code_run if command != "train" else code_run.parent / "no memory"
     assert cli.main([command, f"--workdir={workdir}", "--num_processes=1", *flags]) == 1
     err = capsys.readouterr().err.splitlines()
