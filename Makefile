@@ -13,7 +13,7 @@ quickstart: .venv/installed
 	.venv/bin/sedd train --config=configs/quickstart.py --workdir=$(RUN)
 	.venv/bin/sedd eval --workdir=$(RUN)
 	.venv/bin/sedd sample --workdir=$(RUN) --num_samples=2
-	.venv/bin/sedd sample --workdir=$(RUN) --template='The {16} method returns {24} object.' --num_samples=2
+	.venv/bin/sedd sample --workdir=$(RUN) --template='The {5} method returns {8} object.' --num_samples=2
 	@echo
 	@echo "The run is in $(RUN): look at loss.png and samples/. Next:"
 	@echo "  .venv/bin/sedd sample --workdir=$(RUN) --prefix='Return ' --watch"

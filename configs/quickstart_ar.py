@@ -1,4 +1,4 @@
-"""The autoregressive baseline of quickstart.py: the same network, causal, predicts each character from those before.
+"""The autoregressive baseline by characters on quickstart.py's text: each is predicted from those before.
 
     sedd train --config=configs/quickstart_ar.py --workdir=runs/quickstart_ar
 

@@ -1,4 +1,4 @@
-"""quickstart.py with the uniform graph, in which every token may turn into every other. It learns more slowly.
+"""A character model of quickstart.py's text on the uniform graph, where every token may turn into every other.
 
     sedd train --config=configs/quickstart_uniform.py --workdir=runs/quickstart_uniform
 

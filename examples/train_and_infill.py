@@ -1,4 +1,4 @@
-"""Train a character model on the English inside CPython, then fill gaps in a sentence.
+"""Train a small model on the English inside CPython, then fill gaps in a sentence.
 
     python examples/train_and_infill.py [RUN]
 
@@ -9,21 +9,29 @@ import sys
 
 import sedd_jax
 
-TEMPLATE = "The {16} method returns {24} object."
+TEMPLATE = "The {5} method returns {8} object."
 
 
 def main(workdir: str, **training: int) -> None:
     config = {
-        "data": {"source": "python:docs", "tokenizer": "characters", "length": 96},
+        "data": {"source": "python:docs", "tokenizer": "sentencepiece:2048", "length": 96},
         "network": {"hidden_size": 128, "num_layers": 3, "num_heads": 4, "dropout": 0.0, "dtype": "float32"},
-        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 20, "beta2": 0.99, "ema_decay": 0.99},
-        "training": {"num_steps": 1800, "batch_size": 32, "sample_every": 0, "checkpoint_every": 200, **training},
+        "optimizer": {
+            "name": "muon",
+            "learning_rate": 4e-3,
+            "schedule": "wsd",
+            "decay_share": 0.3,
+            "warmup_steps": 20,
+            "beta2": 0.99,
+            "ema_decay": 0.99,
+        },
+        "training": {"num_steps": 2000, "batch_size": 16, "sample_every": 0, "checkpoint_every": 200, **training},
         "sampling": {"num_steps": 96},
     }
     run = sedd_jax.train(config, workdir, verbose=True)
     for text in run.infill([TEMPLATE] * 4, seed=0):
         print(text)
-    bound = run.bound(TEMPLATE.replace("{16}", "returned").replace("{24}", "a new"))
+    bound = run.bound(TEMPLATE.replace("{5}", "returned").replace("{8}", "a new"))
     print(f"at most {bound.bits_per_character:.2f} ± {bound.bits_per_character_stderr:.2f} bits per character")
 
 

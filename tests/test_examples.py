@@ -25,7 +25,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(("".join(map(chr, range(32, 127))) + "\nThe name of the file.\n") * 100)
     replacements = {
-        "num_steps = 1800": "num_steps = 2",
+        "num_steps = 2000": "num_steps = 2",
+        "sentencepiece:2048": "characters",
         "runs/notebook": f"{tmp_path}/run",
         "python:docs": f"text:{text}",
     }

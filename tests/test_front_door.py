@@ -111,9 +111,9 @@ def test_the_example_of_the_readme_is_true(code_run, tmp_path, monkeypatch, caps
     replacements = {
         "runs/quickstart": str(code_run),
         "runs/second": str(tmp_path / "second"),
-        "Hi {32}": "a = {4}",
+        "Hi {12}": "a = {4}",
         "num_samples=2": "num_samples=8",
-        "The {16} method returns {24} object.": "a = {2}\nb{3}",
+        "The {5} method returns {8} object.": "a = {2}\nb{3}",
         "The method returns an object.": "a = 22",
     }
     for old, new in replacements.items():

@@ -1,7 +1,8 @@
 """Draws docs/figures/denoising.svg: a template whose gaps are filled step by step, as a trained run fills them.
 
-sedd train --config=configs/quickstart.py --workdir=runs/quickstart
-python docs/figures/denoising.py runs/quickstart
+sedd train --config=configs/quickstart_ar.py --workdir=runs/characters --config.graph.name=absorb \\
+    --config.network.scale_by_sigma=True
+python docs/figures/denoising.py runs/characters
 
 The picture moves by CSS animations, without any script. Where animations are off, it shows the last state. The default
 seed was chosen among 500, for words that nearly exist.
