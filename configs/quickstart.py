@@ -2,7 +2,7 @@
 
     sedd train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: any; designed for 2 CPU cores, where it takes 6 minutes at most.
+Hardware: any; designed for 2 CPU cores, where it takes some 7 minutes on slow ones.
 Expect a bound of about 2.28 bits per character on held-out text. The bigram entropy of its characters is 3.70.
 """
 

@@ -2,7 +2,7 @@
 
     python examples/train_and_infill.py [RUN]
 
-Takes some 4 minutes on two cores. RUN (runs/example if not given) goes on where it was stopped.
+Takes some 7 minutes on two slow cores. RUN (runs/example if not given) goes on where it was stopped.
 """
 
 import sys
