@@ -10,6 +10,7 @@ import pytest
 import sedd_jax
 from sedd_jax import config as configs
 from sedd_jax import runs
+from sedd_jax.bounds import likelihoods, text_bounds
 from sedd_jax.cli import main as cli
 from sedd_jax.diffusion import forward
 from sedd_jax.evaluation import perplexity
@@ -48,6 +49,20 @@ def test_it_fills_each_template_once_in_the_order_given(opened):
     assert [len(text) for text in filled] == [7, 21, 10, 5] * 3
     assert all(text.startswith(asked[i].partition("{")[0]) for i, text in enumerate(filled))
     assert opened.infill("a = {3}", num_steps=4, num_samples=8, fit=True)[0].startswith("a = ")
+
+
+def test_no_two_windows_share_draws_whatever_the_seeds(opened, monkeypatch):
+    seen = []
+
+    def bound_window(opened, window, num_times, seed):
+        seen.append(seed)
+        return "score_entropy", likelihoods.Estimate(1.0, 0.1, 1.0)
+
+    monkeypatch.setattr(text_bounds, "_bound_window", bound_window)
+    for seed in (0, 1, 0):
+        opened.bound("a = 1\n" * 40, seed=seed)
+    assert len(set(seen)) == 2 * (len(seen) // 3) > 2
+    assert seen[-len(seen) // 3 :] == seen[: len(seen) // 3]
 
 
 @pytest.mark.slow

@@ -128,6 +128,9 @@ def test_a_config_that_is_neither_gets_the_names_there_are(tmp_path, monkeypatch
     assert cli.main(["train", "--config=nonsense", "--workdir=run"]) == 1
     remedy = f"give a path, or one of {', '.join(CONFIGS)}"
     assert capsys.readouterr().err == f"sedd train: --config=nonsense is not a file of Python: {remedy}\n"
+    assert cli.main(["train", "--config=quickstrat", "--workdir=run"]) == 1
+    hint = f"did you mean 'quickstart'? {remedy}"
+    assert capsys.readouterr().err == f"sedd train: --config=quickstrat is not a file of Python: {hint}\n"
 
 
 def test_the_version_says_what_runs_here(monkeypatch, capsys):

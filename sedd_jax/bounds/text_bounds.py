@@ -76,7 +76,11 @@ def bound_text(opened: runs.OpenRun, text: str, *, num_times: int = 128, seed: i
         raise errors.UserError("holds no token", field="text", value=text, remedy="give a longer text")
     windows = [tokens[at : at + length] for at in range(0, len(tokens), length)]
     with opened.on_devices():
-        found = [_bound_window(opened, window, num_times, seed + number) for number, window in enumerate(windows)]
+        seeds = np.random.SeedSequence(seed).generate_state(len(windows))
+        found = [
+            _bound_window(opened, window, num_times, int(of_window))
+            for window, of_window in zip(windows, seeds, strict=True)
+        ]
     shares = np.array([len(window) for window in windows]) / len(tokens)
     means = [share * estimate.mean for share, (_, estimate) in zip(shares, found, strict=True)]
     errors_of = [share * estimate.stderr for share, (_, estimate) in zip(shares, found, strict=True)]

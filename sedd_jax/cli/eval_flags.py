@@ -258,7 +258,7 @@ def _points(curve: str) -> dict[str, Any]:
         points = [int(number) for number in numbers.split(",")]
     except ValueError:
         points = []
-    if kind not in ("steps", "nfe") or not points:
+    if kind not in ("steps", "nfe") or min(points, default=0) < 1:
         raise flags.IllegalFlagValueError(
             f"--curve={curve} is no list of steps: give one such as steps:16,32,64, or nfe:17,33,65"
         )

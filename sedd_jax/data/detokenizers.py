@@ -5,21 +5,33 @@ trained on web text have been evaluated with them since GPT-2. Some rules do les
 because the published figures depend on them.
 """
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-# What is replaced (a string or a pattern), and its replacement.
-Step = tuple[str | re.Pattern[str], str]
+# What is replaced (a string or a pattern) and its replacement, or a function of the text.
+Step = tuple[str | re.Pattern[str], str] | Callable[[str], str]
+
+
+def _tighten(brackets: str, text: str) -> str:
+    """Removes the spaces inside of brackets, each of which reaches to the next that closes it.
+
+    As a regular expression this would take quadratic time where brackets stay open.
+    """
+    opening, closing = brackets
+    parts, at = [], 0
+    while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start + 1)) >= 0:
+        parts += [text[at : start + 1], text[start + 1 : end].strip(), closing]
+        at = end + 1
+    return "".join([*parts, text[at:]])
+
 
 _WIKITEXT: Sequence[Step] = (
     ("s '", "s'"),
     (re.compile("/' [0-9]/"), "/'[0-9]/"),
     *((f" @{sign}@ ", sign) for sign in "-,."),
     *((f" {sign} ", f"{sign} ") for sign in ":;.!?,"),
-    *(
-        (re.compile(rf"{opening}\s*([^{closing}]*?)\s*{closing}"), rf"{opening[-1]}\1{closing[-1]}")
-        for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'"))
-    ),
+    *(functools.partial(_tighten, brackets) for brackets in ("()", "[]", "{}", '""', "''")),
     ("= = = =", "===="),
     ("= = =", "==="),
     ("= =", "=="),
@@ -90,6 +102,10 @@ def lambada(row: str) -> str:
 
 
 def _apply(steps: Sequence[Step], text: str) -> str:
-    for old, new in steps:
+    for step in steps:
+        if callable(step):
+            text = step(text)
+            continue
+        old, new = step
         text = text.replace(old, new) if isinstance(old, str) else old.sub(new, text)
     return text

@@ -147,7 +147,8 @@ def _column(spec: str, wanted: str, texts: Sequence[str]) -> str:
 def _corpus(
     spec: str, sources: Mapping[str, Any], read_rows: Callable[[Any, range], Sequence[str]]
 ) -> documents.Corpus:
-    native = {_NAMES.get(name, name): name for name in sources}
+    # Of several names of one split the last in this order counts: "valid" before "validation" before "dev".
+    native = {_NAMES.get(name, name): name for name in sorted(sources, key=[*reversed(_NAMES), *sources].index)}
     parts = documents.divide(native)
     if not parts:
         raise errors.UserError(

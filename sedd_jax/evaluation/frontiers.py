@@ -136,7 +136,7 @@ def _varied(point: dict[str, float]) -> dict[str, float]:
 def table(result: dict[str, Any]) -> tables.Table:
     """The result of `measure` as a table, with a row for each point."""
     cells = lambda found: (
-        f"{found['gen_ppl_pooled']:.2f}",
+        tables.estimate(found["gen_ppl_pooled"], digits=2),
         tables.estimate(found["cross_entropy"], found["cross_entropy_stderr"]),
         tables.estimate(found["unigram_entropy"], found["unigram_entropy_stderr"]),
         tables.estimate(found["divergence"], found["divergence_stderr"]),

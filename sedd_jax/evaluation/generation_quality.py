@@ -107,23 +107,26 @@ def table(result: dict[str, Any]) -> tables.Table:
         ],
         columns=("", "samples", "held-out text"),
         rows=[(title, cell(samples, name), cell(real, name)) for name, title in titles.items()],
-        notes=annealing(samples, real),
+        notes=warnings(samples, real),
     )
 
 
 def cell(found: dict[str, Any], name: str) -> str:
     """One figure of `read`, with its standard error if it has one. There may be no figure."""
-    return "no figure" if found[name] is None else tables.estimate(found[name], found.get(f"{name}_stderr"))
+    return tables.estimate(found[name], found.get(f"{name}_stderr"))
 
 
-def annealing(samples: dict[str, Any], real: dict[str, Any]) -> list[str]:
-    """A warning if the samples have clearly less entropy than held-out text; otherwise nothing."""
-    if samples["unigram_entropy"] >= real["unigram_entropy"] - _ANNEALED:
-        return []
-    return [
-        "warning: samples have less entropy than text, so repetition lowers their perplexity (annealing): compare at "
-        "equal entropy only"
-    ]
+def warnings(samples: dict[str, Any], real: dict[str, Any]) -> list[str]:
+    """Warnings if the samples have clearly less entropy than held-out text, or the judge reads nothing of some."""
+    found = []
+    if samples["unigram_entropy"] < real["unigram_entropy"] - _ANNEALED:
+        found.append(
+            "warning: samples have less entropy than text, so repetition lowers their perplexity (annealing): compare "
+            "at equal entropy only"
+        )
+    if unread := samples.get("num_unread"):
+        found.append(f"warning: {unread} samples have nothing that the judge reads, so their perplexity does not count")
+    return found
 
 
 def described(run: runs.Run, sampling: configs.SamplingConfig, num_gaps: int | None = None) -> dict[str, Any]:
@@ -234,11 +237,17 @@ def _mean(name: str, values: Float[np.ndarray, " S"], num_draws: int) -> dict[st
 
 
 def _perplexities(log_likelihoods: list[Float[np.ndarray, "_"]], num_draws: int = 1) -> dict[str, Any]:
-    counts = np.array([max(1, len(values)) for values in log_likelihoods])
+    counts = np.array([len(values) for values in log_likelihoods])
     total = -np.array([values.sum() for values in log_likelihoods])
-    each = np.exp(total / counts)
-    pooled = {"gen_ppl_pooled": float(np.exp(total.sum() / counts.sum()))}
-    return {**_mean("gen_ppl_per_sequence", each, num_draws), **pooled}
+    each = np.exp(np.divide(total, counts, out=np.full(len(counts), np.nan), where=counts > 0)).reshape(num_draws, -1)
+    # Of what a judge does not read, as of an empty text, there is no perplexity.
+    means = np.nanmean(each[:, (counts > 0).reshape(each.shape).any(0)], axis=0)
+    return {
+        "gen_ppl_per_sequence": float(means.mean()) if means.size else None,
+        "gen_ppl_per_sequence_stderr": stderr(means),
+        "gen_ppl_pooled": float(np.exp(total.sum() / counts.sum())) if means.size else None,
+        "num_unread": int((counts == 0).sum()),
+    }
 
 
 def _entropies(tokens: Int[np.ndarray, "S L"]) -> Float[np.ndarray, " S"]:

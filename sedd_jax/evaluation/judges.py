@@ -115,7 +115,9 @@ def open_judge(name: str) -> Judge:
             content = runs.read_json(storage.local_copy(place) / "config.json")
         except errors.UserError as error:
             problem = f"cannot be read, its config.json is damaged: {error.problem}"
-            raise errors.UserError(problem, field="judge", value=name) from error
+            raise errors.UserError(
+                problem, field="judge", value=name, remedy="copy it again from where it was written"
+            ) from error
         if "model_type" in content:
             return TransformersJudge(name)
     if not storage.holds(place, "config.json"):
@@ -187,12 +189,24 @@ class TransformersJudge(Judge):
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 directory, local_files_only=True, dtype=torch.float32
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            problem = f"cannot be read by transformers: {error}"
-            raise errors.UserError(problem, field="judge", value=directory) from error
+        except Exception as error:  # Damaged files end in any error there, and a tokenizer may need a package.
+            raise errors.UserError(
+                f"cannot be read by transformers: {type(error).__name__}: {error}",
+                field="judge",
+                value=directory,
+                remedy="give a directory that holds the config, weights and tokenizer of a causal language model",
+            ) from error
+        length = getattr(model.config, "max_position_embeddings", None)
+        if not isinstance(length, int):
+            raise errors.UserError(
+                f"is a {model.config.model_type}, whose config does not say how long its texts may be",
+                field="judge",
+                value=directory,
+                remedy="give a model that has max_position_embeddings, such as GPT-2",
+            )
         self._model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.name = f"{directory}  {model.config.model_type}, {model.num_parameters():,} parameters"
-        self.length = int(model.config.max_position_embeddings)
+        self.length = length
 
     def _shares(self, run: runs.Run, token: int | None) -> bool:
         # Its own end of text is written as one, such as <|endoftext|>: as published, it stays where it is.

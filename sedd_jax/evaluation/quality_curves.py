@@ -6,6 +6,7 @@ is drawn both ways and comes with its entropy.
 
 import csv
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -196,7 +197,7 @@ def table(result: dict[str, Any]) -> tables.Table:
     rows = []
     cells = lambda found: (
         tables.estimate(found["gen_ppl_per_sequence"], found["gen_ppl_per_sequence_stderr"], 2),
-        f"{found['gen_ppl_pooled']:.2f}",
+        tables.estimate(found["gen_ppl_pooled"], digits=2),
         tables.estimate(found["unigram_entropy"], found["unigram_entropy_stderr"]),
         generation_quality.cell(found, "distinct_2"),
     )
@@ -252,13 +253,14 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         for axes, name in ((quality, "gen_ppl_per_sequence"), (entropy, "unigram_entropy")):
             stderrs = [point[f"{name}_stderr"] or 0.0 for point in points]
             label = f"{generation_quality.named(sampler)}, {draw} draws" if axes is quality else None
-            axes.errorbar(nfe, [point[name] for point in points], yerr=stderrs, label=label, **style)
+            values = [math.nan if point[name] is None else point[name] for point in points]
+            axes.errorbar(nfe, values, yerr=stderrs, label=label, **style)
     for label, found, color in (
         ("held-out text", result["held_out"], "#667085"),
         (_title_of_judge(result["judge_samples"] or {}), result["judge_samples"], "#111827"),
     ):
         if found:
-            quality.axhline(found["gen_ppl_per_sequence"], color=color, linestyle="dotted", label=label)
+            quality.axhline(found["gen_ppl_per_sequence"] or math.nan, color=color, linestyle="dotted", label=label)
             entropy.axhline(found["unigram_entropy"], color=color, linestyle="dotted")
     quality.set(xscale="log", yscale="log", ylabel="perplexity, mean of sequences", title="Quality against compute")
     entropy.set(xlabel="network evaluations of a sequence", ylabel="unigram entropy, nats")

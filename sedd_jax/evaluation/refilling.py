@@ -143,7 +143,7 @@ def table(result: dict[str, Any]) -> tables.Table:
             rows.append(("MAUVE", generation_quality.cell(result, "mauve"), ""))
         else:
             notes.append(f"no MAUVE: {result['without_mauve']}")
-        notes += generation_quality.annealing(refilled, real)
+        notes += generation_quality.warnings(refilled, real)
     return tables.Table(head=head, columns=("", "refilled", "held-out text"), rows=rows, notes=notes)
 
 

@@ -54,6 +54,8 @@ def literal(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(text.split()))
 
 
-def estimate(value: float, stderr: float | None, digits: int = 3) -> str:
-    """A figure, with its standard error if it has one."""
+def estimate(value: float | None, stderr: float | None = None, digits: int = 3) -> str:
+    """A figure, with its standard error if it has one. There may be no figure."""
+    if value is None:
+        return "no figure"
     return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")

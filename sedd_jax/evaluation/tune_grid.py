@@ -92,8 +92,11 @@ def tune(
             "tuned": tuned
         }
         bound = lambda times: float(sum(losses(judged, a, np.array([b]))[0] for a, b in itertools.pairwise(times)))
-        bounds = {name: bound(times) for name, times in grids.items()}
-        bound_of_all = bound(candidates)
+        bounds = {}
+        for done, (name, times) in enumerate((*grids.items(), ("", candidates)), 1):
+            bounds[name] = bound(times)
+            report("bounds", done / (len(grids) + 1), done * judged.size)
+        bound_of_all = bounds.pop("")
     result = {
         **results.circumstances(run, opened.step),
         "data_sha256": split.sha256,

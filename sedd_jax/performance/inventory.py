@@ -77,8 +77,17 @@ def check_imports() -> None:
         try:
             importlib.import_module(name)
         except (ImportError, RuntimeError) as error:
-            remedy = "pip install --upgrade --force-reinstall sedd_jax"
-            raise errors.UserError(f"{name} cannot be imported ({one_line(error)})", remedy=remedy) from error
+            raise errors.UserError(f"{name} cannot be imported ({one_line(error)})", remedy=_reinstall()) from error
+
+
+def _reinstall() -> str:
+    """What installs those libraries again, in the versions that this package takes; itself it stays as it is."""
+    try:
+        needed = metadata.requires("sedd_jax") or []
+    except metadata.PackageNotFoundError:
+        needed = []
+    wanted = [line for line in needed if re.match(r"(jax|flax|optax|orbax-checkpoint)\b(?!.*;)", line)]
+    return " ".join(["pip install --force-reinstall", *(f"'{line}'" for line in wanted or ["jax"])])
 
 
 def machine() -> dict[str, str]:
@@ -208,7 +217,7 @@ def problems(versions: dict[str, str], gpus: Nvidia, started: Devices) -> Iterat
         heard = []  # The reason holds them.
         yield Problem(True, f"JAX does not see {one.name}: {one.why}, or set JAX_PLATFORMS=cpu to do without it.")
     if not seen and not missed:
-        remedy = "unset JAX_PLATFORMS" if wanted else "pip install --upgrade --force-reinstall sedd_jax"
+        remedy = "unset JAX_PLATFORMS" if wanted else _reinstall()
         yield Problem(True, f"JAX does not start with JAX_PLATFORMS={wanted!r} ({started.failure}): {remedy}.")
     for one in unseen:
         if seen and one not in missed:
@@ -241,8 +250,8 @@ def _why_no_gpu(versions: dict[str, str], gpus: Nvidia, started: Devices) -> str
     if not plugins:
         return "no CUDA plugin is installed: pip install 'sedd_jax[gpu]'"
     plugin = plugins[0]
+    cuda = plugin.removeprefix("jax-").removesuffix("-plugin")
     if _numbers(versions[plugin]) != _numbers(versions["jaxlib"]):
-        cuda = plugin.removeprefix("jax-").removesuffix("-plugin")
         return (
             f"{plugin} {versions[plugin]} does not match jaxlib {versions['jaxlib']}: "
             f"pip install 'jax[{cuda}]=={versions['jax']}'"
@@ -256,7 +265,7 @@ def _why_no_gpu(versions: dict[str, str], gpus: Nvidia, started: Devices) -> str
         return f"CUDA_VISIBLE_DEVICES={hidden!r} may hide it ({said}): unset CUDA_VISIBLE_DEVICES"
     if gpus.failure:
         return f"nvidia-smi fails ({gpus.failure}): install the driver again, {oldest} or newer"
-    return f"{said}: pip install --upgrade --force-reinstall 'sedd_jax[gpu]'"
+    return f"{said}: pip install --force-reinstall 'jax[{cuda}]=={versions['jax']}'"
 
 
 def _why_no_tpu(versions: dict[str, str], started: Devices) -> str:
@@ -264,7 +273,7 @@ def _why_no_tpu(versions: dict[str, str], started: Devices) -> str:
     if "libtpu" not in versions:
         return "libtpu is not installed: pip install 'sedd_jax[tpu]'"
     said = " ".join([*started.heard, started.failure]).strip() or "JAX does not say why"
-    return f"{said}: end other programs that use it, or pip install --upgrade 'sedd_jax[tpu]'"
+    return f"{said}: end other programs that use it, or pip install --force-reinstall 'jax[tpu]=={versions['jax']}'"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -1,6 +1,8 @@
 """Tests of detokenizers: rows become the same text as in the published program."""
 
 import json
+import random
+import re
 
 import pytest
 
@@ -38,3 +40,19 @@ def test_recorded_rows_become_the_same(name):
 )
 def test_rules_apply_in_their_order(name, row, expected):
     assert OURS[name](row) == expected
+
+
+@pytest.mark.parametrize("brackets", ["()", "[]", "{}", '""', "''"])
+def test_spaces_inside_of_brackets_go_as_by_the_published_pattern(brackets):
+    opening, closing = map(re.escape, brackets)
+    published = re.compile(rf"{opening}\s*([^{closing}]*?)\s*{closing}")
+    generator = random.Random(0)
+    for _ in range(2000):
+        row = "".join(generator.choices(f"{brackets}{brackets} \n\u3000\x1fab", k=generator.randrange(20)))
+        expected = published.sub(lambda found: f"{brackets[0]}{found[1]}{brackets[1]}", row)
+        assert detokenizers._tighten(brackets, row) == expected
+
+
+def test_brackets_that_stay_open_take_linear_time():
+    # The published pattern needs hours for this.
+    assert detokenizers.wikitext("( [ " * 250_000) == "( [ " * 250_000

@@ -97,6 +97,13 @@ def test_hugging_face_datasets_give_their_column(tmp_path):
         hub_corpora._column("tfds:mnist", "", [])
 
 
+@pytest.mark.parametrize("names", [("valid", "validation", "dev"), ("dev", "validation", "valid")])
+def test_of_two_names_of_a_split_the_order_does_not_decide(names):
+    sources = {"train": ["text"] * 40, **{name: [name] for name in names}}
+    corpus = hub_corpora._corpus("hf:x/y", sources, lambda rows, indices: [rows[index] for index in indices])
+    assert [text for text, _, _ in corpus.read("valid")] == ["valid"]
+
+
 @pytest.mark.parametrize(
     ("second", "why"), [('{"text": "tw', "JSON parse error"), ('{"body": "two", "number": 1}\n', "column names")]
 )

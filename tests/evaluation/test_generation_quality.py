@@ -26,9 +26,15 @@ def test_all_held_out_text_has_the_perplexity_that_evaluation_finds(code_run, ju
 
 def test_perplexity_is_of_sequences_or_of_all_their_tokens():
     found = generation_quality._perplexities([np.log([0.5, 0.5]), np.log([0.1]), np.zeros(0)])
-    assert found["gen_ppl_per_sequence"] == pytest.approx((2 + 10 + 1) / 3)
-    assert found["gen_ppl_per_sequence_stderr"] == pytest.approx(np.std([2, 10, 1], ddof=1) / math.sqrt(3))
-    assert found["gen_ppl_pooled"] == pytest.approx(40 ** (1 / 4))
+    assert found["gen_ppl_per_sequence"] == pytest.approx((2 + 10) / 2)
+    assert found["gen_ppl_per_sequence_stderr"] == pytest.approx(np.std([2, 10], ddof=1) / math.sqrt(2))
+    assert found["gen_ppl_pooled"] == pytest.approx(40 ** (1 / 3))
+    assert found["num_unread"] == 1
+    # Of two draws, the first of the second sequence and both of the third are empty.
+    draws = [np.log([0.5]), np.zeros(0), np.zeros(0), np.log([0.25]), np.log([0.1]), np.zeros(0)]
+    assert generation_quality._perplexities(draws, 2)["gen_ppl_per_sequence"] == pytest.approx((3 + 10) / 2)
+    nothing = generation_quality._perplexities([np.zeros(0)])
+    assert (nothing["gen_ppl_per_sequence"], nothing["gen_ppl_pooled"], nothing["num_unread"]) == (None, None, 1)
 
 
 def test_entropy_and_n_grams_are_counted():

@@ -1,6 +1,8 @@
 """Judges give every token the likelihood that their model gives it, in windows of their length."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +167,37 @@ def test_what_is_no_judge_is_refused_in_one_line(code_run, tmp_path):
         judges.open_judge(str(code_run))
     with pytest.raises(errors.UserError, match=f"judge={tmp_path}/nothing is not a run directory"):
         judges.open_judge(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"n_embd": "wide"}, {"n_head": 0}, {"n_embd": []}, {"layer_norm_epsilon": {}}, {"model_type": []}]
+)
+def test_a_damaged_config_of_a_judge_is_named(gpt2, tmp_path, changed):
+    directory = shutil.copytree(gpt2, tmp_path / "judge")
+    content = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(content | changed))
+    with pytest.raises(errors.UserError, match=r"cannot be read by transformers: .*: give a directory that holds"):
+        judges.open_judge(str(directory))
+
+
+def test_a_judge_without_a_length_is_refused(gpt2, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    directory = shutil.copytree(gpt2, tmp_path / "judge")
+    config = transformers.MambaConfig(vocab_size=256, hidden_size=8, num_hidden_layers=1, state_size=2)
+    transformers.MambaForCausalLM(config).save_pretrained(directory)
+    with pytest.raises(errors.UserError, match=r"is a mamba, whose config does not say how long its texts may be"):
+        judges.open_judge(str(directory))
+
+
+def test_a_judge_whose_tokenizer_needs_a_package_names_it(gpt2, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+
+    def fail(*_, **__):
+        raise ImportError("needs protobuf")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(errors.UserError, match=r"cannot be read by transformers: ImportError: needs protobuf"):
+        judges.open_judge(str(gpt2))
 
 
 def test_transformers_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):

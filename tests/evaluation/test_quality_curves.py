@@ -122,7 +122,7 @@ def test_wrong_curves_are_refused(code_run, judge_run, capsys):
         ("--curve=16,32", "--curve=16,32 is no list of steps: give one such as steps:16,32,64"),
         ("--curve=steps:a", "--curve=steps:a is no list of steps"),
         ("--curve=steps:", "--curve=steps: is no list of steps"),
-        ("--curve=steps:0", "--curve=steps:0 must be"),
+        ("--curve=steps:4,0 --workdir=nowhere", "--curve=steps:4,0 is no list of steps"),
         ("--curve=nfe:1", "--curve=nfe:1 is too few for tweedie, which takes 2 for a step: give more"),
         ("--curve=steps:2 --samplers=tweedie,mine", "--samplers=mine is unknown: choose one of tweedie"),
         ("--curve=steps:2 --samplers=mine", "--samplers=mine is unknown: choose one of tweedie"),
