@@ -88,10 +88,11 @@ def convert(
         step: which checkpoint of a run directory; the newest if None.
         tokenizer: a spec as in config.data.tokenizer. By default it is the source's own, or follows from the size of
             the vocabulary.
-        verify: whether the logits of the PyTorch network must match ours. None verifies if torch is installed.
+        verify: whether logits and log scores of the PyTorch network must match ours. None verifies if torch is
+            installed.
 
     Returns:
-        What was done: from, to, to_format, dtype, num_parameters, and largest_difference and largest_logit (None if
+        What was done: from, to, to_format, dtype, num_parameters, and the fields of `verification.Comparison` (None if
         not verified). Also facts about the source (layout, weights, step) and the revision of this program.
 
     Raises:
@@ -164,10 +165,8 @@ def describe(result: dict[str, Any]) -> str:
         why = "as asked" if has_torch else "install torch to compare with the PyTorch network"
         lines.append(f"not verified: {why}")
     else:
-        lines.append(
-            f"verified: logits of PyTorch and JAX differ by at most {result['largest_difference']:.2g}; the largest "
-            f"logit is {result['largest_logit']:.4g}"
-        )
+        compared = verification.Comparison(**{name: result[name] for name in verification.Comparison._fields})
+        lines.append(f"verified: {compared}")
     return "\n".join(lines)
 
 
@@ -320,8 +319,7 @@ def _agreeing(
     compared = verification.compare(theirs, params, run.network, run.config.data.length, is_conditioned=is_conditioned)
     if not compared.agrees:
         raise errors.UserError(
-            f"logits of PyTorch and JAX differ by {compared.largest_difference:.2g}, and the largest logit is "
-            f"{compared.largest_logit:.4g}, so nothing was written",
+            f"{compared}, so nothing was written",
             remedy=f"{errors.name('verify')}=false writes the model without this check",
         )
     return compared

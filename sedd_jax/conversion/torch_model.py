@@ -66,9 +66,9 @@ class Network(nn.Module):
 
     def forward(self, tokens: Tensor, sigma: Tensor) -> Tensor:
         """Log score of every state, [B, L, V], with 0 at the current token; tokens [B, L], sigma [B]."""
-        return self._log_score(self.features(tokens, sigma), tokens, sigma[:, None])
+        return self.log_score(self.features(tokens, sigma), tokens, sigma[:, None])
 
-    def _log_score(self, features: Tensor, tokens: Tensor, sigma: Tensor) -> Tensor:
+    def log_score(self, features: Tensor, tokens: Tensor, sigma: Tensor) -> Tensor:
         """Log scores [..., V] from features [..., D] at tokens [...]; sigma broadcasts over the tokens."""
         with torch.autocast(features.device.type, self.product_dtype, enabled=self.product_dtype != torch.float32):
             z = self.output_layer.linear(features)
@@ -163,7 +163,7 @@ class Network(nn.Module):
         features = self.features(xt, step.sigma.expand(len(xt)))[is_movable]
         moved = []
         for rows, tokens in zip(features.split(_ROWS), xt[is_movable].split(_ROWS), strict=True):
-            score = self._log_score(rows, tokens, step.sigma).exp().scatter(-1, tokens[:, None], 0.0)
+            score = self.log_score(rows, tokens, step.sigma).exp().scatter(-1, tokens[:, None], 0.0)
             total = score.sum(-1, keepdim=True)
             if step.sampler in _BY_RATE and not step.is_last:
                 # Q(xt, y) is 1 out of the mask, and 1/N on the uniform graph.

@@ -223,6 +223,7 @@ def test_half_precision_rounds_weights_alone(make_run, tmp_path, dtype):
     run, state = make_run()
     result = run_convert(tmp_path / "run", tmp_path / "out", dtype=dtype)
     assert result["largest_difference"] < 1e-4 * result["largest_logit"]
+    assert result["largest_score_difference"] < 1e-4 * result["largest_log_score"]
     expected = torch_weights.to_torch(state.ema_params, run.network)
     for name, x in load(tmp_path / "out").items():
         assert x.dtype == (np.float32 if name == torch_weights.ROTARY else jnp.dtype(dtype))
@@ -259,6 +260,17 @@ def test_networks_that_disagree_are_not_written(published, tmp_path, monkeypatch
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
     assert run_convert(published, tmp_path / "out", to_format=to_format, verify=False)["largest_difference"] is None
+
+
+@pytest.mark.parametrize("to_format", ["torch", "jax"])
+def test_scores_that_disagree_are_not_written_though_logits_agree(published, tmp_path, monkeypatch, to_format):
+    from sedd_jax.conversion import torch_model
+
+    right = torch_model.SEDD.log_score
+    # As a program does that forgets what it divides by.
+    monkeypatch.setattr(torch_model.SEDD, "log_score", lambda self, z, x, sigma: right(self, z, x, sigma + 0.1))
+    with pytest.raises(errors.UserError, match=r"log scores by 4\.7, of .* nothing was written"):
+        run_convert(published, tmp_path / "out", to_format=to_format)
 
 
 def test_without_torch_nothing_is_verified(published, tmp_path, monkeypatch):

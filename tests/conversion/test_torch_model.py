@@ -145,7 +145,7 @@ class Exact(torch_model.SEDD):
         places = torch.arange(2).expand(len(tokens), 2)
         return torch.stack([torch.arange(len(tokens))[:, None].expand(-1, 2), places], -1).float()
 
-    def _log_score(self, features, tokens, sigma):
+    def log_score(self, features, tokens, sigma):
         table = oracles.exact_scores(self.graph, P0, float(sigma)).reshape(*[self.num_states] * 2, 2, self.num_states)
         row, place = features.long().numpy().T
         return torch.from_numpy(np.log(np.maximum(table[(*self.state[row].T, place)], 1e-30))).float()
