@@ -13,6 +13,7 @@ import pytest
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
+from sedd_jax.training import train
 from tests.support import failing_files, slow
 
 # A directory whose file system has no locks is used without.
@@ -156,9 +157,25 @@ def test_no_failure_of_sedd_train_is_a_traceback(make_place, code_run):
     fail_in_turn(lambda: make_place(code_run), argv, codes=one_code, changed=changed)
 
 
+def test_a_run_that_is_moved_while_it_trains_is_asked_back(make_place, code_run, monkeypatch):
+    place = make_place(code_run)
+
+    def loop(*args):
+        (place / "run").rename(place / "elsewhere")
+        (place / "run" / "loss.png").touch()
+
+    monkeypatch.setattr(train, "_loop", loop)
+    config = configs.flatten(configs.to_dict(runs.load(code_run).config)) | {"training.num_steps": 3}
+    flags = [f"--config.{name}={value}" for name, value in config.items()]
+    status, err = call("train", f"--workdir={place}/run", "--num_processes=1", *flags)
+    assert status == 1
+    wanted = f"put {place}/run back, which was moved or removed, then the same command goes on"
+    assert err.splitlines()[-1].endswith(wanted), err
+
+
 @pytest.mark.slow
 def test_no_failure_of_sedd_convert_is_a_traceback(make_place, code_run):
-    pytest.importorskip("torch", reason="convert needs the extra 'convert'")
+    pytest.importorskip("torch", reason="pip install -e '.[test-all]'")
     argv = lambda place: ["convert", f"--from={place}/run", f"--to={place}/out"]
     fail_in_turn(lambda: make_place(code_run), argv, codes=one_code)
 

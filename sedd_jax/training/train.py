@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import io
 import json
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -138,11 +140,19 @@ def train(
                     )
                     return _loop(session, step_fn, state, step)
         except OSError as error:
-            raise errors.UserError(
-                errors.reason(error), remedy=f"{saved.newest()}; make {workdir} writable, then {again} goes on"
-            ) from error
+            remedy = f"{saved.newest()}; {_amends(error, workdir)}, then {again} goes on"
+            raise errors.UserError(errors.reason(error), remedy=remedy) from error
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(f"{saved.newest()} in {workdir}; {again} goes on") from interrupt
+
+
+def _amends(error: OSError, workdir: storage.Directory) -> str:
+    """What to do about a run directory that can no longer be written."""
+    if not storage.is_remote(workdir) and not storage.holds(workdir, "config.json"):
+        return f"put {workdir} back, which was moved or removed"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        return f"make room for {workdir}"
+    return f"make {workdir} writable"
 
 
 def _start(owner: contextlib.ExitStack, workdir: storage.Directory, config: configs.Config) -> None:

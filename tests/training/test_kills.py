@@ -224,7 +224,7 @@ def test_a_full_disk_stops_the_run_and_names_the_last_good_step(place, long_unin
     assert "No space left on device" in last
     newest = int(last.rpartition("the newest checkpoint is of step ")[2].partition(";")[0])
     assert 2 <= newest < 42
-    assert last.endswith(f"make {workdir} writable, then the same command goes on")
+    assert last.endswith(f"make room for {workdir}, then the same command goes on")
     # The lines before are progress of the run.
     assert all(line.startswith("step ") for line in err.splitlines()[:-1])
     subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
