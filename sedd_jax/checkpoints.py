@@ -193,6 +193,11 @@ def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
+def checksum(params: networks.Params) -> int:
+    """A checksum of parameters, the same on every mesh, by which measurements know what they are of."""
+    return int(jax.device_get(_checksums({"params": params})["params"]))
+
+
 @jax.jit
 def _checksums(trees: dict[str, Any]) -> dict[str, UInt32[Array, ""]]:
     """A checksum of each tree. A change of any one bit changes it, and it is the same on every mesh."""

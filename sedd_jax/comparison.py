@@ -31,6 +31,7 @@ def find(directories: Sequence[storage.Directory]) -> list[runs.Run]:
         places = [directory]
         if not storage.holds(directory, "config.json"):
             inside = sorted(directory.iterdir()) if directory.is_dir() else []
+            inside = [each for each in inside if not each.name.startswith(".")]  # What a kill has left of one.
             places = [
                 each for each in inside if storage.holds(each, "config.json") and (each / storage.CHECKPOINTS).exists()
             ]
@@ -73,9 +74,10 @@ def differences(result: dict[str, Any]) -> Cells:
 
 def _facts(run: runs.Run) -> dict[str, Any]:
     """Step of the newest checkpoint, newest bound, and the median speed of the last logged steps."""
-    storage.download(run.workdir, "metrics.jsonl")
-    path = run.local / "metrics.jsonl"
-    records = metric_lines.read(path) if path.exists() else []
+    path = run.workdir / "metrics.jsonl"
+    # A local copy is that of a training on this machine, which may have logged more.
+    text = storage.get_text(path) or ""
+    records = metric_lines.parse(text.encode().splitlines(keepends=True), path)
     try:
         speeds = [float(each["train/tokens_per_second"]) for each in records if "train/tokens_per_second" in each]
         bound = next(filter(None, (_bound(record) for record in reversed(records))), None)

@@ -19,7 +19,7 @@ from lm_eval.api import instance, model, registry  # pyrefly: ignore[missing-imp
 
 from sedd_jax import runs
 from sedd_jax.bounds import continuations
-from sedd_jax.runtime import storage
+from sedd_jax.runtime import errors, storage
 from sedd_jax.sampling import refill, templates
 
 _LONGEST = 256  # tokens to write where a task does not say how many, as in the harness
@@ -51,7 +51,8 @@ class Model(model.LM):
         del device, max_batch_size  # The harness's command line always passes them; JAX finds its devices itself.
         self._opened = runs.load(storage.directory(workdir)).restore(step)
         # The harness passes 1 where none is given.
-        size = continuations.BUDGET.batch_size if batch_size in (None, "auto", 1, "1") else int(batch_size)
+        is_default = batch_size in (None, 1, "1") or str(batch_size).startswith("auto")
+        size = continuations.BUDGET.batch_size if is_default else int(batch_size or 1)
         self._budget = continuations.Budget(
             num_times=num_times, target_stderr=target_stderr, batch_size=size, seed=seed
         )
@@ -141,11 +142,15 @@ class Model(model.LM):
         ]
 
     def _gap(self, context: str, asked: dict[str, Any]) -> templates.Template:
-        """The context, without its start if it is too long, and a gap after it."""
+        """The context and a gap after it. A context that is too long for both loses its start.
+
+        A task may ask for as many tokens as the model is long. The gap is then what the context leaves, at least half.
+        """
         tokenizer, length = self._opened.run.tokenizer, self._opened.run.config.data.length
-        size = min(int(asked.get("max_gen_toks", min(_LONGEST, length // 2))), length)
         first = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         given = np.array([*first, *tokenizer.encode(context)], np.int32)
+        size = int(asked.get("max_gen_toks", min(_LONGEST, length // 2)))
+        size = min(size, max(length - len(given), length // 2))
         given = given[max(0, len(given) + size - length) :]
         return _template(given, len(given) + size, length)
 
@@ -189,4 +194,7 @@ def _template(given: np.ndarray, num_shown: int, length: int) -> templates.Templ
 if __name__ == "__main__":
     from lm_eval import __main__ as command  # pyrefly: ignore[missing-import]
 
-    command.cli_evaluate()
+    try:
+        command.cli_evaluate()
+    except errors.UserError as error:
+        sys.exit(f"sedd_jax.harness: {error}")

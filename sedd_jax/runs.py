@@ -175,6 +175,11 @@ class OpenRun:
     model: networks.Model
     mesh: jax.sharding.Mesh
 
+    @functools.cached_property
+    def checksum(self) -> int:
+        """`checkpoints.checksum` of the weights. Another training may make other weights of the same step."""
+        return checkpoints.checksum(self.model.params)
+
     def on_devices(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which compiled functions run on the mesh."""
         return jax.set_mesh(self.mesh)

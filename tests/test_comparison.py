@@ -1,5 +1,6 @@
 """Several runs side by side: what is listed of each, and only where they differ."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,7 +8,8 @@ import pytest
 
 from sedd_jax import comparison, runs
 from sedd_jax.cli import main as cli
-from sedd_jax.runtime import errors
+from sedd_jax.runtime import errors, storage
+from tests.support import gcs_emulator
 
 _LINES = [
     *({"step": step, "train/tokens_per_second": speed} for step, speed in enumerate([1.0, 10.0, 1000.0], start=1)),
@@ -90,3 +92,27 @@ def test_metrics_that_are_no_numbers_are_named(place, value):
     (place / "a" / "metrics.jsonl").write_text(f"{line}\n")
     with pytest.raises(errors.UserError, match=r"metrics\.jsonl holds no numbers .*: copy it again"):
         comparison.compare([runs.load(place / "a")])
+
+
+def test_a_list_of_runs_leaves_the_local_copy_of_a_bucket_to_its_training(code_run, tmp_path, monkeypatch):
+    """The training on this machine has logged more than it has uploaded."""
+    with gcs_emulator.Server("bucket") as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        place = storage.directory("gs://bucket/run")
+        shutil.copytree(code_run, storage.local_copy(place), ignore=shutil.ignore_patterns("checkpoints"))
+        storage.upload(place)
+        live = storage.local_copy(place) / "metrics.jsonl"
+        before = live.read_text() + '{"step": 3, "train/tokens_per_second": 5.0}\n'
+        live.write_text(before)
+        run = dataclasses.replace(runs.load(code_run), workdir=place)
+        monkeypatch.setattr(comparison, "_newest", lambda run: None)
+        (found,) = comparison.compare([run])["runs"]
+        assert found["tokens_per_second"] != 5.0
+        assert live.read_text() == before
+
+
+def test_what_a_kill_has_left_of_a_run_is_not_listed(place):
+    shutil.copytree(place / "a", place / ".b.partial")
+    assert [run.workdir.name for run in comparison.find([place])] == ["a", "b"]

@@ -1,6 +1,8 @@
 """A run is a model of lm-evaluation-harness: its tasks, made of local files, end in figures of ours."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -105,3 +107,26 @@ def test_greedy_is_what_is_written_and_text_ends_at_the_stop(judge_run):
     assert [is_greedy for _, is_greedy in answers] == [True, False]
     (cut,) = model.generate_until([_request("a = 1\n", {"until": [text[2]], "max_gen_toks": 6})])
     assert cut == text.partition(text[2])[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "gap"), [(6, 10, 6), (32, 10, 22), (2048, 10, 22), (32, 30, 16), (4, 30, 4)]
+)
+def test_a_task_that_asks_for_the_whole_length_keeps_its_context(model, asked, given, gap):
+    context = ("a = 1\nb = 22\n" * 3)[:given]
+    template = model._gap(context, {"max_gen_toks": asked})
+    known = model._opened.run.tokenizer.decode(template.tokens[template.is_given])
+    assert (known, template.length - len(known)) == (context[-(32 - gap) :], gap)
+
+
+def test_the_harness_ends_in_one_line(tmp_path):
+    arguments = ["--model", "sedd_jax", "--model_args", f"workdir={tmp_path}", "--tasks", "none"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sedd_jax.harness", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr

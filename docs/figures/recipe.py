@@ -2,7 +2,8 @@
 
 python docs/figures/recipe.py RUN [RUN ...]
 
-Runs on the same text share a panel. A line is named by the run's optimizer, peak learning rate and schedule.
+Runs on the same text share a panel. A line is named by what differs: graph, normalisation, optimizer, peak learning
+rate, schedule and seed.
 """
 
 import pathlib
@@ -27,7 +28,8 @@ def main(workdirs: list[str]) -> None:
             records = [one for one in metric_lines.read(run.local / "metrics.jsonl") if BOUND in one]
             points = [(one["step"], one[BOUND] / per_token, one[f"{BOUND}_stderr"] / per_token) for one in records]
             steps, bits, errors = zip(*points, strict=True)
-            label = f"{optimizer.name}, {optimizer.learning_rate:g}, {optimizer.schedule}"
+            graph = f"{run.config.graph.name}{', normalized' if run.config.network.normalize else ''}"
+            label = f"{graph}, {optimizer.name} {optimizer.learning_rate:g} {optimizer.schedule}, {run.config.seed}"
             panel.errorbar(steps, bits, yerr=errors, marker="o", capsize=3, label=label)
         panel.set(title=text, xlabel="step", ylabel="bits per character of held-out text, at most")
         panel.grid(alpha=0.3)

@@ -229,7 +229,7 @@ class Budget:
     """When draws stop.
 
     Attributes:
-        num_times: draws for each part at most, rounded up to whole calls.
+        num_times: draws for each part at most, rounded up to whole calls; at least 64, for a standard error.
         target_stderr: standard error of a single part's bound at which to stop, in nats per token that counts.
         batch_size: sequences at once.
         seed: seed of masks, times and noise.

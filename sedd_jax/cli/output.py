@@ -1,5 +1,6 @@
 """What is printed: for any terminal, and any reader."""
 
+import contextlib
 import io
 import os
 import select
@@ -16,8 +17,16 @@ class Terminal(io.TextIOWrapper):
 
 
 def prepare() -> None:
-    """Lets any text be printed: characters that a terminal lacks are escaped, and a closed output takes nothing."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, it stays open.
+    """Lets any text be printed: characters that a terminal lacks are escaped, and a closed output takes nothing.
+
+    Where standard input, output or error is closed, the next file that is opened would take its number.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115, they stay open.
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
         if sys.stdout.isatty():
@@ -26,8 +35,9 @@ def prepare() -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line to standard error, control characters visible at a terminal."""
-    print(text.translate(terminals.VISIBLE_CONTROLS) if sys.stderr.isatty() else text, file=sys.stderr)
+    """Prints a line to standard error, control characters visible at a terminal. Its reader may have gone."""
+    with contextlib.suppress(OSError):
+        print(text.translate(terminals.VISIBLE_CONTROLS) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
 def reader_is_gone() -> bool:

@@ -26,7 +26,7 @@ _ALLOWED = {
     "score.stablehlo",
     "example.py",
 }
-_CURVE = re.compile(r"curve-[0-9a-f]+\.png")
+_PICTURE = re.compile(r"(curve|frontier)-[0-9a-f]+\.png")
 # Bytes. Smaller files are sent as they were read when they were listed. The Hub takes larger ones by their hash only.
 _IN_MEMORY = 2**24
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
@@ -276,4 +276,4 @@ def _read(path: pathlib.Path) -> File:
 
 
 def _is_allowed(name: str) -> bool:
-    return name in _ALLOWED or _CURVE.fullmatch(name) is not None
+    return name in _ALLOWED or _PICTURE.fullmatch(name) is not None

@@ -60,7 +60,8 @@ def find(run: runs.Run, step: int | None, weights: str, dtype: str) -> Measured:
                 name = f"{result['name']}.png"
                 if (run.local / results.DIRECTORY / name).is_file():
                     pictures[name] = run.local / results.DIRECTORY / name
-                    parts += [f"![Perplexity and entropy against network evaluations]({name})", ""]
+                    shown = "Judge against entropy" if kind == "frontier" else "Quality against network evaluations"
+                    parts += [f"![{shown}]({name})", ""]
     parts += ["", "## Samples", "", *_samples(run, of_step["generation"], step, weights)]
     if (run.local / PICTURE).is_file():
         pictures[PICTURE] = run.local / PICTURE

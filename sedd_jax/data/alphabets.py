@@ -195,13 +195,13 @@ def content(path: str) -> bytes:
     """Read a file of a tokenizer.
 
     Raises:
-        errors.UserError: if there is none, or it is a directory or another thing that is no file.
+        errors.UserError: if there is none, it is a directory or another thing that is no file, or far too long.
     """
     if not pathlib.Path(path).exists():
         raise errors.UserError(
             f"the tokenizer's file {path} does not exist", remedy="put it back, or name where it is now"
         )
-    storage.check_regular(pathlib.Path(path))
+    storage.check_description(pathlib.Path(path))
     return pathlib.Path(path).read_bytes()
 
 

@@ -67,9 +67,14 @@ def encode(
             with interrupts.kept_from_children():  # It may start a process, which would fail with many lines.
                 waiting.append(pool.submit(_encode_here, *task))
             if len(waiting) > 2 * num_workers:
-                yield _result(waiting.popleft())
+                yield waiting.popleft().result()
         while waiting:
-            yield _result(waiting.popleft())
+            yield waiting.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool as error:  # At the next task, or at the result of one.
+        raise errors.UserError(
+            "a process that tokenized was killed, perhaps because memory ran out",
+            remedy=f"use fewer {errors.name('num_workers')}",
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -104,16 +109,6 @@ def _encode(tokenizer: tokenizers.Tokenizer, task: list[documents.Document], is_
     tokens = np.concatenate(parts).astype(dtype_of(tokenizer))
     num_unknown = 0 if tokenizer.unk_id is None else int(np.count_nonzero(tokens == tokenizer.unk_id))
     return Encoded(tokens, len(task), num_characters, num_words, num_unknown, task[-1].done)
-
-
-def _result(future: "concurrent.futures.Future[Encoded]") -> Encoded:
-    try:
-        return future.result()
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise errors.UserError(
-            "a process that tokenized was killed, perhaps because memory ran out",
-            remedy=f"use fewer {errors.name('num_workers')}",
-        ) from error
 
 
 _tokenizer: tokenizers.Tokenizer | None = None  # Set by `_start` in each worker process.

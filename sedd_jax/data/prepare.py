@@ -134,6 +134,10 @@ def describe(directory: storage.Directory, tokenizer_spec: str | None = None) ->
     for name in header["splits"]:
         counts, tokens = shards.open_split(directory, name)
         measured = tokens.read(0, min(len(tokens), batches.MEASURED_TOKENS))
+        try:
+            tokenizers.check_encoded(measured, tokenizer)
+        except errors.UserError as error:
+            raise error.at(f"{directory}, split {name}") from error
         entropies = batches.entropies(measured, num_ids)
         splits[name] = {
             **{key: value for key, value in counts.items() if key != "shards"},

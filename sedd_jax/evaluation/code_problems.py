@@ -62,7 +62,7 @@ def measure(
         raise error.at(problems) from error
     opened = run.restore(step)
     result = {
-        **results.circumstances(run, opened.step),
+        **results.circumstances(opened),
         "problems": str(problems),
         "data_sha256": hashlib.sha256(hosts.local_path(problems).read_bytes()).hexdigest(),
         "num_problems": len(found),
@@ -150,7 +150,7 @@ def _template(run: runs.Run, problem: layouts.Problem) -> templates.Template:
     prompt = run.tokenizer.encode(problem.prompt)
     if problem.suffix is None:
         return templates.assemble(run, [prompt, (max(1, run.config.data.length - len(prompt)), None)])
-    gap = len(run.tokenizer.encode(problem.solution))
+    gap = max(1, len(run.tokenizer.encode(problem.solution)))
     return templates.assemble(run, [prompt, (gap, None), run.tokenizer.encode(problem.suffix)])
 
 

@@ -99,7 +99,7 @@ def measure(
     is_given[gap] = False
     opened = run.restore(step)
     result = {
-        **results.circumstances(run, opened.step),
+        **results.circumstances(opened),
         "data_sha256": held_out.sha256,
         "length": length,
         "gap": gap.stop - gap.start,
@@ -154,7 +154,8 @@ def _text(run: runs.Run, tokens: Int[np.ndarray, " L"]) -> str:
     return "\n".join(run.tokenizer.decode(part[part != eos_id]) for part in np.split(tokens, ends))
 
 
-def _share(outcomes: list[bool]) -> dict[str, float]:
+def _share(outcomes: list[bool]) -> dict[str, float | None]:
     count = len(outcomes)
     share = sum(outcomes) / count
-    return {"share": share, "stderr": math.sqrt(share * (1 - share) / count), "windows": count}
+    stderr = math.sqrt(share * (1 - share) / count) if count > 1 else None
+    return {"share": share, "stderr": stderr, "windows": count}

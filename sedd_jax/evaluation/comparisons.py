@@ -53,7 +53,7 @@ def measure(
             _draw(sides, settings, report)
     differences = _differences(sides)
     result = {
-        **results.circumstances(run, sides[0].opened.step),
+        **results.circumstances(sides[0].opened),
         **sides[0].drawn,
         "protocol": settings.protocol,
         "against": str(other.workdir),

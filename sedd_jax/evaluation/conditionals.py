@@ -14,6 +14,7 @@ from sedd_jax.evaluation import results, tables
 from sedd_jax.runtime import errors, hosts, sharding, storage, terminals
 
 _FORM = '{"context": "...", "continuation": "..."} or {"context": "...", "choices": ["...", "..."], "answer": 0}'
+_KEPT = ("context_tokens", "cut_tokens", "tokens", "log_likelihoods", "stderrs", "num_times", "is_decided")
 _SHOWN = 10  # lines of a file, in the table
 _KEPT_EVERY = 16  # lines between two writes of the results so far, each of which replaces the file
 
@@ -105,12 +106,13 @@ def measure(
     opened = run.restore(step)
     drawn = {
         "step": opened.step,
+        "checksum": opened.checksum,
         "data_sha256": hashlib.sha256(hosts.local_path(path).read_bytes()).hexdigest(),
         **dataclasses.asdict(budget),
     }
     with opened.on_devices():
         name = results.name("conditional", drawn | {"devices": sharding.num_batch_devices()})
-    done = results.read_parts(run, name)
+    done = results.read_parts(run, name, _KEPT)
     values_fn = continuations.make_values_fn(opened)
     num_tokens = 0
     with opened.on_devices(), terminals.progress() as report:
@@ -123,7 +125,7 @@ def measure(
             if len(done) % _KEPT_EVERY == 0 or len(done) == len(asked):
                 results.write_parts(run, name, done)
     result = {
-        **results.circumstances(run, opened.step),
+        **results.circumstances(opened),
         **drawn,
         "path": str(path),
         "graph": run.config.graph.name,
@@ -157,7 +159,7 @@ def _accuracy(items: list[dict[str, Any]]) -> dict[str, Any]:
     share = sum(right) / len(right)
     return {
         "accuracy": share,
-        "accuracy_stderr": math.sqrt(share * (1 - share) / len(right)),
+        "accuracy_stderr": math.sqrt(share * (1 - share) / len(right)) if len(right) > 1 else None,
         "num_answers": len(right),
     }
 

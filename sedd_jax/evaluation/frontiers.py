@@ -104,7 +104,7 @@ def _of_run(
     opened = run.restore(step)
     real, sha256 = generation_quality.held_out(run, samples.num_samples, samples.seed)
     common = {
-        **results.circumstances(run, opened.step),
+        **results.circumstances(opened),
         **generation_quality.described(run, samplings[-1]),
         "judge": judge.name,
         "length": run.config.data.length,
@@ -115,7 +115,7 @@ def _of_run(
         "held_out": generation_quality.read(run, judge, real),
     }
     parts = results.name("frontier_points", common)
-    done = results.read_parts(home, parts)
+    done = results.read_parts(home, parts, generation_quality.FIGURES)
     for point, sampling in zip(wanted, samplings, strict=True):
         if not any(_is_of(part, point) for part in done):
             drawn = generation_quality.draw(opened, sampling, samples.num_samples, samples.seed)
@@ -142,13 +142,15 @@ def table(result: dict[str, Any]) -> tables.Table:
         tables.estimate(found["divergence"], found["divergence_stderr"]),
     )
     rows = []
-    for of_run in result["runs"]:
-        rows += [(f"{of_run['workdir']}, {_title(point)}", *cells(point)) for point in of_run["points"]]
+    hows = [generation_quality.how(of_run) for of_run in result["runs"]]
+    for of_run, how in zip(result["runs"], hows, strict=True):
+        own = "" if len(set(hows)) == 1 else f" ({how})"
+        rows += [(f"{of_run['workdir']}{own}, {_title(point)}", *cells(point)) for point in of_run["points"]]
         rows.append((f"{of_run['workdir']}, held-out text", *cells(of_run["held_out"])))
-    first = result["runs"][0]
+    how = hows[0] if len(set(hows)) == 1 else "each run drawn as said"
     return tables.Table(
         head=[
-            f"{result['num_samples']} samples a point, {generation_quality.how(first)}, {result['dtype']}",
+            f"{result['num_samples']} samples a point, {how}, {result['dtype']}",
             f"read by {result['judge']}; nats per token of the run",
         ],
         columns=("", "perplexity, pooled", "cross-entropy", "unigram entropy", "difference"),

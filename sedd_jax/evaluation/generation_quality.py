@@ -19,6 +19,8 @@ from sedd_jax.runtime import storage
 from sedd_jax.sampling import generate
 
 # Samples whose unigram entropy is lower than that of held-out text by more than this, in nats, count as annealed.
+# What `read` finds at least.
+FIGURES = ("gen_ppl_per_sequence", "gen_ppl_pooled", "cross_entropy", "divergence", "unigram_entropy")
 _ANNEALED = 0.15
 
 
@@ -69,7 +71,7 @@ def measure(
     taken: list[int] = []
     drawn = draw(opened, sampling, samples.num_samples, samples.seed, count=taken.extend)
     result = {
-        **results.circumstances(run, opened.step),
+        **results.circumstances(opened),
         "judge": reader.name,
         "judge_first": reader.first,
         "length": run.config.data.length,
@@ -220,13 +222,17 @@ def read(run: runs.Run, judge: judges.Judge, tokens: Int[np.ndarray, "S L"], num
         of the run; `divergence`, which is `cross_entropy` minus `unigram_entropy`. Means over sequences have a standard
         error with the suffix `_stderr`.
     """
-    log_likelihoods = judge.log_likelihoods(judge.tokens(run, tokens))
-    cross_entropies = np.array([-values.sum() for values in log_likelihoods]) / tokens.shape[1]
+    texts = judge.tokens(run, tokens)
+    log_likelihoods = judge.log_likelihoods(texts)
+    # The tokens that the judge does not read, such as the first of a window, count as those that it reads.
+    num_read = np.array([len(values) for values in log_likelihoods])
+    per_read = _ratio(-np.array([values.sum() for values in log_likelihoods]), num_read)
+    cross_entropies = per_read * [sum(map(len, rows)) for rows in texts] / tokens.shape[1]
     entropies = _entropies(tokens)
     return {
         **_perplexities(log_likelihoods, num_draws),
-        **_mean("cross_entropy", cross_entropies, num_draws),
-        **_mean("divergence", cross_entropies - entropies, num_draws),
+        **_mean_read("cross_entropy", cross_entropies, num_draws),
+        **_mean_read("divergence", cross_entropies - entropies, num_draws),
         **_mean("unigram_entropy", entropies, num_draws),
         **_diversity(tokens),
     }
@@ -236,16 +242,23 @@ def _mean(name: str, values: Float[np.ndarray, " S"], num_draws: int) -> dict[st
     return {name: float(values.mean()), f"{name}_stderr": stderr(values.reshape(num_draws, -1).mean(0))}
 
 
+def _mean_read(name: str, values: Float[np.ndarray, " S"], num_draws: int) -> dict[str, float | None]:
+    """`_mean` without what is NaN: sequences of which the judge reads nothing. None where that is all of them."""
+    draws = values.reshape(num_draws, -1)
+    means = np.nanmean(draws[:, np.isfinite(draws).any(axis=0)], axis=0)
+    return {name: float(means.mean()) if means.size else None, f"{name}_stderr": stderr(means)}
+
+
+def _ratio(total: Float[np.ndarray, " S"], counts: Int[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
+    return np.divide(total, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+
+
 def _perplexities(log_likelihoods: list[Float[np.ndarray, "_"]], num_draws: int = 1) -> dict[str, Any]:
     counts = np.array([len(values) for values in log_likelihoods])
     total = -np.array([values.sum() for values in log_likelihoods])
-    each = np.exp(np.divide(total, counts, out=np.full(len(counts), np.nan), where=counts > 0)).reshape(num_draws, -1)
-    # Of what a judge does not read, as of an empty text, there is no perplexity.
-    means = np.nanmean(each[:, (counts > 0).reshape(each.shape).any(0)], axis=0)
     return {
-        "gen_ppl_per_sequence": float(means.mean()) if means.size else None,
-        "gen_ppl_per_sequence_stderr": stderr(means),
-        "gen_ppl_pooled": float(np.exp(total.sum() / counts.sum())) if means.size else None,
+        **_mean_read("gen_ppl_per_sequence", np.exp(_ratio(total, counts)), num_draws),
+        "gen_ppl_pooled": float(np.exp(total.sum() / counts.sum())) if counts.any() else None,
         "num_unread": int((counts == 0).sum()),
     }
 

@@ -85,7 +85,7 @@ def evaluate(
                 kept.draw(report, of=needed)
     done = kept.done[: settings.num_times]
     result = {
-        **results.circumstances(run, kept.opened.step),
+        **results.circumstances(kept.opened),
         **kept.drawn,
         "source": data or run.config.data.source,
         "num_sequences": text.num_sequences,
@@ -132,13 +132,16 @@ class Kept:
         self.opened, self.text = opened, text
         is_exact = opened.run.is_autoregressive
         self.settings = dataclasses.replace(settings, protocol="published", num_times=1) if is_exact else settings
-        self.drawn = {"step": opened.step, "split": split, "data_sha256": text.sha256, "length": text.length}
+        self.drawn = {"step": opened.step, "checksum": opened.checksum, "split": split}
+        self.drawn |= {"data_sha256": text.sha256, "length": text.length}
         self.drawn |= {"protocol": "exact" if is_exact else settings.protocol}
         self.drawn |= {"seed": settings.seed, "batch_size": settings.batch_size}
         with opened.on_devices():
             where = {"devices": sharding.num_batch_devices(), "groups": likelihoods.MOST_GROUPS}
         self.name = results.name("likelihood", self.drawn | where)
-        self.done = [likelihoods.Pass(**part) for part in results.read_parts(opened.run, self.name)]
+        fields = likelihoods.Pass._fields
+        kept = results.read_parts(opened.run, self.name, fields)
+        self.done = [likelihoods.Pass(*(part[field] for field in fields)) for part in kept]
         self._values_fn = likelihoods.make_values_fn(opened.run, with_reconstruction=self.settings.protocol == "strict")
 
     def draw(self, report: terminals.Report, *, of: int, before: int = 0) -> None:

@@ -6,6 +6,7 @@ is drawn both ways and comes with its entropy.
 
 import csv
 import dataclasses
+import io
 import math
 import pathlib
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def measure(
     opened = run.restore(step)
     real, sha256 = generation_quality.held_out(run, samples.num_samples, samples.seed)
     result = {
-        **results.circumstances(run, opened.step),
+        **results.circumstances(opened),
         "judge": reader.name,
         "length": run.config.data.length,
         "data_sha256": sha256,
@@ -106,7 +107,7 @@ def measure(
     samplings = [_sampling(run, settings, num_samples=samples.batch_size, **point) for point in wanted]
     parts = results.name("curve_points", result)
     name = results.name("curve", {**result, "points": wanted})
-    done = results.read_parts(run, parts)
+    done = results.read_parts(run, parts, generation_quality.FIGURES)
     is_of = lambda part, point: all(part.get(key) == value for key, value in point.items())
     for point, sampling in zip(wanted, samplings, strict=True):
         if not any(is_of(part, point) for part in done):
@@ -184,7 +185,7 @@ def _of_judge(
     sampling = judge.run.sampling(num_samples=samples.batch_size, draw="precise")
     how = {"nfe": run.config.data.length, **sampling_config.refinements(sampling)}
     name = results.name("curve_judge", {"common": {key: common[key] for key in _OF_JUDGE}, **how})
-    done = results.read_parts(run, name)
+    done = results.read_parts(run, name, generation_quality.FIGURES)
     if not done:
         drawn = generation_quality.draw(judge.opened, sampling, samples.num_samples, samples.seed)
         done = [{**how, **generation_quality.read(run, judge, drawn)}]
@@ -287,7 +288,8 @@ def save(picture: Any, path: pathlib.Path) -> None:
 
 
 def _write_csv(result: dict[str, Any], path: pathlib.Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ("sampler", "draw", "num_steps", "nfe", *_FIGURES), extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(result["points"])
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ("sampler", "draw", "num_steps", "nfe", *_FIGURES), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(result["points"])
+    storage.replace_text(path, text.getvalue())

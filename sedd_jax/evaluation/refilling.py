@@ -12,6 +12,7 @@ from sedd_jax.runtime import errors, storage
 
 # The paper's patterns: of 100 tokens the first and the last 25 are given, or the first 50 as a prompt.
 PRESETS = {"paper": "25{50}25", "prompt": "50{50}"}
+_DIGITS = 8  # Of a number of tokens that is longer than any sequence.
 _PART = re.compile(r"\{(\d+)\}|(\d+)")
 _WINDOWS_FOR_MAUVE = 1000  # as published; with a few hundred MAUVE cannot tell texts apart
 
@@ -63,7 +64,7 @@ def measure(
     # The model knows only its full length. So what follows the window is a gap, too, which is cut off afterwards.
     known = np.pad(is_given, (0, length - len(is_given)))
     result = {
-        **results.circumstances(run, opened.step),
+        **results.circumstances(opened),
         "judge": None if reader is None else reader.name,
         "pattern": PRESETS.get(pattern, pattern),
         "data_sha256": sha256,
@@ -104,8 +105,9 @@ def parse(pattern: str) -> Bool[np.ndarray, "W"]:
         errors.UserError: where the text is not a pattern, or nothing is missing.
     """
     text = PRESETS.get(pattern, pattern)
-    parts = [(not gap, int(gap or given)) for gap, given in _PART.findall(text)]
-    if _PART.sub("", text) or all(is_given or not count for is_given, count in parts):
+    parts = [(not gap, int((gap or given)[:_DIGITS])) for gap, given in _PART.findall(text)]
+    is_long = any(len(gap or given) >= _DIGITS for gap, given in _PART.findall(text))
+    if is_long or _PART.sub("", text) or all(is_given or not count for is_given, count in parts):
         raise errors.UserError(
             "is not a pattern",
             field="infill",

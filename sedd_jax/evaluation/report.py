@@ -161,7 +161,7 @@ def _article(run: runs.Run, result: dict[str, Any], table: Callable[[dict[str, A
     with reading(run, result):
         parts = [table(result).as_html()]
         if "picture" in result:
-            picture = run.local / results.DIRECTORY / result["picture"]
+            picture = run.local / results.DIRECTORY / pathlib.Path(result["picture"]).name
             parts.append(_image(picture, "Perplexity and entropy against nfe"))
         if result.get("texts"):
             first, *others = (f"<pre>{html.escape(text)}</pre>" for text in result["texts"])

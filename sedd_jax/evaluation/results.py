@@ -52,12 +52,13 @@ def keeping() -> Iterator[None]:
         failures.append(errors.reason(error))
 
 
-def circumstances(run: runs.Run, step: int) -> dict[str, Any]:
-    """The fields that every result has: run, checkpoint, precision, device and versions."""
+def circumstances(opened: runs.OpenRun) -> dict[str, Any]:
+    """The fields that every result has: run, checkpoint and its checksum, precision, device and versions."""
     return {
-        "workdir": str(run.workdir),
-        "step": step,
-        "dtype": run.config.network.dtype,
+        "workdir": str(opened.run.workdir),
+        "step": opened.step,
+        "checksum": opened.checksum,
+        "dtype": opened.run.config.network.dtype,
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("sedd_jax", "jax", "numpy")},
     }
@@ -88,8 +89,12 @@ def load(run: runs.Run) -> dict[str, list[dict[str, Any]]]:
     return {kind: sorted(kept, key=lambda result: str(result.get("measured"))) for kind, kept in found.items()}
 
 
-def read_parts(run: runs.Run, name: str) -> list[dict[str, Any]]:
-    """The finished parts of a long measurement, from which it resumes after an interruption."""
+def read_parts(run: runs.Run, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The finished parts of a long measurement, from which it resumes after an interruption.
+
+    Raises:
+        errors.UserError: where a part is damaged, or lacks one of the fields.
+    """
     storage.download(run.workdir, DIRECTORY)
     file = run.local / DIRECTORY / f"{name}.jsonl"
     if not file.exists():
@@ -98,8 +103,9 @@ def read_parts(run: runs.Run, name: str) -> list[dict[str, Any]]:
         parts = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     except (ValueError, RecursionError) as error:
         raise errors.UserError(f"{file} is damaged ({error})", remedy="remove it and measure again") from error
-    if not all(isinstance(part, dict) for part in parts):
-        raise errors.UserError(f"{file} is damaged (a line holds no object)", remedy="remove it and measure again")
+    if not all(isinstance(part, dict) and part.keys() >= set(fields) for part in parts):
+        problem = f"{file} is damaged (a line lacks one of {', '.join(fields)})"
+        raise errors.UserError(problem, remedy="remove it and measure again")
     return parts
 
 

@@ -22,6 +22,7 @@ from sedd_jax.reverse import time_grids
 from sedd_jax.runtime import errors, processes, sharding, storage, terminals
 
 _CANDIDATES = 64  # candidate times, at least
+_MOST_STEPS = 1024
 # (key, x0, time of each sequence, times at which steps end) -> loss of each sequence in the step to each end, in nats
 # per token.
 _LossFn = Callable[
@@ -67,6 +68,9 @@ def tune(
     for field, value, least in (("num_steps", num_steps, 1), ("num_sequences", num_sequences, 2)):
         if value < least:
             raise errors.UserError(f"must be at least {least}", field=field, value=value)
+    if num_steps > _MOST_STEPS:
+        problem = f"must be at most {_MOST_STEPS}: so many steps need no tuned grid"
+        raise errors.UserError(problem, field="num_steps", value=num_steps, remedy="use the grid of the config")
     opened = run.restore(step)
     split = run.split("valid")
     chosen = np.random.default_rng(seed).permutation(split.num_sequences)[:num_sequences]
@@ -98,7 +102,7 @@ def tune(
             report("bounds", done / (len(grids) + 1), done * judged.size)
         bound_of_all = bounds.pop("")
     result = {
-        **results.circumstances(run, opened.step),
+        **results.circumstances(opened),
         "data_sha256": split.sha256,
         "num_steps": num_steps,
         "num_sequences": len(sequences),

@@ -61,13 +61,15 @@ def evaluate_sets(
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
         raise errors.UserError(f"no set of the suite can be read: {reasons}")
-    run, step = runs.load(workdir), next(iter(found.values()))["step"]
-    result = {**results.circumstances(run, step), "sets": found, "missing": missing}
-    texts = {name: one["data_sha256"] for name, one in found.items()}
-    name = results.name(
-        "zero_shot", {"step": step, **dataclasses.asdict(settings or perplexity.Settings()), "data_sha256": texts}
-    )
-    results.keep(run, name, result)
+    run, first = runs.load(workdir), next(iter(found.values()))
+    same = ("workdir", "step", "checksum", "dtype", "device", "versions")
+    result = {**{name: first[name] for name in same}, "sets": found, "missing": missing}
+    measured = {
+        "checksum": first["checksum"],
+        **dataclasses.asdict(settings or perplexity.Settings()),
+        "data_sha256": {name: one["data_sha256"] for name, one in found.items()},
+    }
+    results.keep(run, results.name("zero_shot", measured), result)
     return result
 
 

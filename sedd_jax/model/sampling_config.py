@@ -118,11 +118,11 @@ def validate(config: SamplingConfig, graph: str, *, has_mask: bool, is_diffusion
         problem = f"has no meaning for {config.sampler}, which chooses its own times"
         raise refuse("grid", problem, f"leave it at {REFINEMENTS['grid']}")
     _validate_corrector(config, refuse, has_mask=has_mask)
-    # At a temperature below 1e-6, float32 rounding would decide.
+    # At a temperature below 1e-6, float32 rounding would decide; above 1e6 there is no difference, or an infinite one.
     for name, is_fine, wanted in (
-        ("temperature", config.temperature >= 1e-6, "at least 1e-6"),
+        ("temperature", 1e-6 <= config.temperature <= 1e6, "from 1e-6 to 1e6"),
         ("top_p", 1e-6 <= config.top_p <= 1, "from 1e-6 to 1"),
-        ("guidance", config.guidance > 0, "above 0"),
+        ("guidance", 0 < config.guidance <= 1e6, "above 0, and at most 1e6"),
     ):
         if not is_fine:
             raise refuse(name, f"must be {wanted}", "1 leaves the distribution as it is")

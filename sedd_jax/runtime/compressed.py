@@ -71,7 +71,8 @@ def _unzipped(raw: BinaryIO) -> Any:
         if len(names) != 1:
             raise errors.UserError(f"{raw.name} is a ZIP archive of {len(names)} files, not of one", remedy=_UNPACK)
         return archive.open(names[0])
-    except (NotImplementedError, RuntimeError) as error:  # It is encrypted, or packed in an unknown way.
+    # It is encrypted, packed in an unknown way, or has a name that is none.
+    except (NotImplementedError, RuntimeError, UnicodeDecodeError) as error:
         raise zipfile.BadZipFile(str(error)) from error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from sedd_jax.runtime import errors
@@ -15,16 +16,21 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         errors.UserError: names a line that is no JSON object with a step.
     """
-    records = []
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = json.loads(line)
-                records.append(record | {"step": int(record["step"])})
-            except (ValueError, OverflowError, RecursionError, TypeError, KeyError) as error:
-                raise errors.UserError(
-                    f"{path} line {number} holds no metrics of a step ({line[:60]!r})", remedy="delete that line"
-                ) from error
+        return parse(file, path)
+
+
+def parse(lines: Iterable[bytes], path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """`read` of lines that were read already; `path` is for messages."""
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, OverflowError, RecursionError, TypeError, KeyError) as error:
+            raise errors.UserError(
+                f"{path} line {number} holds no metrics of a step ({line[:60]!r})", remedy="delete that line"
+            ) from error
     return records

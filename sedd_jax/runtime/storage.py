@@ -7,6 +7,7 @@ the bucket and read from it directly.
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -22,6 +23,7 @@ from sedd_jax.runtime import errors, hosts, locks
 Directory = pathlib.Path | epath.Path
 CHECKPOINTS = "checkpoints"
 PARTIAL = ".partial"  # A directory of this name is an unfinished one that a kill has left.
+_MOVED = ".moved.json"  # Inside of it: the names that are being moved to their place.
 _LAST = ("config.json", "header.json")  # These mark a run or prepared text as complete, so they are written last.
 _LONGEST_DESCRIPTION = 2**26  # bytes; a SentencePiece model in a tokenizer's description takes a few million
 _sent: dict[pathlib.Path, tuple[int, int]] = {}  # Size and time of each local file as it is in the bucket.
@@ -31,11 +33,18 @@ def directory(name: str | os.PathLike[str]) -> Directory:
     """The directory with this name, local or gs://.
 
     Raises:
-        errors.UserError: if it is in a bucket and gcsfs is not installed.
+        errors.UserError: if it is in a bucket and gcsfs is not installed, or its name is not UTF-8.
     """
     name = os.fspath(name)
     if not name.startswith("gs://"):
-        return hosts.local_path(name)
+        found = hosts.local_path(name)
+        try:
+            str(found.absolute()).encode()
+        except UnicodeEncodeError as error:
+            raise errors.UserError(
+                f"{name!r} is no name in UTF-8, and checkpoints cannot be written there", remedy="give another name"
+            ) from error
+        return found
     try:
         import fsspec
         import gcsfs  # noqa: F401, which fsspec finds
@@ -94,7 +103,13 @@ def download(place: Directory, *names: str) -> None:
             _drop(local / name, set(files.values()))
             for found, file in files.items():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                bucket.get_file(found, str(file))
+                # Another process may read the file that this one replaces.
+                partial = local.with_name(f".{local.name}-{uuid.uuid4().hex}{PARTIAL}")
+                try:
+                    bucket.get_file(found, str(partial))
+                    partial.replace(file)
+                finally:
+                    partial.unlink(missing_ok=True)
                 _sent[file] = _version(file)
 
 
@@ -170,13 +185,18 @@ def read_description(path: pathlib.Path) -> str:
         UnicodeDecodeError: if it is not UTF-8.
         OSError: as the system does.
     """
+    check_description(path)
+    return path.read_text(encoding="utf-8")
+
+
+def check_description(path: pathlib.Path) -> None:
+    """Raises errors.UserError if what describes a model is not a regular file, or too long to be read."""
     check_regular(path)
     if (size := path.stat().st_size) > _LONGEST_DESCRIPTION:
         raise errors.UserError(
             f"{path} has {size} bytes, more than the {_LONGEST_DESCRIPTION} of any description",
             remedy="put the right file there",
         )
-    return path.read_text(encoding="utf-8")
 
 
 def replace_text(path: pathlib.Path, text: str, mark: str = "") -> None:
@@ -190,7 +210,10 @@ def is_free(place: Directory, *ours: str) -> bool:
     """Whether a directory can be made here: there is none, or an empty one, `ours` and what a kill has left aside."""
     if not place.exists():
         return True
-    return place.is_dir() and {path.name for path in place.iterdir()} <= {PARTIAL, locks.INSIDE, *ours}
+    if not place.is_dir():
+        return False
+    names = {path.name for path in place.iterdir()} - {PARTIAL, locks.INSIDE, *ours}
+    return not names or (names <= _moved(place) and names.isdisjoint(_LAST))
 
 
 @contextlib.contextmanager
@@ -198,14 +221,17 @@ def new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary local directory that becomes `final` on success and is deleted on failure.
 
     It is beside `final` and renamed. If `final` is an empty directory, perhaps a mount point, a link or the current
-    one, it is inside, and its content is moved, what marks it as complete last.
+    one, it is inside, and its content is moved, what marks it as complete last. A kill between these moves leaves a
+    list of what is moved, so that the next try can begin anew.
     """
     named, final = final, pathlib.Path(os.path.realpath(final))
     is_inside = final.is_dir()
     partial = final / PARTIAL if is_inside else final.parent / f".{final.name}{PARTIAL}"
     try:
-        if partial.exists():
-            shutil.rmtree(partial)  # Left by a process that was killed.
+        if is_inside:
+            for name in _moved(final):
+                _remove(final / name)
+        _remove(partial)  # Left by a process that was killed.
         partial.mkdir(parents=True)
     except OSError as error:
         raise errors.UserError(f"cannot write to {named} ({error.strerror})", remedy="use another directory") from error
@@ -214,13 +240,31 @@ def new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
         if not is_inside:
             partial.rename(final)
             return
-        for path in sorted(partial.iterdir(), key=lambda path: (_is_last(path.name), path.name)):
+        paths = sorted(partial.iterdir(), key=lambda path: (_is_last(path.name), path.name))
+        (partial / _MOVED).write_text(json.dumps([path.name for path in paths]), encoding="utf-8")
+        for path in paths:
             path.rename(final / path.name)
-        partial.rmdir()
+        shutil.rmtree(partial)
     except BaseException:
         # Threads of a save that failed may still write there. What they leave is removed at the next try.
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _moved(place: Directory) -> set[str]:
+    """Names in a directory that `new_directory` was moving there when it was killed."""
+    try:
+        names = json.loads((place / PARTIAL / _MOVED).read_text(encoding="utf-8"))
+        return {os.path.basename(name) for name in names} - {""}
+    except (OSError, ValueError, TypeError):
+        return set()
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _drop(name: pathlib.Path, kept: set[pathlib.Path]) -> None:

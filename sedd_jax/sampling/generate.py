@@ -35,6 +35,7 @@ class Sample:
         seed: seed of all random numbers.
         index: its number among the texts of one call, from 0.
         step: training step of the checkpoint.
+        checksum: of the checkpoint's weights, see `runs.OpenRun.checksum`; None in files of earlier versions.
         sampler: name of the sampler.
         num_steps: reverse steps, without the last evaluation.
         nfe: network evaluations (NFE), with the last one.
@@ -58,6 +59,7 @@ class Sample:
     fit: bool = False
     stop_at_eos: bool = False
     prompt: dict[str, str] | None = None
+    checksum: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as one flat dict for JSON, each refinement a field of its own."""
@@ -152,6 +154,7 @@ def draw_samples(
             seed=seed,
             index=index,
             step=opened.step,
+            checksum=opened.checksum,
             nfe=taken[index],
             **circumstances(run, settings, num_gaps),
         )

@@ -68,7 +68,7 @@ def _parse(run: runs.Run, line: str) -> Prompt:
     wanted = 'give {"template": "..."} or {"prefix": "...", "suffix": "..."}'
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise errors.UserError(f"{line[:40]!r} is not JSON", remedy=wanted) from error
     if not isinstance(fields, dict) or not fields or set(fields) - set(_FIELDS):
         raise errors.UserError(f"{line[:40]!r} is no prompt", remedy=wanted)
@@ -121,7 +121,7 @@ def sample(
     if ends.stop_at_eos:
         refill.eos_id_of(run)
     opened = run.restore(step)
-    how = {"seed": seed, "step": opened.step, "stop_at_eos": ends.stop_at_eos}
+    how = {"seed": seed, "step": opened.step, "checksum": opened.checksum, "stop_at_eos": ends.stop_at_eos}
     expected = [_described(run, changed, prompt, index, fit=ends.fit, **how) for index, prompt in enumerate(wanted)]
     results = pathlib.Path(out) if out else None
     done = _finished(results, expected, keep=is_file)
@@ -179,8 +179,8 @@ def _read_results(path: pathlib.Path, expected: Sequence[dict[str, Any]], *, kee
         try:
             sample = generate.Sample.from_dict(json.loads(line))
             if {name: x for name, x in vars(sample).items() if name not in _DRAWN} != expected[sample.index]:
-                raise ValueError("drawn in another way, or for another prompt")
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
+                raise ValueError("drawn in another way, from other weights, or for another prompt")
+        except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise errors.UserError(
                 f"holds other results, in line {number}",
                 field="out",

@@ -116,6 +116,7 @@ def draw(
             seed=seed,
             index=index,
             step=opened.step,
+            checksum=opened.checksum,
             nfe=int(nfe),
             **how,
         )

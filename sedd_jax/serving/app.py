@@ -124,10 +124,11 @@ def app(
         return responses.JSONResponse(about)
 
     async def draw(request: http.Request) -> responses.Response:
-        # In a thread, since compiling a pattern may take seconds.
-        wanted = await concurrency.run_in_threadpool(requests.parse, opened.checkpoint.run, request.url.query)
         line = request.app.state.line
         try:
+            with line.held():
+                # In a thread, since compiling a pattern may take seconds.
+                wanted = await concurrency.run_in_threadpool(requests.parse, opened.checkpoint.run, request.url.query)
             place = line.enter(functools.partial(requests.draw, opened, wanted))
         except queue.FullError:
             raise exceptions.HTTPException(

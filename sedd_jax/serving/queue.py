@@ -1,10 +1,11 @@
 """A bounded queue of requests. One thread does them in order, and drops those whose reader has gone."""
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from sedd_jax.runtime import device_failures, errors
@@ -60,17 +61,29 @@ class Line:
     def __init__(self, limit: int):
         self.limit = limit
         self._places: list[Place] = []
+        self._held = 0
         self._changed = threading.Condition()
         self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
         self._thread.start()
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Counts a request that is still being read as one in the line; raises `FullError` if that is full."""
+        with self._changed:
+            self._refuse_if_full()
+            self._held += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= 1
+
     def enter(self, job: Job) -> Place:
         """Adds a place at the end; raises `FullError` if the line is full."""
         place = Place(job=job, loop=asyncio.get_running_loop())
         with self._changed:
-            if len(self._places) >= self.limit:
-                raise FullError
+            self._refuse_if_full()
             self._places.append(place)
             self._changed.notify()
         return place
@@ -104,6 +117,10 @@ class Line:
                 place.has_left = True
             self._changed.notify()
         self._thread.join()
+
+    def _refuse_if_full(self) -> None:
+        if len(self._places) + self._held >= self.limit:
+            raise FullError
 
     def _ahead(self, place: Place) -> int:
         with self._changed:

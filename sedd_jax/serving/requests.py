@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from sedd_jax import config as configs
 from sedd_jax import runs
+from sedd_jax.data import tokenizers
 from sedd_jax.model import autoregression, sampling_config, score_draws
 from sedd_jax.reverse import correctors, samplers, time_grids
 from sedd_jax.runtime import errors, storage
@@ -312,10 +313,11 @@ def _example(run: runs.Run) -> str:
     """
     try:
         split = run.split("valid")
+        length = min(run.config.data.length, split.num_tokens, 96)
+        row = split.tokens.read(0, length).astype(np.int32)
+        tokenizers.check_encoded(row, run.tokenizer)
     except (errors.UserError, OSError):
         return ""
-    length = min(run.config.data.length, split.num_tokens, 96)
-    row = split.tokens.read(0, length).astype(np.int32)
     quarter = math.ceil(length / 4)
     start, end = run.tokenizer.decode(row[:quarter]), run.tokenizer.decode(row[length - quarter :])
     # Cut at spaces, if there are any.

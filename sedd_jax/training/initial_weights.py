@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.model import train_state
-from sedd_jax.runtime import errors, storage
+from sedd_jax.runtime import errors, processes, storage
 
 # Both runs must agree on these. Length, noise schedule and tokenizer may differ.
 _SAME = (
@@ -20,6 +20,7 @@ _SAME = (
     "network.scale_by_sigma",
     "network.normalize",
 )
+_STEP = "init_from_step.txt"
 _OF_TOKENS = ("embedding", "head_kernel", "head_bias")
 
 
@@ -54,7 +55,8 @@ def check(config: configs.Config) -> None:
 def take(run: runs.Run, state: train_state.TrainState, mesh: jax.sharding.Mesh) -> tuple[train_state.TrainState, str]:
     """Puts the moving average of config.init_from's newest checkpoint into a fresh state.
 
-    If the tokenizers differ, the embedding and the head stay fresh.
+    Its step is kept in the run directory, so that a run that is killed before its first checkpoint begins again with
+    the same weights. If the tokenizers differ, the embedding and the head stay fresh.
 
     Args:
         run: the run that starts.
@@ -65,7 +67,10 @@ def take(run: runs.Run, state: train_state.TrainState, mesh: jax.sharding.Mesh) 
         The state, and a message for the user that says which weights were taken.
     """
     source = runs.load(storage.directory(run.config.init_from))
-    step, params = source.params("ema_params", mesh)
+    kept = storage.get_text(run.workdir / _STEP)
+    step, params = source.params("ema_params", mesh, None if kept is None else int(kept))
+    if kept is None and processes.is_first():
+        storage.put_text(run.workdir / _STEP, f"{step}\n")
     said = f"weights are those of step {step} of {run.config.init_from}, averaged"
     if source.tokenizer.fingerprint() != run.tokenizer.fingerprint():
         params = params | {name: state.params[name] for name in _OF_TOKENS}

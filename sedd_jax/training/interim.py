@@ -29,6 +29,11 @@ class Interim:
     writer: metric_writers.Writer
     held_out_fn: Callable[[networks.Params], dict[str, float]]
 
+    def is_due(self, step: int) -> bool:
+        """Whether `measure` does anything after a step."""
+        settings = self.run.config.training
+        return any(is_due(step, settings.num_steps, every) for every in (settings.eval_every, settings.sample_every))
+
     def measure(self, step: int, state: train_state.TrainState) -> dict[str, float]:
         """Evaluates and samples after a step if that is due. Returns the metrics of the evaluation, if any."""
         settings = self.run.config.training

@@ -23,8 +23,11 @@ SECONDS_BETWEEN_PICTURES = 60.0
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
-    """Steps and finite values of one metric, in ascending order. If a step has two lines, the later one counts."""
-    values = {record["step"]: float(record[name]) for record in records if name in record}
+    """Steps and finite values of one metric, in ascending order. If a step has two lines, the later one counts.
+
+    Values that are not finite stand in the file as text and are left out, as is whatever else is no number.
+    """
+    values = {record["step"]: record[name] for record in records if isinstance(record.get(name), int | float)}
     points = sorted((step, value) for step, value in values.items() if math.isfinite(value))
     array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     return array[:, 0], array[:, 1]

@@ -161,6 +161,8 @@ def _short(count: float) -> str:
 class Progress:
     """A progress bar on a terminal, one plain line per call elsewhere.
 
+    Where nobody reads it any more, as when `tee` has ended, or its disk is full, it goes nowhere, and training goes on.
+
     Args:
         num_steps: the last step of training.
         unit: the unit of bits per unit, "character" or "token".
@@ -188,7 +190,8 @@ class Progress:
                     redirect_stderr=own,
                     redirect_stdout=own and sys.stdout.isatty(),
                 )
-                self._live.start(refresh=True)
+                with contextlib.suppress(OSError):
+                    self._live.start(refresh=True)
 
     def _bar(self, step: int, left: datetime.timedelta | None, numbers: str) -> Any:
         """Two lines, because at 60 columns one line is too short for the numbers and the bar."""
@@ -213,19 +216,22 @@ class Progress:
         if self._live is None:
             self.say("  ".join([f"step {step}/{self._num_steps}", *numbers, f"left {left}"]))
         else:
-            self._live.update(self._bar(step, left, "  ".join(numbers)), refresh=True)
+            with contextlib.suppress(OSError):
+                self._live.update(self._bar(step, left, "  ".join(numbers)), refresh=True)
 
     def say(self, text: str) -> None:
         """Prints a text above the bar, such as samples, a result or a warning."""
         visible = text.translate(terminals.VISIBLE_CONTROLS)
-        if self._live is None:
-            print(visible, file=self._stream, flush=True)
-        else:
-            self._live.console.print(visible, markup=False, emoji=False)
+        with contextlib.suppress(OSError):
+            if self._live is None:
+                print(visible, file=self._stream, flush=True)
+            else:
+                self._live.console.print(visible, markup=False, emoji=False)
 
     def close(self) -> None:
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
 
 
 def _describe(metrics: Mapping[str, float]) -> str:
@@ -324,7 +330,7 @@ class MetricWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of one step everywhere. To those of a training step it adds speed and memory."""
-        metrics = dict(metrics)
+        metrics, seconds_left = dict(metrics), None
         if "train/loss" in metrics:
             steps_per_second, seconds_left = self._pace.lap(step)
             metrics["train/tokens_per_second"] = steps_per_second * self._work.tokens
@@ -332,12 +338,13 @@ class MetricWriter:
                 flops = metrics["train/tokens_per_second"] * self._work.flops_per_token
                 metrics["train/model_flop_utilization"] = flops / self._work.peak_flops
             metrics |= _peak_memory()
+        for file in self._files:
+            file.write(step, metrics)
+        if seconds_left is not None:
             self._progress.show(step, metrics, seconds_left)
         held_out = {name: value for name, value in metrics.items() if name.startswith("valid/")}
         if held_out:
             self.say(f"step {step}  held out: {_describe(held_out)}")
-        for file in self._files:
-            file.write(step, metrics)
 
     def write_text(self, step: int, name: str, text: str) -> None:
         """Writes a text to TensorBoard's files."""

@@ -231,11 +231,13 @@ def _loop(session: _Session, step_fn: train_steps.StepFn, state: train_state.Tra
             train_metrics = _train_metrics(run, data, metrics)
             written |= train_metrics
             writer.write(step, train_metrics)
+        saves = due(settings.checkpoint_every) or stops
+        if saves or measured.is_due(step):
+            _check_finite(step, metrics, saved)  # It waits for the step, which is training time, before the pause.
         if not stops:
             written |= measured.measure(step, state)
-        if due(settings.checkpoint_every) or stops:
+        if saves:
             with writer.pause():
-                _check_finite(step, metrics, saved)
                 if processes.is_first():
                     plot(stops or step == settings.num_steps)
                     # Before the checkpoint: a run that resumes from it needs the metrics of the steps up to it.

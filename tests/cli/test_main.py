@@ -243,3 +243,15 @@ def test_a_config_without_a_name_is_not_the_default_one(given, tmp_path, capsys)
     assert cli.main(["train", f"--workdir={tmp_path / 'run'}", *given]) == 2
     assert capsys.readouterr().err == "sedd train: --config=FILE names no file; see `sedd train --help`\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_closed_standard_streams_take_nothing_and_hide_no_status(tmp_path):
+    (tmp_path / "good.txt").write_text("a = 1\nb = 22\n" * 200)
+    sedd = f"exec {sys.executable} -m sedd_jax"
+    prepare = f"prepare --data=text:{tmp_path}/good.txt --tokenizer=characters --num_workers=1"
+    for index, closed in enumerate(("2>&-", "0<&- 2>&-", "0<&- 1>&- 2>&-")):
+        line = f"{sedd} {prepare} --out={tmp_path}/out{index} {closed}"
+        assert subprocess.run(["bash", "-c", line], timeout=120).returncode == 0, closed
+        assert (tmp_path / f"out{index}" / "header.json").is_file()
+    assert subprocess.run(["bash", "-c", f"{sedd} prepare --nonsense 2>&-"], timeout=120).returncode == 2
+    assert subprocess.run(["bash", "-c", f"{sedd} runs {tmp_path}/none 2>&-"], timeout=120).returncode == 1

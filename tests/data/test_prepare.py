@@ -1,6 +1,7 @@
 """Tests of `sedd prepare`: it leaves finished text or none, describes it, and a run notices when it changes."""
 
 import base64
+import concurrent.futures
 import contextlib
 import json
 import lzma
@@ -21,7 +22,7 @@ import tiktoken.load
 from sedd_jax import config as configs
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
-from sedd_jax.data import detokenizers, prepare, shards
+from sedd_jax.data import detokenizers, documents, encoders, prepare, shards, tokenizers
 from sedd_jax.runtime import errors, leases, storage
 from tests.support import gcs_emulator, places, slow
 
@@ -487,3 +488,30 @@ def test_a_test_set_alone_is_no_text_to_train_on(tmp_path):
     prepare.prepare(f"lines:{tmp_path}/{{split}}.txt", "text8", tmp_path / "prepared", num_workers=1)
     with pytest.raises(ValueError, match=r"the split 'train' is not in .*prepared: choose one of test"):
         runs.start(tmp_path / "run", _config(f"prepared:{tmp_path / 'prepared'}", "text8"))
+
+
+def test_a_worker_that_is_killed_is_said_wherever_that_is_noticed(monkeypatch):
+    class Pool:
+        def __init__(self, *args, **options):
+            pass
+
+        def submit(self, *task):
+            raise concurrent.futures.process.BrokenProcessPool
+
+        def shutdown(self, **options):
+            pass
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Pool)
+    texts = iter([documents.Document("a", "place", 1.0)])
+    with pytest.raises(errors.UserError, match=r"a process that tokenized was killed, .*: use fewer num_workers"):
+        list(encoders.encode(texts, tokenizers.build("bytes", lambda: iter(())), num_workers=2))
+
+
+def test_ids_that_are_no_tokens_are_named_by_a_description(tmp_path):
+    (tmp_path / "train.txt").write_text("a = 1\n" * 400)
+    prepare.prepare(f"text:{tmp_path}/train.txt", "characters", tmp_path / "out", num_workers=1)
+    (shard,) = (tmp_path / "out").glob("valid-*.bin")
+    content = shard.read_bytes()
+    shard.write_bytes(b"\xff\xff" + content[2:])
+    with pytest.raises(errors.UserError, match=r"split valid: .*65535"):
+        prepare.describe(tmp_path / "out")

@@ -418,3 +418,10 @@ def test_pieces_that_a_text_has_not_are_an_error():
 def test_only_some_tokenizers_depend_on_the_text():
     specs = ("characters", "sentencepiece:300", "sentencepiece:a.model", "bytes", "gpt2", "text8")
     assert [tokenizers.is_learned(spec) for spec in specs] == [True, True, False, False, False, False]
+
+
+def test_a_file_far_too_long_for_a_tokenizer_is_not_read(tmp_path):
+    with (tmp_path / "ranks").open("wb") as file:
+        file.truncate(10**12)  # It takes no place on the disk.
+    with pytest.raises(errors.UserError, match="ranks has 1000000000000 bytes, more than the 67108864 of any"):
+        tokenizers.build(f"gpt2:{tmp_path / 'ranks'}", lambda: iter(()))

@@ -175,3 +175,11 @@ def test_wrong_files_are_refused_in_one_line(code_run, tmp_path, capsys, content
     assert error.count("\n") == 1
     assert cli.main([*arguments, f"--problems={tmp_path}/none.jsonl"]) == 1
     assert f"--problems={tmp_path}/none.jsonl is not a file: give one in the format" in capsys.readouterr().err
+
+
+def test_an_empty_solution_leaves_a_gap_of_one(code_run, tmp_path):
+    (problem,) = read(tmp_path, {**INFILL, "canonical_solution": ""})
+    run = runs.load(code_run)
+    template = code_problems._template(run, problem)
+    assert int((~template.is_given[: template.length]).sum()) == 1
+    assert len(code_problems._code(run, problem, template.tokens, template)) == 1

@@ -107,3 +107,7 @@ def test_the_end_of_a_document_ends_a_line(code_run):
     tokens = np.array([*pieces.encode("  a"), pieces.eos_id, *pieces.encode(" bc"), pieces.eos_id])
     ended = dataclasses.replace(runs.load(code_run), tokenizer=pieces)
     assert code_quality._text(ended, tokens) == "  a\n bc\n"
+
+
+def test_of_a_single_window_there_is_no_error():
+    assert code_quality._share([True]) == {"share": 1.0, "stderr": None, "windows": 1}

@@ -140,3 +140,9 @@ def test_the_text_is_tokenized_as_a_whole_where_it_can_be():
     assert [part.start for part in parts] == [3, 3]
     assert parts[0].tokens.tolist() == [*encode("a b c d e")[1:]]
     assert cut == 2
+
+
+def test_of_a_single_answer_there_is_no_error():
+    assert conditionals._accuracy([{"best": 1, "answer": 1}])["accuracy_stderr"] is None
+    two = conditionals._accuracy([{"best": 1, "answer": 1}, {"best": 0, "answer": 1}])
+    assert two["accuracy_stderr"] == pytest.approx(0.5 / 2**0.5)

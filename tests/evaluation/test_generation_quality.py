@@ -9,7 +9,7 @@ import pytest
 
 from sedd_jax import runs
 from sedd_jax.cli import main as cli
-from sedd_jax.evaluation import generation_quality, perplexity
+from sedd_jax.evaluation import generation_quality, judges, perplexity
 
 
 @pytest.mark.slow
@@ -90,3 +90,28 @@ def test_what_is_too_short_for_pairs_or_triples_has_no_figure_of_them():
     found = generation_quality._diversity(np.array([[0, 1], [0, 1]]))
     assert found == {"distinct_1": 0.5, "distinct_2": 0.5, "distinct_3": None}
     assert [generation_quality.cell(found, name) for name in found] == ["0.500", "0.500", "no figure"]
+
+
+def test_tokens_that_a_judge_does_not_read_count_as_those_it_reads(code_run):
+    """A nat for every token that it reads, which are all but the first of each window of eight."""
+
+    class Judge(judges.Judge):
+        name, length, first = "toy", 8, 1
+
+        def _shares(self, run, token):
+            return True
+
+        def _encode(self, texts):
+            raise AssertionError
+
+        def _log_likelihood(self, batch):
+            return np.full((batch.shape[0], batch.shape[1] - 1), -1.0)
+
+        def _features(self, batch):
+            raise AssertionError
+
+    tokens = np.tile(np.arange(32) % 4, (3, 1)).astype(np.int32)
+    found = generation_quality.read(runs.load(code_run), Judge(), tokens)
+    assert found["cross_entropy"] == pytest.approx(1.0)
+    assert found["divergence"] == pytest.approx(1.0 - math.log(4))
+    assert found["gen_ppl_pooled"] == pytest.approx(math.e)

@@ -1,5 +1,6 @@
 """`sedd eval`: figures fit together, other text is tokenized as the run's was, and what was stopped goes on."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ from sedd_jax.bounds import likelihoods
 from sedd_jax.cli import main as cli
 from sedd_jax.data import prepare
 from sedd_jax.evaluation import perplexity
+from sedd_jax.model import networks
 
 
 @pytest.fixture
@@ -163,3 +165,17 @@ def test_the_command_prints_a_table_and_json(run, capsys):
     assert f"{result['cross_entropy']['ppl_bound']:.3f}" in "\n".join(table)
     assert max(map(len, itertools.islice(table, 1, None))) <= 110
     assert set(result["versions"]) == {"sedd_jax", "jax", "numpy"}
+
+
+def test_passes_of_other_weights_of_the_same_step_do_not_count(run):
+    """A run that went back and on again has other weights, and its old measurements are still there."""
+    run = runs.load(run)
+    opened = run.restore()
+    text, settings = run.split("valid"), perplexity.Settings(num_times=1, batch_size=8)
+    kept = perplexity.Kept(opened, text, "valid", settings)
+    with opened.on_devices():
+        kept.draw(lambda *_: None, of=1)
+    assert len(perplexity.Kept(run.restore(), text, "valid", settings).done) == 1
+    params = opened.model.params | {"head_bias": opened.model.params["head_bias"] + 1.0}
+    other = dataclasses.replace(opened, model=networks.Model(opened.model.config, params))
+    assert perplexity.Kept(other, text, "valid", settings).done == []

@@ -23,7 +23,9 @@ def test_a_pattern_says_what_is_given(pattern, given):
     assert refilling.parse(pattern).astype(int).tolist() == given
 
 
-@pytest.mark.parametrize("pattern", ["", "25", "25{0}25", "a{3}", "{3", "{-1}", "2 {3}", "papers"])
+@pytest.mark.parametrize(
+    "pattern", ["", "25", "25{0}25", "a{3}", "{3", "{-1}", "2 {3}", "papers", "25{99999999}25", "1" * 5000 + "{1}"]
+)
 def test_what_is_no_pattern_is_refused(pattern):
     with pytest.raises(ValueError, match="is not a pattern: give numbers of known and"):
         refilling.parse(pattern)

@@ -68,7 +68,7 @@ def generated(opened):
     figures = {"gen_ppl_per_sequence": 1.0, "gen_ppl_pooled": 1.0, "unigram_entropy": 1.0}
     figures |= {f"distinct_{n}": 1.0 for n in (1, 2, 3)}
     result = {
-        **results.circumstances(opened, 2),
+        **results.circumstances(opened.restore()),
         "judge": "<b>judge</b>",
         "judge_first": 0,
         "length": 32,
@@ -131,7 +131,13 @@ def test_several_runs_stand_side_by_side(run, judge_run, capsys):
     opened = runs.load(run)
     figures = {"gen_ppl_per_sequence": 1.0, "gen_ppl_pooled": 1.0, "unigram_entropy": 1.0}
     figures |= {f"distinct_{n}": 1.0 for n in (1, 2, 3)}
-    result = {**results.circumstances(opened, 2), "judge": "one", "judge_first": 0, "length": 32, "num_samples": 1}
+    result = {
+        **results.circumstances(opened.restore()),
+        "judge": "one",
+        "judge_first": 0,
+        "length": 32,
+        "num_samples": 1,
+    }
     result |= {"sampler": "tweedie", "nfe": 5, "draw": "precise", "samples": figures, "held_out": figures}
     results.keep(opened, results.name("generation", {}), {**result, "texts": ["a text"]})
     flags = ["--report", f"--beside={judge_run}", "--num_processes=1"]

@@ -72,6 +72,8 @@ def test_what_cannot_be_tuned_is_said(code_run, judge_run, capsys):
         tune_grid.tune(judge_run)
     with pytest.raises(ValueError, match=r"num_steps=0 must be at least 1"):
         tune_grid.tune(code_run, num_steps=0)
+    with pytest.raises(ValueError, match=r"num_steps=100000 must be at most 1024"):
+        tune_grid.tune(code_run, num_steps=100_000)
     with pytest.raises(ValueError, match=r"num_sequences=1 must be at least 2"):
         tune_grid.tune(code_run, num_sequences=1)
     assert cli.main(["tune-grid", "--num_steps=4"]) == 2

@@ -104,3 +104,10 @@ def test_plain_text_is_read_unless_its_name_promises_compression(tmp_path):
 def test_what_the_system_refuses_stays_its_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         _read(tmp_path / "none")
+
+
+def test_a_zip_archive_with_a_name_that_is_none_is_named(tmp_path):
+    content = _zipped(["caf\u00e9"])
+    (tmp_path / "books.zip").write_bytes(content.replace("caf\u00e9".encode(), b"caf\xff\xfe"))
+    with pytest.raises(errors.UserError, match=r"books\.zip cannot be decompressed"):
+        _read(tmp_path / "books.zip")

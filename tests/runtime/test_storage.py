@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import fsspec
 import pytest
@@ -143,3 +146,53 @@ def test_what_marks_a_directory_as_complete_is_moved_last(tmp_path, monkeypatch)
     monkeypatch.setattr(pathlib.Path, "rename", lambda path, to: [moved.append(path.name), rename(path, to)][1])
     _make(tmp_path / "empty", "config.json", "data", "tokenizer.json")
     assert moved == ["data", "tokenizer.json", "config.json"]
+
+
+_KILLED = """
+import os, pathlib, sys
+from sedd_jax.runtime import storage
+
+rename = pathlib.Path.rename
+pathlib.Path.rename = lambda path, to: os._exit(9) if path.name == "tokenizer.json" else rename(path, to)
+with storage.new_directory(pathlib.Path(sys.argv[1])) as partial:
+    for name in ("data", "tokenizer.json", "config.json"):
+        (partial / name).mkdir()
+"""
+
+
+def test_a_kill_between_two_moves_leaves_a_place_to_begin_anew(tmp_path):
+    final = tmp_path / "mount"
+    final.mkdir()
+    assert subprocess.run([sys.executable, "-c", _KILLED, str(final)], timeout=120).returncode == 9
+    assert {path.name for path in final.iterdir()} == {".partial", "data"}
+    (final / "mine").touch()
+    assert not storage.is_free(final)
+    (final / "mine").unlink()
+    assert storage.is_free(final)
+    _make(final, "other", "config.json")
+    assert {path.name for path in final.iterdir()} == {"other", "config.json"}
+    assert not storage.is_free(final)
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    name = os.fsdecode(b"run\xff")
+    with pytest.raises(errors.UserError, match="is no name in UTF-8, and checkpoints cannot be written there: give"):
+        storage.directory(name)
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(errors.UserError, match="is no name in UTF-8"):
+        storage.directory("run")
+
+
+def test_a_file_that_another_process_reads_is_replaced_and_not_cut(bucket):
+    place = storage.directory("gs://bucket/run")
+    (place / "data" / "a.bin").parent.mkdir(parents=True)
+    (place / "data" / "a.bin").write_bytes(b"old")
+    storage.download(place, "data")
+    file = storage.local_copy(place) / "data" / "a.bin"
+    with file.open("rb") as reader:
+        (place / "data" / "a.bin").write_bytes(b"new")
+        storage.download(place, "data")
+        assert (reader.read(), file.read_bytes()) == (b"old", b"new")
+    assert [path.name for path in file.parent.iterdir()] == ["a.bin"]
+    assert [path.name for path in storage.local_copy(place).parent.iterdir()] == [storage.local_copy(place).name]

@@ -7,8 +7,9 @@ import pathlib
 
 import pytest
 
-from sedd_jax import runs
+from sedd_jax import checkpoints, runs
 from sedd_jax.cli import main as cli
+from sedd_jax.runtime import errors
 from sedd_jax.sampling import generate, prompts, refill
 
 LINES = [{"template": "a = {3}"}, {"prefix": "b"}, {"template": "{2}1\nb = 2{1}"}, {"prefix": "a", "suffix": "\n"}] * 3
@@ -176,3 +177,18 @@ def test_a_single_template_may_be_fitted(code_run, tmp_path):
     } == {(7, "a = ", 3, 2, True, None)}
     assert sorted(map(json.loads, out.read_text().splitlines()), key=lambda one: one["index"]) == found
     assert all(generate.Sample.from_dict(one).to_dict() == one for one in found)
+
+
+def test_texts_of_other_weights_are_not_taken_for_this_run_s(arguments, tmp_path, monkeypatch):
+    assert call(*arguments)[0] == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    monkeypatch.setattr(checkpoints, "checksum", lambda params: 1)
+    status, _, err = call(*arguments)
+    assert (status, "holds other results, in line 1" in err) == (1, True), err
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_a_prompt_of_endless_brackets_is_no_json(code_run, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prefix": ' + "[" * 100_000 + "\n")
+    with pytest.raises(errors.UserError, match=r"prompts\.jsonl:1: .* is not JSON"):
+        prompts.read(runs.load(code_run), tmp_path / "prompts.jsonl")

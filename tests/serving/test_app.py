@@ -800,3 +800,23 @@ def _is_closed(connection):
         return connection.recv(1) == b""
     except ConnectionError:
         return True
+
+
+def test_a_request_that_is_being_read_counts_as_open(opened, monkeypatch):
+    """Reading compiles patterns, which may take seconds."""
+    begun, goes_on, real = threading.Semaphore(0), threading.Event(), requests.parse
+
+    def parse(run, query):
+        if "seed=1" in query:
+            begun.release()
+            assert goes_on.wait(60)
+        return real(run, query)
+
+    monkeypatch.setattr(requests, "parse", parse)
+    with _serving(opened, max_open=2) as url, concurrent.futures.ThreadPoolExecutor() as pool:
+        slow = [pool.submit(_ask, url, seed=1, num_steps=1) for _ in range(2)]
+        assert all(begun.acquire(timeout=60) for _ in slow)
+        code, _, _ = _refusal(f"{url}/api/draw?seed=3&num_steps=1")
+        goes_on.set()
+        assert code == 503
+        assert [answers.result()[-1][0] for answers in slow] == ["done", "done"]

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -110,3 +111,15 @@ def test_other_networks_are_refused_and_nothing_is_written(fine_tune, tmp_path, 
         train.train(fine_tune(**changed), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_start_that_is_repeated_takes_the_same_weights(fine_tune, tmp_path, code_run):
+    """Though the source has trained on since."""
+    source = shutil.copytree(code_run, tmp_path / "source")
+    config = fine_tune(init_from=str(source))
+    first, said, _ = fresh_state(config, tmp_path / "run")
+    on = configs.flatten(configs.to_dict(runs.load(source).config)) | {"training.num_steps": 3}
+    train.train(configs.parse(configs.merge(on)), source, stream=io.StringIO())
+    again, said_again, _ = fresh_state(config, tmp_path / "run")
+    assert said == said_again
+    assert_same(first.params, again.params)

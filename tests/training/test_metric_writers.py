@@ -1,5 +1,6 @@
 """metric_writers: metrics read back, survive kills and resumes, and look right on terminals and in pictures."""
 
+import errno
 import io
 import json
 import math
@@ -442,3 +443,34 @@ def test_reference_entropies_are_of_as_much_text_as_fits_in_memory(monkeypatch):
     run = runs.Run(workdir=pathlib.Path(), config=configs.Config(), tokenizer=alphabets.Characters(alphabet="abcd"))
     known = batches.entropies(tokens[:100], 5)
     assert train._reference_entropies(run) == {"unigram entropy": known.unigram, "bigram entropy": known.bigram}
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_training_goes_on_where_nobody_reads_its_progress(tmp_path, is_terminal, clock):
+    """As after `2>&1 | tee log`, when tee has ended, or at a terminal that is gone."""
+
+    class Broken(io.StringIO):
+        def isatty(self):
+            return is_terminal
+
+        def write(self, text):
+            raise OSError(errno.EIO if is_terminal else errno.EPIPE, "gone")
+
+    stream = io.StringIO()
+    with make_writer(tmp_path, stream=stream) as writer:
+        writer._progress = metric_writers.Progress(num_steps=2000, unit="character", start_step=0, stream=Broken())
+        writer.say = writer._progress.say
+        clock.now += 1
+        writer.write(100, TRAIN)
+        writer.write(100, {"valid/score_entropy_bits": 2.5})
+        writer.say("a sample")
+        writer._progress.close()
+    assert [record["step"] for record in metric_lines.read(tmp_path / "metrics.jsonl")] == [100, 100]
+
+
+def test_a_value_that_is_no_number_is_no_point_of_a_picture(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/bits_per_token": null}\n{"step": 2, "train/bits_per_token": 3.0}\n')
+    loss_curves.plot_curves(path, tmp_path / "loss.png", {})
+    steps, values = loss_curves._series(metric_lines.read(path), "train/bits_per_token")
+    assert (steps.tolist(), values.tolist()) == ([2], [3.0])
