@@ -20,12 +20,8 @@ def words(text: str) -> list[str]:
 
 def main(workdir: str, num_samples: int = 64, num_steps: int = 96) -> dict[str, float]:
     run, files = sedd_jax.open(workdir), runs.load(workdir)
-    text = {}
-    for split in ("train", "valid"):
-        tokens = files.split(split).tokens
-        text[split] = run.tokenizer.decode(tokens.read(0, len(tokens)))
-    known, length = set(words(text["train"])), run.config.data.length
-    held_out = [text["valid"][i : i + length] for i in range(0, len(text["valid"]) - length, length)]
+    known = set(words(run.tokenizer.decode(files.split("train").tokens.read(0, files.split("train").num_tokens))))
+    held_out = [run.tokenizer.decode(row) for row in files.split("valid").sequences()]
     samples = run.sample(num_samples=num_samples, num_steps=num_steps)
     shares = {}
     for name, texts in {"samples": [sample.text for sample in samples], "held-out text": held_out}.items():

@@ -14,12 +14,13 @@ Wings, each above those that it imports:
 | `harness` | the same for lm-evaluation-harness |
 | `performance/` | benchmarks, plans for devices that are not here, and the examination of this machine |
 | `training/` | the training loop and what it writes |
+| `conversion/` | checkpoints to and from PyTorch and StableHLO, and their cards |
+| `comparison` | several runs side by side |
 | `evaluation/` | measurements that are kept and shown: likelihood, quality of samples, infilling, code |
 | `bounds/` | bounds on the likelihood of sequences and texts, and their errors |
 | `serving/` | the page of `sedd serve` |
 | `sampling/` | text from a run: templates, patterns, prompts, and the one engine that fills them |
-| `conversion/` | checkpoints to and from PyTorch and StableHLO |
-| `runs`, `config`, `checkpoints` | a run directory and what is in it |
+| `runs`, `config`, `config_files`, `checkpoints` | a run directory and what is in it |
 | `model/` | the network, its streamed head, what is drawn from it, the training objective |
 | `programs/` | problems to solve by code, and the sandbox that tries solutions |
 | `data/` | text, tokenizers, batches |

@@ -119,14 +119,12 @@ def test_a_task_that_asks_for_the_whole_length_keeps_its_context(model, asked, g
     assert (known, template.length - len(known)) == (context[-(32 - gap) :], gap)
 
 
-def test_the_harness_ends_in_one_line(tmp_path):
-    arguments = ["--model", "sedd_jax", "--model_args", f"workdir={tmp_path}", "--tasks", "none"]
-    done = subprocess.run(
-        [sys.executable, "-m", "sedd_jax.harness", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-    )
+def test_the_command_names_a_run_that_is_none_in_one_line(tmp_path):
+    (tmp_path / "choices.yaml").write_text(CHOICES.format(folder=tmp_path))
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    arguments = ["--model_args", f"workdir={tmp_path}/none", "--tasks", "choices", "--include_path", str(tmp_path)]
+    command = [sys.executable, "-m", "sedd_jax.harness", "--model", "sedd", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"sedd_jax.harness: workdir={tmp_path}/none is not")
