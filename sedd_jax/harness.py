@@ -111,7 +111,8 @@ class Model(model.LM):
             is_greedy = not asked.get("do_sample", False)
             drawn = self._fill([self._gap(requests[place].args[0], asked) for place in alike], asked, is_greedy)
             for place, text in zip(alike, drawn, strict=True):
-                until = requests[place].args[1].get("until") or []
+                arguments: tuple[Any, ...] = requests[place].args
+                until = arguments[1].get("until") or []
                 for stop in [until] if isinstance(until, str) else until:
                     text = text.partition(stop)[0] if stop else text
                 found[place] = text

@@ -54,6 +54,14 @@ def measure(
     """
     sandbox.check()
     found = layouts.read(problems)
+    task_id, count = collections.Counter(problem.task_id for problem in found).most_common(1)[0]
+    if count > 1:
+        raise errors.UserError(
+            f"has {count} problems of the name {task_id}, whose figures would be mixed",
+            field="problems",
+            value=problems,
+            remedy="give each problem once, under a name of its own",
+        )
     run = runs.load(workdir)
     sampling = run.sampling(num_samples=attempts.batch_size, **settings)
     try:

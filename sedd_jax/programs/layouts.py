@@ -1,6 +1,5 @@
 """Problems to solve by code, in the layouts in which HumanEval, HumanEval+, MBPP and MBPP+ are distributed."""
 
-import collections
 import json
 import os
 import pickle
@@ -79,14 +78,6 @@ def read(path: str | os.PathLike[str]) -> list[Problem]:
     found = [_problem(content, place) for content, place in _entries(str(path))]
     if not found:
         raise errors.UserError("has no problem in it", field="problems", value=path, remedy="give another file")
-    task_id, count = collections.Counter(problem.task_id for problem in found).most_common(1)[0]
-    if count > 1:
-        raise errors.UserError(
-            f"has {count} problems of the name {task_id}, whose figures would be mixed",
-            field="problems",
-            value=path,
-            remedy="give each problem once, under a name of its own",
-        )
     return found
 
 

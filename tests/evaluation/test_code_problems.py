@@ -14,6 +14,7 @@ from sedd_jax import runs
 from sedd_jax.cli import main as cli
 from sedd_jax.evaluation import code_problems, generation_quality
 from sedd_jax.programs import layouts, sandbox
+from sedd_jax.runtime import errors
 
 CHECK = "def check(a):\n    assert (a, b) == (1, 22)"
 PREFIX = {"task_id": "t/0", "prompt": "a = 1\nb", "canonical_solution": " = 22\n", "test": CHECK, "entry_point": "a"}
@@ -183,3 +184,10 @@ def test_an_empty_solution_leaves_a_gap_of_one(code_run, tmp_path):
     template = code_problems._template(run, problem)
     assert int((~template.is_given[: template.length]).sum()) == 1
     assert len(code_problems._code(run, problem, template.tokens, template)) == 1
+
+
+def test_two_problems_of_one_name_are_refused(code_run, tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(f"{json.dumps(PREFIX)}\n{json.dumps(PREFIX)}\n")
+    with pytest.raises(errors.UserError, match=r"has 2 problems of the name t/0, whose figures would be mixed: give"):
+        code_problems.measure(code_run, str(path))

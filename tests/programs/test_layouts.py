@@ -113,8 +113,3 @@ def test_a_test_program_replaces_the_assertions(tmp_path):
 def test_what_is_no_problem_is_named(tmp_path, text, message):
     with pytest.raises(errors.UserError, match=message):
         read(tmp_path, text)
-
-
-def test_two_problems_of_one_name_are_refused(tmp_path):
-    with pytest.raises(errors.UserError, match=r"has 2 problems of the name .*, whose figures would be mixed: give"):
-        read(tmp_path, f"{json.dumps(MBPP)}\n{json.dumps(MBPP)}\n")

@@ -151,7 +151,9 @@ def test_what_cannot_be_asked_is_said(code_run, judge_run):
     with pytest.raises(ValueError, match=r"has a pattern, which takes a diffusion run, not config\.graph\.name=auto"):
         templates.compile_patterns(runs.load(judge_run), [templates.parse(runs.load(judge_run), "a{3:1+}")])
     for wrong, message in (
-        ({"temperature": 0.0}, r"config\.sampling\.temperature=0\.0 must be at least 1e-6"),
+        ({"temperature": 0.0}, r"config\.sampling\.temperature=0\.0 must be from 1e-6 to 1e6"),
+        ({"temperature": 1e39}, r"config\.sampling\.temperature=1e\+39 must be from 1e-6 to 1e6"),
+        ({"guidance": 1e39}, r"config\.sampling\.guidance=1e\+39 must be above 0, and at most 1e6"),
         ({"top_p": 1.5}, r"config\.sampling\.top_p=1\.5 must be from 1e-6 to 1"),
         ({"guidance": 0.0}, r"config\.sampling\.guidance=0\.0 must be above 0"),
         ({"top_p": 0.5, "draw": "published"}, r"config\.sampling\.top_p=0\.5 is a control of precise draws"),
