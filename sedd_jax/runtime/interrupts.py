@@ -19,6 +19,10 @@ _SECONDS = 0.05  # until an interrupt that was dropped comes again
 _PATIENCE = 1.0  # seconds that an interrupt has to arrive
 
 
+# Native modules. One that an interrupt drops before it has begun would take itself down, and crash (SIGSEGV).
+_created: list[Any] = []
+
+
 class _State:
     """What became of the interrupts of this process.
 
@@ -98,7 +102,9 @@ def _whole(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def loaded(*given: Any) -> Any:
         with deferred():
-            return load(*given)
+            found = load(*given)
+            _created.append(found)
+            return found
 
     return loaded
 
