@@ -1,6 +1,7 @@
 """Several runs side by side: how far each is, its newest held-out bound, its speed, and where their configs differ."""
 
 import contextlib
+import io
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -76,8 +77,7 @@ def _facts(run: runs.Run) -> dict[str, Any]:
     """Step of the newest checkpoint, newest bound, and the median speed of the last logged steps."""
     path = run.workdir / "metrics.jsonl"
     # A local copy is that of a training on this machine, which may have logged more.
-    text = storage.get_text(path) or ""
-    records = metric_lines.parse(text.encode().splitlines(keepends=True), path)
+    records = metric_lines.parse(io.BytesIO(storage.get_bytes(path) or b""), path)
     try:
         speeds = [float(each["train/tokens_per_second"]) for each in records if "train/tokens_per_second" in each]
         bound = next(filter(None, (_bound(record) for record in reversed(records))), None)

@@ -116,3 +116,9 @@ def test_a_list_of_runs_leaves_the_local_copy_of_a_bucket_to_its_training(code_r
 def test_what_a_kill_has_left_of_a_run_is_not_listed(place):
     shutil.copytree(place / "a", place / ".b.partial")
     assert [run.workdir.name for run in comparison.find([place])] == ["a", "b"]
+
+
+def test_metrics_that_are_no_text_are_named(place):
+    (place / "a" / "metrics.jsonl").write_bytes(b'{"step": 1, "a\xff": 2}\n')
+    with pytest.raises(errors.UserError, match=r"metrics\.jsonl line 1 holds no metrics of a step"):
+        comparison.compare(comparison.find([place]))

@@ -132,11 +132,17 @@ def upload(place: Directory, *patterns: str) -> None:
 
 def get_text(file: Directory) -> str | None:
     """The text of a small file, local or in a bucket; None if there is none."""
+    content = get_bytes(file)
+    return None if content is None else content.decode()
+
+
+def get_bytes(file: Directory) -> bytes | None:
+    """The content of a small file, local or in a bucket; None if there is none."""
     try:
         if isinstance(file, pathlib.Path):
-            return file.read_text(encoding="utf-8")
+            return file.read_bytes()
         with _bucket(file.parent) as bucket:
-            return bucket.cat_file(str(file)).decode()
+            return bucket.cat_file(str(file))
     except OSError as error:
         if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
             return None
@@ -222,7 +228,7 @@ def new_directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
 
     It is beside `final` and renamed. If `final` is an empty directory, perhaps a mount point, a link or the current
     one, it is inside, and its content is moved, what marks it as complete last. A kill between these moves leaves a
-    list of what is moved, so that the next try can begin anew.
+    list of what is moved, so that the next try can start again.
     """
     named, final = final, pathlib.Path(os.path.realpath(final))
     is_inside = final.is_dir()
@@ -276,8 +282,7 @@ def _drop(name: pathlib.Path, kept: set[pathlib.Path]) -> None:
         elif path not in kept:
             path.unlink()
     if not kept:
-        shutil.rmtree(name, ignore_errors=True)
-        name.unlink(missing_ok=True)
+        _remove(name)
 
 
 @contextlib.contextmanager
