@@ -195,12 +195,17 @@ def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 def checksum(params: networks.Params) -> int:
     """A checksum of parameters, the same on every mesh, by which measurements know what they are of."""
-    return int(jax.device_get(_checksums({"params": params})["params"]))
+    return int(jax.device_get(_checksum(params)))
+
+
+def _checksums(trees: dict[str, Any]) -> dict[str, UInt32[Array, ""]]:
+    """`_checksum` of each tree."""
+    return {name: _checksum(tree) for name, tree in trees.items()}
 
 
 @jax.jit
-def _checksums(trees: dict[str, Any]) -> dict[str, UInt32[Array, ""]]:
-    """A checksum of each tree. A change of any one bit changes it, and it is the same on every mesh."""
+def _checksum(tree: Any) -> UInt32[Array, ""]:
+    """A checksum of a tree. A change of any one bit changes it, and it is the same on every mesh."""
 
     def of_leaf(leaf: Array) -> UInt32[Array, ""]:
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
@@ -210,7 +215,4 @@ def _checksums(trees: dict[str, Any]) -> dict[str, UInt32[Array, ""]]:
             place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
 
-    def of_tree(tree: Any) -> UInt32[Array, ""]:
-        return functools.reduce(lambda total, leaf: total * 3 + of_leaf(leaf), jax.tree.leaves(tree), jnp.uint32(0))
-
-    return {name: of_tree(tree) for name, tree in trees.items()}
+    return functools.reduce(lambda total, leaf: total * 3 + of_leaf(leaf), jax.tree.leaves(tree), jnp.uint32(0))

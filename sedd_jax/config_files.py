@@ -1,7 +1,6 @@
 """Configs in files: those that a user writes in Python, and config.json of a run directory."""
 
 import dataclasses
-import difflib
 import importlib.util
 import os
 from typing import Any
@@ -21,8 +20,7 @@ def read_python(path: str | os.PathLike[str]) -> configs.Nested:
     spec = importlib.util.spec_from_file_location("sedd_config", file)
     if not file.is_file() or spec is None or spec.loader is None:
         names = packaged.config_names()
-        nearest = difflib.get_close_matches(os.fspath(path), names, n=1)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        hint = errors.nearest(os.fspath(path), names)
         raise refuse("is not a file of Python", f"{hint}give a path, or one of {', '.join(names)}")
     module = importlib.util.module_from_spec(spec)
     try:

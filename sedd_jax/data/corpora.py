@@ -1,6 +1,5 @@
 """Find a corpus by its source: KIND:ARGUMENT, such as text:books/*.txt, or a published name, such as wikitext2."""
 
-import difflib
 from collections.abc import Callable
 
 from sedd_jax.data import documents, hub_corpora, published_corpora, python_corpora, text_files
@@ -41,8 +40,7 @@ def find(source: str) -> documents.Corpus:
     if kind in published_corpora.PUBLISHED:
         return published_corpora.read(kind, find(argument or published_corpora.PUBLISHED[kind].source()))
     if kind not in _READERS:
-        nearest = difflib.get_close_matches(kind, [*_READERS, *published_corpora.PUBLISHED], n=1)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        hint = errors.nearest(kind, [*_READERS, *published_corpora.PUBLISHED])
         raise errors.UserError(
             f"the source {source!r} is of no known kind", remedy=f"{hint}give one of {', '.join(FORMS)}"
         )

@@ -9,7 +9,6 @@ Every tokenizer has these attributes:
     special_ids    ids that stand for no text: the three above, and others that a vocabulary keeps for its own use
 """
 
-import difflib
 import json
 import pathlib
 import string
@@ -221,8 +220,7 @@ def _parse(spec: str) -> tuple[str, str]:
     """Split the spec of a tokenizer into kind and argument, and check both."""
     kind, colon, argument = spec.partition(":")
     if kind not in _BUILDERS:
-        nearest = difflib.get_close_matches(kind, _BUILDERS, n=1)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        hint = errors.nearest(kind, _BUILDERS)
         raise errors.UserError(
             f"the tokenizer {spec!r} is of no known kind", remedy=f"{hint}give one of {', '.join(FORMS)}"
         )

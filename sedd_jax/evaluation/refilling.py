@@ -12,8 +12,8 @@ from sedd_jax.runtime import errors, storage
 
 # The paper's patterns: of 100 tokens the first and the last 25 are given, or the first 50 as a prompt.
 PRESETS = {"paper": "25{50}25", "prompt": "50{50}"}
-_DIGITS = 8  # Of a number of tokens that is longer than any sequence.
-_PART = re.compile(r"\{(\d+)\}|(\d+)")
+# A number of more digits is longer than any sequence, and no part.
+_PART = re.compile(r"\{(\d{1,7})\}|(?<!\d)(\d{1,7})(?!\d)")
 _WINDOWS_FOR_MAUVE = 1000  # as published; with a few hundred MAUVE cannot tell texts apart
 
 
@@ -105,9 +105,8 @@ def parse(pattern: str) -> Bool[np.ndarray, "W"]:
         errors.UserError: where the text is not a pattern, or nothing is missing.
     """
     text = PRESETS.get(pattern, pattern)
-    parts = [(not gap, int((gap or given)[:_DIGITS])) for gap, given in _PART.findall(text)]
-    is_long = any(len(gap or given) >= _DIGITS for gap, given in _PART.findall(text))
-    if is_long or _PART.sub("", text) or all(is_given or not count for is_given, count in parts):
+    parts = [(not gap, int(gap or given)) for gap, given in _PART.findall(text)]
+    if _PART.sub("", text) or all(is_given or not count for is_given, count in parts):
         raise errors.UserError(
             "is not a pattern",
             field="infill",

@@ -1,8 +1,9 @@
 """The one error for what a user did wrong. The command line, the page and Python each spell the names of inputs."""
 
+import difflib
 import errno
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 # Private characters of Unicode, so that no message holds them by accident.
@@ -75,6 +76,12 @@ def refused(error: OSError) -> str:
     """What the system refused, on one line; where it names a path, with what to do about it."""
     remedy = _REMEDIES.get(error.errno or 0) if error.filename else None
     return " ".join(f"{reason(error)}: {remedy}".split() if remedy else reason(error).split())
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """A question for the start of a remedy, such as "did you mean 'quickstart'? "; "" where nothing is near."""
+    found = difflib.get_close_matches(given, list(known), n=1)
+    return f"did you mean {found[0]!r}? " if found else ""
 
 
 def _rebuild(kind: type[UserError], fields: dict[str, Any]) -> Any:
